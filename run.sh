@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# ./run.sh [--key=value ...]: train on the NVIDIA GPUs of this machine, or run the small demo if there is none.
+# Arguments go to train_gpt.py.
+set -euo pipefail
+cd "$(dirname "$0")"
+source tools/environment.sh
+find_python torch numpy tqdm huggingface_hub
+
+gpus=$("$PYTHON" -c "import torch; print(torch.cuda.device_count())")
+if [ "$gpus" -eq 0 ]; then
+  if nvidia-smi -L > /dev/null 2>&1; then
+    echo "error: nvidia-smi sees a GPU, but this PyTorch cannot use it; install a CUDA build of torch, or call" \
+      "python train_gpt.py --preset=demo to train on the CPU" >&2
+    exit 1
+  fi
+  echo "No NVIDIA GPU here: running the CPU demo on the bundled sample."
+  exec "$PYTHON" train_gpt.py --preset=demo "$@"
+fi
+
+case " $* " in
+  *" --train_files"* | *" --preset=demo"*) ;; # other data is there already
+  *) "$PYTHON" data/cached_fineweb10B.py 9 ;;
+esac
+for ranks in 8 4 2 1; do
+  if [ "$gpus" -ge "$ranks" ]; then break; fi
+done
+# Bad arguments and bad data end here, in one line, before eight processes start
+"$PYTHON" train_gpt.py --check "$@"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
+exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$ranks" train_gpt.py "$@"

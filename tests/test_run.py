@@ -1,0 +1,272 @@
+"""Whole runs as a user starts them: log, rank counts, agents, seeds, and one clear line for each bad input."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "train_gpt.py"
+SAMPLE = ROOT / "data" / "sample"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+SHORT = ["--preset=demo", "--model_dim=48", "--head_dim=8", "--batch_unit=128", "--val_tokens=1024", "--val_chunk=256",
+         "--num_scheduled_iterations=6", "--num_extension_iterations=2", "--val_every=3"]
+VAL_LINE = re.compile(r"^step:\d+/\d+ val_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$")
+TRAIN_LINE = re.compile(r"^step:(\d+)/8 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$")
+
+
+def environment(**more):
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
+    return clean | {"OMP_NUM_THREADS": "1"} | more
+
+
+def run(*args, launcher=(sys.executable,), timeout=120, cwd=ROOT, **env):
+    return subprocess.run([*launcher, str(SCRIPT), *args], env=environment(**env), cwd=cwd, timeout=timeout,
+                          capture_output=True, text=True)
+
+
+def losses(text, kind="val"):
+    """(step, loss) of each line of a kind."""
+    return [(int(a), float(b)) for a, b in re.findall(rf"^step:(\d+)/\d+ {kind}_loss:(\d+\.\d+) ", text, re.M)]
+
+
+def write(path, tokens, magic=20240520, version=1, count=None):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory):
+    """One run of one rank on the bundled data: the process and its log folder."""
+    logs = tmp_path_factory.mktemp("logs") / "new" / "folder"
+    done = run(*SHORT, f"--log_dir={logs}", "--run_id=one")
+    assert done.returncode == 0, done.stderr
+    return done, logs
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory):
+    """The bundled data with a vocabulary of 256, so that a run takes little more than its start; as arguments."""
+    folder = tmp_path_factory.mktemp("letters")
+    for name in ("fineweb_train_000001.bin", "fineweb_val_000000.bin"):
+        tokens = np.fromfile(SAMPLE / name, "<u2", offset=1024)
+        write(folder / name, np.where(tokens == 50256, 255, tokens % 255))
+    return [*SHORT, "--vocab_size=256", f"--train_files={folder}/fineweb_train_*.bin",
+            f"--val_files={folder}/fineweb_val_*.bin"]
+
+
+def test_log_file(bundled):
+    """The log is the script, versions, configuration, then a line a step and a line a validation."""
+    done, logs = bundled
+    assert os.listdir(logs) == ["one.txt"]
+    raw = (logs / "one.txt").read_bytes()
+    source = SCRIPT.read_bytes()
+    assert raw.startswith(source)
+    text = raw[len(source) :].decode()
+    assert f"Python {sys.version.split()[0]}" in text and f"PyTorch {torch.__version__}" in text
+    for line in ("model_dim = 48", "seed = 0", "val_every = 3", "muon_lr = 0.023", "batch_unit = 128",
+                 "dtype = 'float32'", "cooldown_floor = 0.15", "run_id = 'one'"):
+        assert f"\n{line}\n" in text, line
+    assert "nvidia-smi" in text.lower()
+    lines = [line for line in text.splitlines() if line.startswith("step:")]
+    trained = [TRAIN_LINE.match(line) for line in lines if "train_loss" in line]
+    assert [int(m[1]) for m in trained] == list(range(1, 9))
+    validated = [line for line in lines if "val_loss" in line]
+    assert len(trained) + len(validated) == len(lines)
+    assert all(VAL_LINE.match(line) for line in validated)
+    assert [step for step, _ in losses(text)] == [0, 3, 6, 8]
+    # the terminal shows the same lines; without a terminal no progress bar is mixed in
+    assert [line for line in done.stdout.splitlines() if line.startswith("step:")] == lines
+    assert "\r" not in done.stdout + done.stderr
+
+
+def test_training_lowers_the_losses(bundled):
+    """From the uniform guess, ln 50304, both losses fall."""
+    text = bundled[0].stdout
+    val = [loss for _, loss in losses(text)]
+    assert val[0] == pytest.approx(np.log(50304), abs=0.02)
+    assert all(b < a for a, b in zip(val, val[1:])) and val[-1] < val[0] - 0.4
+    assert np.isfinite([loss for _, loss in losses(text, "train")]).all()
+
+
+def test_times_rise(bundled):
+    """train_time grows and step_avg is train_time per step."""
+    lines = re.findall(r"step:(\d+)/8 (\w+)_loss:\S+ train_time:(\d+)ms step_avg:(\S+)ms", bundled[0].stdout)
+    times = [int(ms) for _, kind, ms, _ in lines if kind == "val"]
+    assert times == sorted(times) and times[0] < times[-1]
+    for step, kind, ms, average in lines:
+        if kind == "val":
+            assert float(average) == pytest.approx(int(ms) / max(int(step), 1), abs=0.51)
+
+
+def test_two_ranks_follow_the_same_trajectory(bundled, tmp_path):
+    """Two gloo ranks give the validation losses of one, over tied steps, the split and the extension."""
+    done = run(*SHORT, f"--log_dir={tmp_path}", "--run_id=two",
+               launcher=[*TORCHRUN, "--standalone", "--nproc_per_node=2"])
+    assert done.returncode == 0, done.stderr
+    assert os.listdir(tmp_path) == ["two.txt"]  # one log, by rank 0
+    ours, reference = losses((tmp_path / "two.txt").read_text().split("=" * 100)[-1]), losses(bundled[0].stdout)
+    assert [step for step, _ in ours] == [step for step, _ in reference] == [0, 3, 6, 8]
+    assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in reference], abs=2e-4)
+    for kind in ("val", "train"):
+        assert len(losses(done.stdout, kind)) == len(losses(bundled[0].stdout, kind))  # other ranks print nothing
+
+
+@pytest.fixture(scope="module")
+def small_runs(letters, tmp_path_factory):
+    """One-rank runs with a small vocabulary: seed 0 twice and seed 1."""
+    folder = tmp_path_factory.mktemp("small")
+
+    def start(name, seed):
+        return run(*letters, f"--seed={seed}", f"--log_dir={folder}", f"--run_id={name}")
+
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(start, ("a", "b", "c"), (0, 0, 1)))
+    assert [d.returncode for d in done] == [0, 0, 0], done[0].stderr
+    return [losses(d.stdout, "val") + losses(d.stdout, "train") for d in done]
+
+
+def test_seed(small_runs):
+    """The same seed gives the same losses to the last digit, another seed gives others."""
+    first, again, other = small_runs
+    assert len(first) == 4 + 8 and first == again
+    assert sum(a != b for a, b in zip(first, other)) >= 9  # all but, by chance, a few
+
+
+def test_two_agents(letters, small_runs, tmp_path):
+    """Two torchrun agents of one process each, as on two machines, end where one process ends."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+
+    def agent(number):
+        launcher = [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", f"--node_rank={number}", "--rdzv_backend=c10d",
+                    "--rdzv_id=test", f"--rdzv_endpoint=localhost:{port}", "--local_addr=127.0.0.1"]
+        return run(*letters, f"--log_dir={tmp_path}", "--run_id=agents", launcher=launcher)
+
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(agent, (0, 1)))
+    assert [d.returncode for d in done] == [0, 0], done[0].stderr + done[1].stderr
+    ours = losses(done[0].stdout + done[1].stdout)
+    assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in small_runs[0][:4]], abs=2e-4)
+    assert os.listdir(tmp_path) == ["agents.txt"]
+
+
+BAD = {  # name: words that the error must contain (the cause, the file or key, the remedy)
+    "missing train data": ["--train_files=", "/nothing_*.bin", "data/cached_fineweb10B.py"],
+    "missing val data": ["--val_files=", "/nothing_*.bin", "data/cached_fineweb10B.py"],
+    "truncated shard": ["fineweb_train_000001.bin", "608837", "608737", "again"],
+    "no header": ["fineweb_train_000001.bin", "100 bytes", "again"],
+    "wrong magic": ["fineweb_train_000001.bin", "magic", "20240521", "again"],
+    "wrong version": ["fineweb_val_000000.bin", "version 2", "again"],
+    "token above 50256": ["fineweb_train_000001.bin", "50257", "position 7", "again"],
+    "unknown key": ["--model_dimm", "did you mean", "--model_dim"],
+    "wrong type": ["--val_every", "often", "--help"],
+    "not enough train tokens": ["--train_files=", "6 of 8 steps", "about 1 more", "--num_scheduled_iterations"],
+    "many shards missing": ["--train_files=", "0 of 8 steps", "more of this size", "--num_scheduled_iterations"],
+    "not enough val tokens": ["fineweb_val_000000.bin", "1000 tokens", "1025", "--val_tokens"],
+    "three ranks": ["3 ranks", "1, 2, 4 or 8"],
+    "log_dir is a file": ["occupied", "--log_dir"],
+}
+FULL_LENGTH = 2 * (128 + 256 + 384) + 2 * 384  # tokens of the schedule's 8 steps
+
+
+def bad_arguments(name, folder):
+    """Prepare a bad input in a folder; returns the arguments and the environment of the run."""
+    train, val = folder / "fineweb_train_000001.bin", folder / "fineweb_val_000000.bin"
+    shutil.copy(SAMPLE / train.name, train)
+    shutil.copy(SAMPLE / val.name, val)
+    files = {"train_files": f"{folder}/fineweb_train_*.bin", "val_files": f"{folder}/fineweb_val_*.bin"}
+    more, env, logs = [], {}, folder / "logs"
+    tokens = np.fromfile(train, "<u2", offset=1024)
+    short = np.full(FULL_LENGTH + 8 * 8, 5)  # one document a segment suffices
+    short[::4] = 50256
+    if name == "missing train data":
+        files["train_files"] = f"{folder}/nothing_*.bin"
+    elif name == "missing val data":
+        files["val_files"] = f"{folder}/nothing_*.bin"
+    elif name == "truncated shard":
+        train.write_bytes(train.read_bytes()[:-200])
+    elif name == "no header":
+        train.write_bytes(train.read_bytes()[:100])
+    elif name == "wrong magic":
+        write(train, tokens, magic=20240521)
+    elif name == "wrong version":
+        write(val, tokens[:4000], version=2)
+    elif name == "token above 50256":
+        tokens[7] = 50257
+        write(train, tokens)
+    elif name == "unknown key":
+        more = ["--model_dimm=48"]
+    elif name == "wrong type":
+        more = ["--val_every=often"]
+    elif name == "not enough train tokens":
+        write(train, short[: FULL_LENGTH - 2 * 384 + 8 * 8 * 4])
+    elif name == "many shards missing":
+        write(train, short[:100])
+    elif name == "not enough val tokens":
+        write(val, tokens[:1000])
+    elif name == "three ranks":
+        env = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    elif name == "log_dir is a file":
+        logs = folder / "occupied"
+        logs.write_text("kept")
+    return [*SHORT, *(f"--{k}={v}" for k, v in files.items()), f"--log_dir={logs}", *more], env
+
+
+@pytest.fixture(scope="module")
+def bad_runs(tmp_path_factory):
+    """All bad runs, two at a time: name -> (process, folder, files before the run)."""
+
+    def start(name):
+        folder = tmp_path_factory.mktemp("bad")
+        args, env = bad_arguments(name, folder)
+        before = sorted(folder.iterdir())
+        return run(*args, timeout=60, cwd=folder, **env), folder, before
+
+    tmp_path_factory.getbasetemp()  # made before the threads could race for it
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(BAD, pool.map(start, BAD)))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(bad_runs, name):
+    """One line on stderr that names the cause and the remedy; status not 0; nothing written."""
+    done, folder, before = bad_runs[name]
+    assert done.returncode not in (0, None)
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert all(word in lines[0] for word in BAD[name]), lines[0]
+    assert done.stdout == ""
+    assert sorted(folder.iterdir()) == before
+    if name == "log_dir is a file":
+        assert (folder / "occupied").read_text() == "kept"
+
+
+def test_data_error_under_torchrun(tmp_path):
+    """With two ranks the error is told once and the whole launch ends."""
+    args, _ = bad_arguments("wrong magic", tmp_path)
+    done = run(*args, timeout=60, cwd=tmp_path, launcher=[*TORCHRUN, "--standalone", "--nproc_per_node=2"])
+    assert done.returncode != 0
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "error: " in line]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and "magic number 20240521" in lines[0]
+    assert not (tmp_path / "logs").exists()
+
+
+def test_check_reads_everything_and_writes_nothing(tmp_path):
+    """--check accepts the bundled data silently and finds a bad shard."""
+    good = run("--check", *SHORT, f"--log_dir={tmp_path}/logs", timeout=60)
+    assert (good.returncode, good.stdout, good.stderr) == (0, "", "")
+    args, _ = bad_arguments("token above 50256", tmp_path)
+    bad = run("--check", *args, timeout=60)
+    assert bad.returncode != 0 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
+    assert not (tmp_path / "logs").exists()

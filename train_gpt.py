@@ -1,0 +1,1486 @@
+"""
+NanoGPT speedrun: train a GPT-2-small-class language model to 3.28 FineWeb validation loss as fast as possible.
+
+This one file holds the whole run of record #80 of the public track (1.406 minutes on 8 H100s, 2026-04-08): schedule,
+kernels, attention, model, optimizers, data and training loop. It runs on 1, 2, 4 or 8 GPUs with one trajectory, and
+as a small demo on a CPU.
+
+    ./run.sh                                    the record run on the GPUs that are there, or the demo without a GPU
+    python train_gpt.py --preset=demo           the demo (CPU, bundled text, about two minutes)
+    torchrun --nproc_per_node=8 train_gpt.py    the record run by hand
+    python train_gpt.py --plan                  the schedule as CSV, a line a step
+    python train_gpt.py --help                  every hyperparameter, settable as --key=value
+
+Dimension letters, used in shape comments:
+    T tokens of one micro-batch on one rank     D model width      H heads         d width of a head (D = H*d)
+    V vocabulary, padded to a multiple of 128   F MLP width (4D)   B bigram rows   L layers
+    R ranks (GPUs)   A gradient-accumulation micro-steps (R*A = 8)   K matrices of a bank   N optimizer steps
+
+Map of the file; a token's way is 8 -> 6 (with 5 and 4 inside) -> 7:
+    1 this text          2 configuration: Hyperparameters, LAYERS, STAGES and plan(), PARAMS
+    3 errors, command line, ranks, log          4 kernels, each as plain PyTorch          5 attention
+    6 model              7 optimizer            8 data          9 train_step, evaluate, warmup, main
+"""
+
+import argparse
+import ctypes
+import difflib
+import glob
+import math
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Configuration: every tuned number of the run is in this part
+# ----------------------------------------------------------------------------------------------------------------------
+
+SEGMENTS = 8  # a step's tokens come as 8 segments, whatever R is: segment s goes to micro-step s // R, rank s % R
+MTP_MAX = 3  # most tokens ahead that one position predicts
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Everything that --key=value can set. The defaults are record #80; all values are tuned unless a comment says why.
+
+    Lengths are in tokens. The dataclass is hashable and read-only: whatever depends on it is computed from it.
+    """
+
+    # data
+    train_files: str = "data/fineweb10B/fineweb_train_*.bin"
+    val_files: str = "data/fineweb10B/fineweb_val_*.bin"
+    val_tokens: int = 10_485_760  # the track's fixed validation set: this many targets from the start of the val shard
+    val_chunk: int = 262_144  # tokens that one rank scores in one pack
+    # schedule
+    num_scheduled_iterations: int = 1440
+    num_extension_iterations: int = 40  # further steps at the final learning rate with longer windows
+    val_every: int = 250  # validate every so many steps and at the end; 0: only at the end
+    batch_unit: int = 131_072  # tokens a step in stage 1; STAGES counts in this unit
+    block: int = 128  # tokens; STAGES counts windows and document cuts in this unit
+    final_val_window: int = 20  # long window of the last validation, in blocks
+    cooldown_start: float = 0.4  # fraction of the scheduled steps
+    cooldown_floor: float = 0.15
+    # model
+    vocab_size: int = 50_257  # GPT-2 BPE; the last id, <|endoftext|>, begins every document
+    model_dim: int = 768
+    num_heads: int = 6
+    head_dim: int = 128
+    bigram_ratio: int = 5  # rows of the bigram table per row of the padded vocabulary
+    attn_scale: float = 0.1  # softmax scale before YaRN
+    rope_base: float = 1024.0
+    # optimizers
+    muon_lr: float = 0.023
+    muon_wd: float = 1.2
+    muon_beta2: float = 0.9
+    muon_momentum: float = 0.95
+    muon_momentum_low: float = 0.85  # at the first and the last step
+    muon_momentum_warmup: int = 300  # steps
+    muon_momentum_cooldown: int = 50  # steps
+    adam_lr: float = 0.008
+    adam_wd: float = 0.005
+    adam_eps: float = 1e-10
+    # how it runs
+    seed: int = 0
+    dtype: str = "bfloat16"  # of weights and activations: bfloat16 or float32
+    fp8_head: bool = True  # the training head's products in FP8
+    compile: bool = True  # torch.compile; plain eager PyTorch if false
+    attention: str = "auto"  # auto or a key of ATTENTION_BACKENDS
+    device: str = "auto"  # auto, cuda or cpu
+    log_dir: str = "logs"
+    run_id: str = ""  # name of the log file; empty: date and time
+
+    @property
+    def num_steps(self) -> int:
+        return self.num_scheduled_iterations + self.num_extension_iterations
+
+    @property
+    def bos(self) -> int:
+        return self.vocab_size - 1
+
+    @property
+    def padded_vocab(self) -> int:
+        return round_up(self.vocab_size, 128)
+
+    @property
+    def bigram_rows(self) -> int:
+        return self.bigram_ratio * self.padded_vocab
+
+    @property
+    def mlp_dim(self) -> int:
+        return 4 * self.model_dim
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[self.dtype]
+
+
+PRESETS = {
+    "record80": {},
+    # The same topology, optimizers and schedule shape at a size that two CPU cores train in about two minutes.
+    "demo": dict(
+        train_files="data/sample/fineweb_train_*.bin", val_files="data/sample/fineweb_val_*.bin",
+        val_tokens=8192, val_chunk=1024, num_scheduled_iterations=60, num_extension_iterations=4, val_every=20,
+        batch_unit=512, block=16, model_dim=96, head_dim=16, bigram_ratio=1, muon_momentum_warmup=30,
+        muon_momentum_cooldown=8, dtype="float32", fp8_head=False, compile=False, device="cpu",
+    ),
+}
+
+
+class Layer(NamedTuple):
+    window: str | None  # attention window: "short", "long", or None for a layer without attention
+    paired: bool = False  # two heads share keys: a token enters attention as two, heads 0..H/2-1 and then the rest
+    value_table: int | None = None  # which value-embedding table is mixed into V
+    reads: int | None = None  # attention reads the stream as it was after this layer; None: the stream itself
+    skip_from: int | None = None  # in place of attention, add the gated stream as it was after this layer
+
+    @property
+    def key_offset(self) -> bool:
+        """Long-window layers shift half of each key one position ahead, which gives induction in one layer."""
+        return self.window == "long"
+
+
+LAYERS = (
+    Layer("short", paired=True),  # 0
+    Layer("short", value_table=0),  # 1
+    Layer("short", paired=True, value_table=1),  # 2
+    Layer("long"),  # 3
+    Layer("short"),  # 4
+    Layer("short", paired=True),  # 5
+    Layer(None, skip_from=3),  # 6
+    Layer("short"),  # 7
+    Layer("short", value_table=2, reads=7),  # 8
+    Layer("short", paired=True, value_table=3, reads=7),  # 9
+    Layer("long", value_table=4, reads=7),  # 10
+)
+ATTN_INDEX = {i: j for j, i in enumerate(i for i, layer in enumerate(LAYERS) if layer.window)}  # layer -> place in bank
+NUM_VALUE_TABLES = sum(layer.value_table is not None for layer in LAYERS)
+BACKOUT_LAYER = 7  # the stream after this layer is subtracted again before the head
+GATE_INPUTS = 12  # the first channels of a vector that its gates read
+SCALARS = 2 * len(LAYERS) + 3  # (a, b) of each layer, then the smear, backout and skip lambdas
+
+
+class Stage(NamedTuple):
+    batch: int  # tokens a step, in units of hp.batch_unit
+    max_doc: int  # longer documents are cut, in blocks
+    short: int  # attention windows, in blocks
+    long: int
+    lr: float
+    mtp_start: tuple[float, ...]  # weights of predicting 1, 2, 3 tokens ahead: linear from start to end of the stage
+    mtp_end: tuple[float, ...]
+
+
+STAGES = (  # equal thirds of the scheduled steps, then the extension
+    Stage(1, 7, 1, 3, 1.00, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0)),
+    Stage(2, 16, 3, 7, 1.52, (1.0, 0.5), (1.0, 0.0)),
+    Stage(3, 16, 5, 11, 1.73, (1.0,), (1.0,)),
+    Stage(3, 16, 6, 13, 1.73, (1.0,), (1.0,)),
+)
+UNTIE_STAGE = 2  # embed and lm_head part at the first Adam step of this stage
+
+
+class Plan(NamedTuple):
+    """Every scheduled value of one optimizer step. Windows, cut and batch in tokens."""
+
+    step: int
+    batch_tokens: int
+    max_doc_len: int
+    window_short: int
+    window_long: int
+    lr_factor: float
+    muon_momentum: float
+    mtp_weights: tuple[float, ...]
+    update_adam: bool
+    untie_embed: bool  # the step in which embed and lm_head part
+    stage: int
+
+
+def stage_bounds(hp: Hyperparameters) -> list[int]:
+    """First step of each stage, and the number of steps as the last entry."""
+    thirds = len(STAGES) - 1
+    return [round(i * hp.num_scheduled_iterations / thirds) for i in range(thirds + 1)] + [hp.num_steps]
+
+
+def plan(step: int, hp: Hyperparameters) -> Plan:
+    """The schedule as a pure function of the step, 0 <= step < hp.num_steps."""
+    bounds = stage_bounds(hp)
+    index = max(i for i in range(len(STAGES)) if bounds[i] <= step)
+    stage = STAGES[index]
+
+    cooldown = int(hp.num_scheduled_iterations * hp.cooldown_start)
+    t = min(max((step - cooldown) / (hp.num_scheduled_iterations - cooldown), 0.0), 1.0)
+    lr_factor = stage.lr * (1 - t) + hp.cooldown_floor * t
+
+    rise = hp.muon_momentum - hp.muon_momentum_low
+    momentum, last = hp.muon_momentum, hp.num_steps - hp.muon_momentum_cooldown
+    if step < hp.muon_momentum_warmup:
+        momentum = hp.muon_momentum_low + rise * step / hp.muon_momentum_warmup
+    if step > last:
+        momentum = hp.muon_momentum - rise * (step - last) / hp.muon_momentum_cooldown
+
+    t = (step - bounds[index]) / (bounds[index + 1] - bounds[index])
+    mtp = tuple(a + (b - a) * t for a, b in zip(stage.mtp_start, stage.mtp_end))
+    return Plan(
+        step, stage.batch * hp.batch_unit, stage.max_doc * hp.block, stage.short * hp.block, stage.long * hp.block,
+        lr_factor, momentum, mtp, step % 2 == 1, step == bounds[UNTIE_STAGE] | 1, index,
+    )
+
+
+def plan_csv(hp: Hyperparameters) -> Iterator[str]:
+    """The schedule as CSV lines, a header and a line a step; absent MTP weights are 0, booleans 0 or 1."""
+    mtp_names = [f"mtp_{k}" for k in range(MTP_MAX)]
+    yield ",".join([*Plan._fields[:7], *mtp_names, "update_adam", "untie_embed"])
+    for step in range(hp.num_steps):
+        p = plan(step, hp)
+        mtp = (p.mtp_weights + (0.0,) * MTP_MAX)[:MTP_MAX]
+        yield ",".join(f"{v:.10g}" for v in (*p[:7], *mtp, p.update_adam, p.untie_embed))
+
+
+class Param(NamedTuple):
+    name: str
+    optimizer: str  # "normuon" or "adam"
+    betas: tuple[float, float] | None  # Adam's
+    lr_mul: float
+    wd_mul: float
+    dtype: str  # "model": hp.dtype; "float32"
+    reduce: str  # "shard": each rank owns an equal slice of dim 0 and updates it; "replicate": every rank updates all
+    turn: int  # place in the order of updates and gathers: small ones, tables, then banks, whose compute hides traffic
+
+
+PARAMS = (  # in the order in which gradient reductions launch: roughly the order in which other ranks need them
+    Param("qk_bank", "normuon", None, 1, 1, "model", "shard", 13),
+    Param("vo_bank", "normuon", None, 1, 1, "model", "shard", 14),
+    Param("mlp_bank", "normuon", None, 1, 1, "model", "shard", 15),
+    Param("scalars", "adam", (0.9, 0.99), 5, 0, "float32", "replicate", 0),
+    Param("smear_gate", "adam", (0.9, 0.99), 0.01, 0, "model", "replicate", 1),
+    Param("skip_gate", "adam", (0.9, 0.99), 0.05, 0, "model", "replicate", 2),
+    Param("attn_gate_bank", "adam", (0.9, 0.99), 1, 1, "model", "replicate", 3),
+    Param("ve_gate_bank", "adam", (0.9, 0.99), 1, 1, "model", "replicate", 4),
+    Param("lm_head", "adam", (0.5, 0.95), 1, 150, "model", "shard", 11),
+    Param("bigram_embed", "adam", (0.75, 0.95), 75, 5, "model", "shard", 10),
+    Param("post_lambdas", "adam", (0.9, 0.95), 1, 0, "float32", "replicate", 5),
+    Param("x0_lambdas", "adam", (0.9, 0.95), 1, 0, "float32", "replicate", 6),
+    Param("bigram_lambdas", "adam", (0.9, 0.95), 1, 0, "float32", "replicate", 7),
+    Param("resid_lambdas", "adam", (0.9, 0.95), 5, 0, "float32", "replicate", 8),
+    Param("value_embeds", "adam", (0.75, 0.95), 75, 5, "model", "shard", 9),
+    Param("embed", "adam", (0.5, 0.95), 1, 150, "model", "shard", 12),
+)
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def check_tables(model: nn.Module) -> None:
+    """PARAMS names each parameter of the model exactly once, and each has its own turn."""
+    names, turns = [p.name for p in PARAMS], [p.turn for p in PARAMS]
+    assert sorted(names) == sorted(n for n, _ in model.named_parameters()), "PARAMS does not match the model"
+    assert sorted(turns) == list(range(len(PARAMS))), "PARAMS: every row needs its own turn"
+    assert all((layer.window is None) == (layer.skip_from is not None) for layer in LAYERS)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Errors, command line, ranks, log
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """A bad input, told in one line that names the cause and the remedy."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; python train_gpt.py --help lists every key")
+
+
+def boolean(text: str) -> bool:
+    try:
+        return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
+    except KeyError:
+        raise ValueError(text) from None
+
+
+def parse_args(argv: list[str]) -> tuple[Hyperparameters, argparse.Namespace]:
+    """Turn --key=value arguments into checked hyperparameters; raises UserError."""
+    parser = Parser(prog="train_gpt.py", allow_abbrev=False, description=__doc__.split("\n\n")[0])
+    parser.add_argument("--preset", default="record80", choices=PRESETS, help="start from these values")
+    parser.add_argument("--plan", action="store_true", help="print the schedule as CSV and exit")
+    parser.add_argument("--check", action="store_true", help="check the arguments and the data, and exit")
+    for f in fields(Hyperparameters):
+        parser.add_argument(f"--{f.name}", type=boolean if f.type is bool else f.type, default=argparse.SUPPRESS,
+                            metavar=f.type.__name__, help=f"{f.default!r} in record80")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        key = unknown[0].split("=")[0]
+        close = difflib.get_close_matches(key, [f"--{f.name}" for f in fields(Hyperparameters)], n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(close)}?" if close else "; python train_gpt.py --help lists every key"
+        raise UserError(f"unknown key {key}{hint}")
+    given = {f.name: getattr(args, f.name) for f in fields(Hyperparameters) if hasattr(args, f.name)}
+    hp = replace(Hyperparameters(), **PRESETS[args.preset] | given)
+    check_hyperparameters(hp)
+    return hp, args
+
+
+def check_hyperparameters(hp: Hyperparameters) -> None:
+    """Raise UserError for values with which no run can work."""
+
+    def require(ok: bool, text: str) -> None:
+        if not ok:
+            raise UserError(text)
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    require(world > 0 and SEGMENTS % world == 0, f"{world} ranks cannot share {SEGMENTS} segments: use 1, 2, 4 or 8")
+    positive = ["num_scheduled_iterations", "batch_unit", "block", "val_tokens", "val_chunk", "model_dim", "num_heads",
+                "head_dim", "bigram_ratio", "vocab_size", "muon_momentum_warmup", "muon_momentum_cooldown"]
+    for key in positive:
+        require(getattr(hp, key) > 0, f"--{key}={getattr(hp, key)} must be positive")
+    for key in ("num_extension_iterations", "val_every"):
+        require(getattr(hp, key) >= 0, f"--{key}={getattr(hp, key)} must not be negative")
+    require(hp.num_scheduled_iterations >= 3, "--num_scheduled_iterations must be at least 3, one for each stage")
+    require(0 <= hp.cooldown_start < 1, f"--cooldown_start={hp.cooldown_start} must be in [0, 1)")
+    require(hp.dtype in ("bfloat16", "float32"), f"--dtype={hp.dtype}: use bfloat16 or float32")
+    require(hp.device in ("auto", "cuda", "cpu"), f"--device={hp.device}: use auto, cuda or cpu")
+    require(hp.attention in ("auto", *ATTENTION_BACKENDS),
+            f"--attention={hp.attention}: use auto, {' or '.join(ATTENTION_BACKENDS)}")
+    require(hp.batch_unit % SEGMENTS == 0 and hp.batch_unit // SEGMENTS >= MTP_MAX,
+            f"--batch_unit={hp.batch_unit} must be a multiple of {SEGMENTS}, and at least {MTP_MAX * SEGMENTS}")
+    require(hp.model_dim == hp.num_heads * hp.head_dim, "--model_dim must equal num_heads * head_dim")
+    require(hp.num_heads % 2 == 0 and hp.head_dim % 8 == 0, "--num_heads must be even, --head_dim a multiple of 8")
+    require(hp.model_dim % SEGMENTS == 0, f"--model_dim must be a multiple of {SEGMENTS}, so that ranks can share it")
+    require(hp.vocab_size <= 2**16, f"--vocab_size={hp.vocab_size}: shards hold 16-bit tokens")
+    require(hp.val_tokens % (hp.val_chunk * world) == 0,
+            f"--val_tokens={hp.val_tokens} must be a multiple of --val_chunk={hp.val_chunk} x {world} ranks")
+
+
+class Ranks(NamedTuple):
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def accumulation(self) -> int:
+        """A: micro-steps of a step on one rank."""
+        return SEGMENTS // self.world
+
+
+def setup_ranks(hp: Hyperparameters) -> Ranks:
+    """Join the process group that torchrun announces in the environment, or make a group of one."""
+    rank, world, local = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cuda = hp.device == "cuda" or (hp.device == "auto" and torch.cuda.is_available())
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if cuda and here > torch.cuda.device_count():
+        raise UserError(f"{here} processes need a GPU each, but {torch.cuda.device_count()} are visible: start fewer "
+                        "processes, or use --preset=demo to train on the CPU")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        reuse_cpu_memory()
+    # gloo carries Python objects and errors, NCCL the tensors of a GPU run
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, device_id=device if cuda else None)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return Ranks(rank, world, device)
+
+
+def reuse_cpu_memory() -> None:
+    """Let glibc keep freed memory: handing big blocks back and faulting them in anew made the demo 2.5 times slower."""
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, largest = -1, -3, 2**31 - 1
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt:
+        mallopt(M_MMAP_THRESHOLD, largest)
+        mallopt(M_TRIM_THRESHOLD, largest)
+
+
+def on_every_rank(check: Callable[[], None]) -> None:
+    """Run a check on every rank; if it fails on any, all raise the same UserError."""
+    error = None
+    try:
+        check()
+    except UserError as e:
+        error = str(e)
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for rank, error in enumerate(errors):
+        if error:
+            raise UserError(error if rank == 0 else f"{error} (on rank {rank})")
+
+
+class Log:
+    """logs/<run id>.txt and the terminal, on rank 0; on other ranks nothing happens.
+
+    The file begins with the source of this script, so that a log says by itself what was run.
+    """
+
+    def __init__(self, hp: Hyperparameters, ranks: Ranks):
+        self.file = self.bar = None
+        if ranks.rank == 0:
+            path = Path(hp.log_dir, (hp.run_id or time.strftime("%Y%m%d-%H%M%S")) + ".txt")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = open(path, "w", buffering=1)
+            except OSError as e:
+                raise UserError(f"cannot write the log {path}: {e.strerror}; choose another --log_dir") from None
+            self.path = path
+            self.bar = tqdm(total=hp.num_steps, unit="step", disable=not sys.stderr.isatty(), leave=False)
+            self(Path(__file__).read_text(), show=False)
+            self("=" * 100, show=False)
+
+    def __call__(self, text: str, show: bool = True) -> None:
+        if self.file:
+            print(text, file=self.file)
+            if show:
+                self.bar.write(text)
+
+    def step(self, line: str, done: int, **postfix: str) -> None:
+        """A step's line: to the file, and to the terminal as a moving bar, or as a plain line in a pipe."""
+        if self.file:
+            self(line, show=self.bar.disable)
+            self.bar.set_postfix(postfix, refresh=False)
+            self.bar.update(done - self.bar.n)
+
+    def close(self) -> None:
+        if self.file:
+            self.bar.close()
+            self.file.close()
+            self.file = None
+
+
+def log_environment(log: Log, hp: Hyperparameters, ranks: Ranks, attention: str) -> None:
+    try:
+        smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        smi = "nvidia-smi: not available"
+    log(f"Python {sys.version}\nPyTorch {torch.__version__} CUDA {torch.version.cuda}, {ranks.world} ranks", show=False)
+    log(f"{smi}\n{'=' * 100}", show=False)
+    log("\n".join(f"{f.name} = {getattr(hp, f.name)!r}" for f in fields(hp)), show=False)
+    log(f"attention backend = {attention}\n{'=' * 100}", show=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Kernels
+# ----------------------------------------------------------------------------------------------------------------------
+
+FP32_EPS = 1.19e-7  # of float32, also where activations are bf16
+# Logits are capped smoothly to (0, CAP): z = CAP * sigmoid((logit + CAP_SHIFT) / CAP_WIDTH)
+CAP, CAP_SHIFT, CAP_WIDTH = 23.0, 5.0, 7.5
+# FP8 scales of the head, tuned: what a step of the number format's grid stands for
+FP8_MAX = 448.0  # largest e4m3 number
+X_SCALE, W_SCALE, GRAD_SCALE = 100 / FP8_MAX, 1.6 / FP8_MAX, 0.75 / FP8_MAX
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last dim, without a learned weight."""
+    return F.rms_norm(x, (x.size(-1),), eps=FP32_EPS)
+
+
+def softcap(logits: Tensor) -> Tensor:
+    return CAP * torch.sigmoid((logits.float() + CAP_SHIFT) / CAP_WIDTH)
+
+
+def linear_relu_square(x: Tensor, w: Tensor) -> Tensor:
+    """relu(x w^T)^2 for x [T, D], w [F, D] (So et al., Primer, arXiv 2109.08668)."""
+    return F.relu(F.linear(x, w)).square()
+
+
+def softcapped_mtp_loss(logits: Tensor, targets: Tensor, weights: Tensor, grad_dtype: torch.dtype,
+                        grad_scale: float) -> tuple[Tensor, Tensor]:
+    """Multi-token cross entropy on soft-capped logits, and its gradient.
+
+    logits [T, V]; targets [T]; weights [k]: position i predicts targets[i], targets[i+1] .. targets[i+k-1] with these
+    weights, as far as they exist. Returns (loss [T] fp32, d sum(loss) / d logits / grad_scale [T, V] in grad_dtype).
+    Capped logits lie in (0, CAP), so the softmax needs no pass for its maximum: CAP itself is the shift.
+    """
+    T, V = logits.shape
+    u = torch.sigmoid((logits.float() + CAP_SHIFT) / CAP_WIDTH)  # [T, V]; z = CAP * u
+    e = torch.exp(CAP * u - CAP)
+    total = e.sum(dim=1)  # [T]
+    lse = total.log() + CAP
+    column = torch.arange(V, device=logits.device)
+    loss, hits, mass = torch.zeros_like(lse), 0.0, torch.zeros_like(lse)
+    for k in range(len(weights)):
+        target = F.pad(targets[k:], (0, k), value=-1)  # [T]; -1 matches no column
+        weight = torch.where(target >= 0, weights[k], 0.0)
+        z = CAP * torch.sigmoid((logits.gather(1, target.clamp_min(0)[:, None])[:, 0].float() + CAP_SHIFT) / CAP_WIDTH)
+        loss = loss + weight * (lse - z)
+        mass = mass + weight
+        hits = hits + weight[:, None] * (column == target[:, None])
+    dz = (mass / total)[:, None] * e - hits
+    grad = dz * (CAP / CAP_WIDTH / grad_scale) * u * (1 - u)
+    return loss, grad.to(grad_dtype)
+
+
+def fp8_product(a: Tensor, b: Tensor, scale: Tensor, out: torch.dtype, fast: bool = False) -> Tensor:
+    """scale * (a @ b) for FP8 a [m, k] row-major and b [k, n] column-major, which is what the tensor cores take."""
+    return torch._scaled_mm(a, b, scale_a=scale, scale_b=torch.ones_like(scale), out_dtype=out, use_fast_accum=fast)
+
+
+class HeadLoss(torch.autograd.Function):
+    """sum over positions of softcapped_mtp_loss(x w): head product, loss and gradient without keeping the logits.
+
+    x [T, D], w [D, V], targets [T], weights [k] -> 0-dim fp32. With fp8, the products run as e4m3 x e4m3 forward and
+    e4m3 x e5m2 backward with fixed scales. grad_unit is the size of the gradients' scale: 1/A, as in the weights.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, fp8: bool, grad_unit: float) -> Tensor:
+        if fp8:
+            x8 = (x / X_SCALE).to(torch.float8_e4m3fn)
+            w8 = (w.float() / W_SCALE).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+            logits = fp8_product(x8, w8.T.contiguous().T, x.new_full((), X_SCALE * W_SCALE, dtype=torch.float32),
+                                 torch.bfloat16, fast=True)  # [T, V]
+            grad_scale = GRAD_SCALE * grad_unit
+            loss, grad = softcapped_mtp_loss(logits, targets, weights, torch.float8_e5m2, grad_scale)
+            ctx.save_for_backward(x8, w8, grad)
+            ctx.grad_scale = grad_scale
+        else:
+            loss, grad = softcapped_mtp_loss(x @ w, targets, weights, x.dtype, 1.0)
+            ctx.save_for_backward(x, w, grad)
+        ctx.fp8, ctx.dtypes = fp8, (x.dtype, w.dtype)
+        return loss.sum()
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor):
+        x, w, grad = ctx.saved_tensors
+        if ctx.fp8:
+            s = grad_loss.float() * ctx.grad_scale
+            dx = fp8_product(grad, w.T, s * W_SCALE, ctx.dtypes[0])
+            dw = fp8_product(x.T.contiguous(), grad.T.contiguous().T, s * X_SCALE, torch.float32)
+        else:
+            dx, dw = grad_loss * (grad @ w.T), grad_loss * (x.T @ grad)
+        return dx.to(ctx.dtypes[0]), dw.to(ctx.dtypes[1]), None, None, None, None
+
+
+# Polar Express (Amsel et al., arXiv 2505.16932): a, b, c of X <- a X + (b S + c S^2) X, S = X X^T; 5 iterations,
+# safety 2e-2, cushion 2
+POLAR_COEFFICIENTS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+POLAR_SAFETY = 1.02
+
+
+def polar_express(x: Tensor) -> Tensor:
+    """The orthogonal factor of each matrix in x [K, rows, columns], approximately."""
+    tall = x.size(-2) > x.size(-1)
+    x = x / (POLAR_SAFETY * x.float().norm(dim=(-2, -1), keepdim=True) + 1e-6).to(x.dtype)
+    for a, b, c in POLAR_COEFFICIENTS:
+        s = x.mT @ x if tall else x @ x.mT  # the smaller of the two Gram matrices
+        m = torch.baddbmm(s, s, s, beta=b, alpha=c)
+        x = torch.baddbmm(x, x, m, beta=a) if tall else torch.baddbmm(x, m, x, beta=a)
+    return x
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Attention: attention(q, k, v, cu_seqlens, max_len, window, scale) with interchangeable backends
+# ----------------------------------------------------------------------------------------------------------------------
+
+REFERENCE_BLOCK = 256  # queries at a time, so that the mask stays small
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int,
+                        scale: float) -> Tensor:
+    """Causal attention inside documents with a left window, in plain PyTorch; runs on any device.
+
+    q, k, v [T, h, d]; cu_seqlens int32, document ends from 0 to T, padded with T. A query sees itself and the `window`
+    tokens before it in its document. Returns [T, h, d]. max_len, the longest document, is for other backends.
+    """
+    T = q.size(0)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, h, T, d]
+    position = torch.arange(T, device=q.device)
+    document = torch.searchsorted(cu_seqlens, position.to(cu_seqlens.dtype), right=True)
+    out = []
+    for lo in range(0, T, REFERENCE_BLOCK):
+        query = slice(lo, min(lo + REFERENCE_BLOCK, T))
+        key = slice(max(lo - window, 0), query.stop)
+        back = position[query, None] - position[None, key]
+        seen = (back >= 0) & (back <= window) & (document[query, None] == document[None, key])
+        out.append(F.scaled_dot_product_attention(q[:, :, query], k[:, :, key], v[:, :, key], seen, scale=scale))
+    return torch.cat(out, dim=2)[0].transpose(0, 1)
+
+
+def attention_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int,
+                    scale: float) -> Tensor:
+    """attention_reference by the varlen kernels that torch ships (FlashAttention-2; GPU, bf16)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, scale=scale, window_size=(window, 0))
+
+
+ATTENTION_BACKENDS = {"torch": attention_torch, "reference": attention_reference}
+
+
+def choose_attention(hp: Hyperparameters, device: torch.device) -> str:
+    """The name of the backend to use: the one asked for, or the fastest that works on this device."""
+    if hp.attention != "auto":
+        return hp.attention
+    return "torch" if device.type == "cuda" and hp.dtype == "bfloat16" else "reference"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """One micro-batch of packed documents on one rank."""
+
+    tokens: Tensor  # [T] int32
+    targets: Tensor  # [T] int64
+    bigram_ids: Tensor  # [T] int32
+    cu_seqlens: Tensor  # [documents + 1] int32, padded with T to a fixed length
+
+
+class Geometry(NamedTuple):
+    """What attention needs besides tensors; constants to the compiler, so each stage has its own compiled step."""
+
+    window_short: int
+    window_long: int
+    max_len: int  # no document is longer
+    scale: float  # of the softmax
+
+
+YARN_LOW, YARN_HIGH = 1.0, 32.0  # rotations within the old window: fewer than LOW stretch fully, more than HIGH not
+
+
+def yarn(frequencies: Tensor, scale: float, old: int, new: int) -> tuple[Tensor, float]:
+    """Frequencies and softmax scale after the long window grows from old to new tokens (YaRN, arXiv 2309.00071)."""
+    rotations = old * frequencies / (2 * math.pi)
+    keep = ((rotations - YARN_LOW) / (YARN_HIGH - YARN_LOW)).clamp(0, 1)
+    return frequencies * (old / new + keep * (1 - old / new)), scale * (0.2 * math.log(new / old) + 1)
+
+
+def stage_rotation(hp: Hyperparameters, stage: int) -> tuple[Tensor, float]:
+    """Rotary frequencies [d/4] and softmax scale of a stage: every window growth up to it applied in turn."""
+    frequencies, scale = hp.rope_base ** -torch.linspace(0, 1, hp.head_dim // 4), hp.attn_scale
+    for before, after in zip(STAGES[:stage], STAGES[1 : stage + 1]):
+        frequencies, scale = yarn(frequencies, scale, before.long * hp.block, after.long * hp.block)
+    return frequencies, scale
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of adjacent pairs in the first half of the last dim; the second half carries no position."""
+    half, rest = x.chunk(2, dim=-1)
+    a, b = half.unflatten(-1, (-1, 2)).unbind(-1)  # [..., d/4]
+    return torch.cat([torch.stack([a * cos + b * sin, b * cos - a * sin], dim=-1).flatten(-2), rest], dim=-1)
+
+
+class GPT(nn.Module):
+    """11 layers on one residual stream; all matrices of a kind are stacked in a bank, which the optimizer shards."""
+
+    def __init__(self, hp: Hyperparameters, world: int = 1):
+        super().__init__()
+        self.hp = hp
+        D, V, H, dtype = hp.model_dim, hp.padded_vocab, hp.num_heads, hp.torch_dtype
+        L, attn = len(LAYERS), len(ATTN_INDEX)
+        shapes = {
+            "qk_bank": (round_up(attn * H, world), 2 * hp.head_dim, D),  # per layer: Q, then K, in pairs of heads
+            "vo_bank": (round_up(attn * 2, world), D, D),  # per layer: V, then O
+            "mlp_bank": (round_up((L + 1) * 2, world), hp.mlp_dim, D),  # per layer: up, then down; one layer of padding
+            "scalars": (SCALARS,),
+            "smear_gate": (1, GATE_INPUTS),
+            "skip_gate": (1, GATE_INPUTS),
+            "attn_gate_bank": (attn, H, GATE_INPUTS),
+            "ve_gate_bank": (NUM_VALUE_TABLES, H, GATE_INPUTS),
+            "lm_head": (D, V),
+            "bigram_embed": (hp.bigram_rows, D),
+            "post_lambdas": (L, 2),  # of attention, of the MLP
+            "x0_lambdas": (L,),
+            "bigram_lambdas": (L,),
+            "resid_lambdas": (L, 2),
+            "value_embeds": (NUM_VALUE_TABLES * V, D),
+            "embed": (V, D),
+        }
+        for row in PARAMS:
+            kind = dtype if row.dtype == "model" else torch.float32
+            self.register_parameter(row.name, nn.Parameter(torch.empty(shapes[row.name], dtype=kind)))
+        longest = max(hp.val_chunk, max(stage.batch for stage in STAGES) * hp.batch_unit // SEGMENTS)
+        for name in ("cos", "sin"):  # row p is position p; paired heads use 2T positions
+            table = torch.empty(2 * longest, hp.head_dim // 4, dtype=torch.bfloat16)
+            self.register_buffer(name, table, persistent=False)
+        self.attention = ATTENTION_BACKENDS["reference"]
+        self.stage, self.scale = -1, hp.attn_scale
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Set all weights. Drawn on the CPU from one generator, so a seed means the same weights everywhere."""
+        generator = torch.Generator().manual_seed(seed)
+        hp, D = self.hp, self.hp.model_dim
+        bound = math.sqrt(3) * 0.5 * D**-0.5
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+        for p in self.parameters():
+            p.zero_()
+        self.lm_head.copy_(torch.empty(self.lm_head.shape).normal_(0, 0.005, generator=generator))
+        self.embed.copy_(self.lm_head.T)
+        self.value_embeds.copy_(torch.empty(self.value_embeds.shape).normal_(0, 0.01, generator=generator))
+        attn, layers = len(ATTN_INDEX), len(LAYERS)
+        self.qk_bank[: attn * hp.num_heads].copy_(uniform(attn * hp.num_heads, 2 * hp.head_dim, D))
+        self.vo_bank[: attn * 2].copy_(uniform(attn * 2, D, D))
+        self.mlp_bank[0 : 2 * layers : 2].copy_(uniform(layers, hp.mlp_dim, D))  # up; down starts at zero
+        self.post_lambdas.fill_(1.0)
+        self.resid_lambdas.fill_(math.sqrt(1.1))
+        self.bigram_lambdas.fill_(0.05)
+        self.scalars.copy_(torch.tensor([0.5, 1.0] * layers + [0.0, 0.5, -1.5]))  # (a, b), smear, backout, skip
+        for p in self.parameters():  # in case ranks have processors that draw differently
+            dist.broadcast(p, 0)
+
+    @torch.no_grad()
+    def set_stage(self, stage: int) -> None:
+        """Rebuild the rotary tables when a stage begins."""
+        if stage != self.stage:
+            frequencies, self.scale = stage_rotation(self.hp, stage)
+            angle = torch.outer(torch.arange(len(self.cos)), frequencies)
+            self.cos.copy_(angle.cos())
+            self.sin.copy_(angle.sin())
+            self.stage = stage
+
+    def embed_inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised smeared embeddings x0 [T, D], bigram embeddings [T, D], value embeddings [tables, T, D]."""
+        smear_lambda = self.scalars[2 * len(LAYERS)]
+        e = F.embedding(batch.tokens, self.embed)
+        gate = smear_lambda * torch.sigmoid(F.linear(e[1:, :GATE_INPUTS], self.smear_gate))  # [T-1, 1]
+        x0 = norm(torch.cat([e[:1], e[1:] + gate * e[:-1]]))
+        table = torch.arange(NUM_VALUE_TABLES, device=e.device, dtype=torch.int32)[:, None] * self.hp.padded_vocab
+        # one lookup for all tables: its backward then makes one pass over the gradient, not one a table
+        ve = F.embedding(table + batch.tokens, self.value_embeds)
+        return x0, F.embedding(batch.bigram_ids, self.bigram_embed), ve
+
+    def attend(self, i: int, h: Tensor, qkv: Tensor, o: Tensor, ve: Tensor | None, batch: Batch, g: Geometry) -> Tensor:
+        """Attention of layer i on its normalised input h [T, D], with weights qkv [3D, D] and o [D, D]."""
+        layer, T, H, d = LAYERS[i], h.size(0), self.hp.num_heads, self.hp.head_dim
+        q, k, v = F.linear(h, qkv).view(T, 3 * H, d).chunk(3, dim=1)  # [T, H, d] each
+        q, k = norm(q), norm(k)
+        if layer.paired:  # head 2m turns by position 2t and head 2m+1 by 2t+1
+            cos, sin = (table[: 2 * T].view(T, 1, 2, d // 4) for table in (self.cos, self.sin))
+            q, k = (rotate(x.view(T, H // 2, 2, d), cos, sin) for x in (q, k))
+        else:
+            cos, sin = (table[:T, None] for table in (self.cos, self.sin))  # [T, 1, d/4]
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if layer.key_offset:  # crosses document boundaries; position 0 keeps its own
+            still = k[..., d // 2 :]
+            k = torch.cat([k[..., : d // 2], torch.cat([still[:1], still[:-1]])], dim=-1)
+        if ve is not None:
+            seen = h[:, :GATE_INPUTS]
+            if not layer.paired:
+                seen = torch.cat([h[:, : GATE_INPUTS // 2], ve[:, : GATE_INPUTS // 2]], dim=-1)
+            gate = 2 * torch.sigmoid(F.linear(seen, self.ve_gate_bank[layer.value_table]))  # [T, H]
+            v = v + gate[..., None] * ve.view(T, H, d)
+        # A paired token becomes two, heads 0..H/2-1 and then the rest: the same memory seen as [2T, H/2, d]
+        n = 2 if layer.paired else 1
+        q, k, v = (x.reshape(n * T, H // n, d) for x in (q, k, v))
+        window = g.window_short if layer.window == "short" else g.window_long
+        y = self.attention(q, k, v, batch.cu_seqlens * n, g.max_len * n, window, g.scale).reshape(T, H, d)
+        gate = torch.sigmoid(F.linear(h[:, :GATE_INPUTS], self.attn_gate_bank[ATTN_INDEX[i]]))  # [T, H]
+        return F.linear((y * gate[..., None]).reshape(T, H * d), o)
+
+    def trunk(self, batch: Batch, g: Geometry) -> Tensor:
+        """From tokens to the normalised last hidden state [T, D]."""
+        hp, L, D = self.hp, len(LAYERS), self.hp.model_dim
+        *sa, _, backout_lambda, skip_lambda = self.scalars.unbind()
+        resid, post, x0_lambda, bigram_lambda = (  # flat: [2i] for attention and [2i+1] for the MLP, or [i]
+            p.bfloat16().flatten().unbind()
+            for p in (self.resid_lambdas, self.post_lambdas, self.x0_lambdas, self.bigram_lambdas)
+        )
+        # Unbound once: the backward of an unbind is one stack, that of each indexing a pass over the whole bank
+        attn = len(ATTN_INDEX)
+        qk = self.qk_bank[: attn * hp.num_heads].view(attn, 2 * D, D).unbind()
+        vo = self.vo_bank[: attn * 2].view(attn, 2, D, D).unbind()
+        mlp = self.mlp_bank[: 2 * L].view(L, 2, hp.mlp_dim, D).unbind()
+
+        x0, bigram, ve = self.embed_inputs(batch)
+        ve = ve.unbind()
+        x = x0 + bigram_lambda[0] * bigram
+        after = {}  # layer -> the stream after it, for layers that read it later
+        for i, layer in enumerate(LAYERS):
+            if layer.skip_from is not None:
+                gate = torch.sigmoid(skip_lambda) * 2 * torch.sigmoid(F.linear(x0[:, :GATE_INPUTS], self.skip_gate))
+                x = x + gate * after[layer.skip_from]
+            else:
+                j, table = ATTN_INDEX[i], layer.value_table
+                v, o = vo[j].unbind()
+                # the attention scalars multiply weights, which are smaller than activations
+                qkv, o = sa[2 * i] * torch.cat([qk[j], v]), sa[2 * i + 1] * o
+                h = norm(x if layer.reads is None else after[layer.reads])
+                y = self.attend(i, h, qkv, o, None if table is None else ve[table], batch, g)
+                x = resid[2 * i] * x + post[2 * i] * y + x0_lambda[i] * x0
+                if i > 0:
+                    x = x + bigram_lambda[i] * bigram
+            up, down = mlp[i].unbind()
+            x = resid[2 * i + 1] * x + post[2 * i + 1] * (linear_relu_square(norm(x), up) @ down)
+            after[i] = x
+        return norm(x - backout_lambda * after[BACKOUT_LAYER])
+
+    def forward(self, batch: Batch, g: Geometry, mtp_weights: Tensor, grad_unit: float) -> Tensor:
+        """Training loss, summed over positions; mtp_weights [k] include 1/A, and grad_unit is 1/A."""
+        x = self.trunk(batch, g)
+        return HeadLoss.apply(x, self.lm_head, batch.targets, mtp_weights, self.hp.fp8_head, grad_unit)
+
+    def token_losses(self, batch: Batch, g: Geometry, rows: int = 32_768) -> Tensor:
+        """Validation loss of each position [T]; the head takes `rows` positions at a time to keep logits small."""
+        x = self.trunk(batch, g)
+        parts = zip(x.split(rows), batch.targets.split(rows))
+        return torch.cat([F.cross_entropy(softcap(x @ self.lm_head), t, reduction="none") for x, t in parts])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Optimizer: NorMuon for the banks, Adam for the rest
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def split_bits(p: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 -> its upper 16 bits as bf16 (truncated, not rounded) and its lower 16 bits as int16."""
+    bits = p.view(torch.int32)
+    return (bits >> 16).to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
+
+
+def join_bits(high: Tensor, low: Tensor) -> Tensor:
+    """Inverse of split_bits."""
+    return ((high.view(torch.int16).to(torch.int32) << 16) | (low.to(torch.int32) & 0xFFFF)).view(torch.float32)
+
+
+def normuon_direction(g: Tensor, momentum: Tensor, second: Tensor, mu: Tensor, beta2: Tensor,
+                      dtype: torch.dtype) -> Tensor:
+    """Orthogonalised, row- or column-normalised Nesterov momentum of g [K, rows, columns] (NorMuon, arXiv 2510.05491).
+
+    Updates momentum (shape of g) and second ([K, rows, 1], or [K, 1, columns] of wide matrices) in place. The
+    orthogonalisation runs in dtype; the result is in momentum's dtype.
+    """
+    g = g.to(momentum.dtype)
+    momentum.lerp_(g, 1 - mu)
+    x = polar_express(torch.lerp(g, momentum, mu).to(dtype)).to(momentum.dtype)
+    short = -1 if x.size(-2) >= x.size(-1) else -2
+    mean = x.square().mean(dim=short, keepdim=True)
+    second.lerp_(mean, 1 - beta2)
+    scale = second.clamp_min(1e-10).rsqrt()
+    # the normalisation must not change the Frobenius norm; both norms follow from the means
+    before, after = mean.sum(dim=(-2, -1), keepdim=True), (mean * scale.square()).sum(dim=(-2, -1), keepdim=True)
+    return x * (scale * (before / after.clamp_min(1e-30)).sqrt())
+
+
+def normuon_update(p: Tensor, low: Tensor | None, g: Tensor, momentum: Tensor, second: Tensor, lr_mul: Tensor,
+                   knobs: Tensor) -> None:
+    """One NorMuon step on p [K, rows, columns], in place.
+
+    A bf16 p carries its low mantissa bits in `low` (int16), so that updates are exactly fp32. lr_mul [K, 1, 1];
+    knobs = (lr, decay, mu, beta2). Decay is cautious: only where the update and the weight have the same sign.
+    """
+    lr, decay, mu, beta2 = knobs.unbind()
+    x = normuon_direction(g, momentum, second, mu, beta2, p.dtype)
+    full = p if low is None else join_bits(p, low)
+    lr = lr * lr_mul
+    full = full - lr * decay * torch.where(x * full >= 0, full, 0.0) - lr * x
+    if low is None:
+        p.copy_(full)
+    else:
+        high, bits = split_bits(full)
+        p.copy_(high)
+        low.copy_(bits)
+
+
+def adam_update(params: list[Tensor], grads: list[Tensor], firsts: list[Tensor], seconds: list[Tensor],
+                knobs: list[Tensor]) -> None:
+    """One Adam step on each parameter, in place, with fp32 moments and cautious decay.
+
+    knobs = (lr, decay, beta1, beta2, 1 - beta1^t, 1 - beta2^t, eps, unused) of each parameter, t its updates so far.
+    """
+    for p, g, m, v, knob in zip(params, grads, firsts, seconds, knobs):
+        lr, decay, beta1, beta2, bias1, bias2, eps, _ = knob.unbind()
+        g, old = g.float(), p.float()
+        m.lerp_(g, 1 - beta1)
+        v.lerp_(g.square(), 1 - beta2)
+        update = lr * (m / bias1) / ((v / bias2).sqrt() + eps)
+        p.copy_(old - update - torch.where(update * old > 0, decay * old, 0.0))
+
+
+class NorMuonAdam:
+    """Both optimizers and their communication, in three visible phases (see step).
+
+    PARAMS says how each parameter is treated. A rank keeps state only for its shard; with one rank the shard is all.
+    """
+
+    def __init__(self, model: GPT, hp: Hyperparameters, ranks: Ranks):
+        self.hp, self.ranks = hp, ranks
+        self.params = {row.name: getattr(model, row.name) for row in PARAMS}
+        compiler = compiled if hp.compile else lambda f: f
+        self.normuon_update, self.adam_update = compiler(normuon_update), compiler(adam_update)
+        self.state: dict[str, dict[str, Tensor]] = {}
+        for row in PARAMS:
+            p = self.shard(row)
+            if row.optimizer == "adam":
+                self.state[row.name] = {k: torch.zeros_like(p, dtype=torch.float32) for k in ("first", "second")}
+                continue
+            K, rows, columns = p.shape
+            second = (K, rows, 1) if rows >= columns else (K, 1, columns)
+            state = {"momentum": torch.zeros_like(p, dtype=torch.float32)}
+            state["second"] = torch.zeros(second, device=p.device)
+            if p.dtype == torch.bfloat16:
+                state["low"] = torch.zeros_like(p, dtype=torch.int16)
+            self.state[row.name] = state
+        # wide updates for tall matrices; down projections, the odd ones of the MLP bank, learn twice as fast
+        self.lr_mul = {}
+        for row in (row for row in PARAMS if row.optimizer == "normuon"):
+            K, rows, columns = self.shard(row).shape
+            index = ranks.rank * K + torch.arange(K)
+            down = (index % 2 == 1) & (row.name == "mlp_bank")
+            shape = math.sqrt(max(1, rows / columns))
+            self.lr_mul[row.name] = (shape * torch.where(down, 2.0, 1.0)).to(ranks.device)[:, None, None]
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the state before the first step."""
+        for state in self.state.values():
+            for tensor in state.values():
+                tensor.zero_()
+        for p in self.params.values():
+            p.grad = None
+        self.tied, self.adam_steps = True, 0
+
+    def shard(self, row: Param) -> Tensor:
+        """The part of a parameter that this rank updates, as a view."""
+        p = self.params[row.name].data
+        if row.reduce == "replicate" or self.ranks.world == 1:
+            return p
+        return p.chunk(self.ranks.world)[self.ranks.rank]
+
+    @torch.no_grad()
+    def step(self, plan: Plan) -> None:
+        """Update all parameters from their gradients. Adam's accumulate over the steps in which it rests."""
+        if plan.untie_embed:
+            self.untie()
+        rows = [row for row in PARAMS if self.active(row, plan)]
+        if plan.update_adam and self.tied:
+            self.params["lm_head"].grad += self.params["embed"].grad.T
+        knobs = self.knobs(rows, plan)
+
+        # 1. launch all reductions
+        reducing = {row.name: self.launch_reduction(row) for row in rows}
+
+        # 2. in PARAMS' second order: wait for the gradient, update, launch the gather
+        gathering = []
+        for group in self.update_groups(rows):
+            grads = [self.finish_reduction(*reducing.pop(row.name)) for row in group]
+            self.update(group, grads, knobs)
+            del grads
+            gathering += [self.launch_gather(row) for row in group]
+
+        # 3. wait for the gathers
+        for work in gathering:
+            if work is not None:
+                work.wait()
+        if plan.update_adam and self.tied:
+            self.params["embed"].copy_(self.params["lm_head"].T)
+            self.params["embed"].grad = None
+        for row in rows:
+            self.params[row.name].grad = None
+
+    def active(self, row: Param, plan: Plan) -> bool:
+        return row.optimizer == "normuon" or (plan.update_adam and not (self.tied and row.name == "embed"))
+
+    @staticmethod
+    def update_groups(rows: list[Param]) -> list[list[Param]]:
+        """Rows by turn: the small replicated ones together, every other alone."""
+        small = sorted((row for row in rows if row.reduce == "replicate"), key=lambda row: row.turn)
+        rest = sorted((row for row in rows if row.reduce == "shard"), key=lambda row: row.turn)
+        return [small] * bool(small) + [[row] for row in rest]
+
+    def launch_reduction(self, row: Param) -> tuple[Tensor, dist.Work | None]:
+        """Start averaging a gradient over ranks; returns where this rank's part will be, and what to wait for."""
+        grad = self.params[row.name].grad
+        if self.ranks.world == 1:
+            return grad, None
+        if row.reduce == "replicate":
+            return grad, dist.all_reduce(grad, op=dist.ReduceOp.AVG, async_op=True)
+        part = torch.empty_like(self.shard(row))
+        return part, dist.reduce_scatter_tensor(part, grad, op=dist.ReduceOp.AVG, async_op=True)
+
+    @staticmethod
+    def finish_reduction(grad: Tensor, work: dist.Work | None) -> Tensor:
+        if work is not None:
+            work.wait()
+        return grad
+
+    def launch_gather(self, row: Param) -> dist.Work | None:
+        """Start sending this rank's updated shard to all ranks."""
+        if row.reduce == "replicate" or self.ranks.world == 1:
+            return None
+        return dist.all_gather_into_tensor(self.params[row.name].data, self.shard(row), async_op=True)
+
+    def knobs(self, rows: list[Param], plan: Plan) -> dict[str, Tensor]:
+        """The scalars of each update as one small device tensor a parameter, so that compiled code never changes."""
+        hp, table = self.hp, torch.zeros(len(rows), 8)
+        self.adam_steps += plan.update_adam
+        for row, knob in zip(rows, table):
+            if row.optimizer == "normuon":
+                lr = hp.muon_lr * plan.lr_factor * row.lr_mul
+                decay = hp.muon_wd * hp.muon_lr * plan.lr_factor * row.wd_mul
+                knob[:4] = torch.tensor([lr, decay, plan.muon_momentum, hp.muon_beta2])
+            else:
+                beta1, beta2 = row.betas
+                lr = hp.adam_lr * plan.lr_factor * row.lr_mul
+                bias1, bias2 = (1 - beta**self.adam_steps for beta in row.betas)
+                knob[:7] = torch.tensor([lr, lr**2 * hp.adam_wd * row.wd_mul, beta1, beta2, bias1, bias2, hp.adam_eps])
+        return {row.name: knob for row, knob in zip(rows, to_device(table, self.ranks.device))}
+
+    def update(self, group: list[Param], grads: list[Tensor], knobs: dict[str, Tensor]) -> None:
+        shards, states = [self.shard(row) for row in group], [self.state[row.name] for row in group]
+        if group[0].optimizer == "adam":
+            firsts, seconds = ([state[k] for state in states] for k in ("first", "second"))
+            self.adam_update(shards, grads, firsts, seconds, [knobs[row.name] for row in group])
+        else:
+            (row,), (p,), (g,), (s,) = group, shards, grads, states
+            lr_mul, knob = self.lr_mul[row.name], knobs[row.name][:4]
+            self.normuon_update(p, s.get("low"), g, s["momentum"], s["second"], lr_mul, knob)
+
+    def untie(self) -> None:
+        """From now on embed has a life of its own, beginning with lm_head's moments, transposed and sharded anew."""
+        rows = {row.name: row for row in PARAMS}
+        for key in ("first", "second"):
+            part = self.state["lm_head"][key]
+            whole = part.new_empty(self.params["lm_head"].shape)
+            dist.all_gather_into_tensor(whole, part)
+            mine = whole.T if self.ranks.world == 1 else whole.T.chunk(self.ranks.world)[self.ranks.rank]
+            assert mine.shape == self.shard(rows["embed"]).shape
+            self.state["embed"][key].copy_(mine)
+        self.tied = False
+
+
+def compiled(f: Callable) -> Callable:
+    return torch.compile(f, dynamic=False, fullgraph=True)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device without waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Data
+# ----------------------------------------------------------------------------------------------------------------------
+
+HEADER_INTS, MAGIC, VERSION = 256, 20240520, 1  # a shard: 256 int32 (magic, version, token count, zeros), uint16 tokens
+MAX_DOCS = {16_384: 64, 32_768: 96, 49_152: 128}  # entries of cu_seqlens that fit FineWeb, by tokens of a micro-batch
+QUEUE_STEPS = 2  # batches prepared ahead
+Slice = tuple[int, int]
+
+
+def find_shards(pattern: str, key: str) -> list[str]:
+    files = sorted(glob.glob(pattern))
+    if not files:
+        raise UserError(f"no file matches --{key}={pattern}: run `python data/cached_fineweb10B.py 9` to download "
+                        "FineWeb, or `python data/fineweb.py` to make shards from your own text")
+    return files
+
+
+def read_header(path: str) -> int:
+    """The number of tokens in a shard; raises UserError if its header or size is wrong."""
+    try:
+        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+        size = os.path.getsize(path)
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}; download the shard again") from None
+    again = "delete it and run data/cached_fineweb10B.py again"
+    if len(header) < HEADER_INTS:
+        raise UserError(f"{path}: {size} bytes are too few for a header; {again}")
+    if header[0] != MAGIC:
+        raise UserError(f"{path}: magic number {header[0]} instead of {MAGIC}, so this is no token shard; {again}")
+    if header[1] != VERSION:
+        raise UserError(f"{path}: version {header[1]} instead of {VERSION}; {again}")
+    if size != 4 * HEADER_INTS + 2 * int(header[2]):
+        held = (size - 4 * HEADER_INTS) // 2
+        raise UserError(f"{path}: the header says {header[2]} tokens, the file holds {held}; {again}")
+    return int(header[2])
+
+
+def read_shard(path: str, bos: int, count: int = -1) -> np.ndarray:
+    """The first `count` tokens of a shard, or all, as uint16; raises UserError if anything about the file is wrong."""
+    read_header(path)
+    tokens = np.fromfile(path, dtype="<u2", count=count, offset=4 * HEADER_INTS)
+    if len(tokens) and tokens.max() > bos:
+        where = int(np.argmax(tokens > bos))
+        raise UserError(f"{path}: token {tokens[where]} at position {where} is above {bos}; delete the file and "
+                        "download or make it again")
+    return tokens
+
+
+class Documents:
+    """A shard and where its documents begin and end; tokens before the first BOS belong to none."""
+
+    def __init__(self, path: str, bos: int):
+        self.tokens = read_shard(path, bos)
+        starts = np.flatnonzero(self.tokens == bos)
+        self.starts = starts.tolist()
+        self.ends = [*self.starts[1:], len(self.tokens)]
+
+    def segments(self, first: int, length: int, max_doc: int) -> tuple[list[list[Slice]], int] | None:
+        """SEGMENTS lists of document slices of `length` tokens each, from document number `first` on.
+
+        Documents are cut to max_doc tokens, and the last of a segment to what is missing; what is cut is skipped.
+        Returns the lists and the next document's number, or None if too few documents are left for all of them.
+        """
+        segments, doc = [], first
+        for _ in range(SEGMENTS):
+            slices, missing = [], length
+            while missing:
+                if doc == len(self.starts):
+                    return None
+                start = self.starts[doc]
+                end = min(self.ends[doc], start + max_doc, start + missing)
+                slices.append((start, end))
+                missing -= end - start
+                doc += 1
+            segments.append(slices)
+        return segments, doc
+
+
+def walk(files: list[str], bos: int, plans: Iterable[Plan]) -> Iterator[tuple[Documents, list[list[Slice]]]]:
+    """For each step its documents: the shard, and the slices of each segment. A pure function of files and plans.
+
+    A step never spans shards: when one has too few documents left, what is left of it is dropped. Ends early if the
+    shards run out. The next shard is read in a thread.
+    """
+    plans = list(plans)
+    with ThreadPoolExecutor(1) as reader:
+        coming = deque([reader.submit(Documents, files[0], bos)])
+        at = 0
+        for number in range(len(files)):
+            if number + 1 < len(files) and at < len(plans):
+                coming.append(reader.submit(Documents, files[number + 1], bos))
+            documents, first = coming.popleft().result(), 0
+            while at < len(plans):
+                found = documents.segments(first, plans[at].batch_tokens // SEGMENTS + 1, plans[at].max_doc_len)
+                if found is None:
+                    break
+                segments, first = found
+                yield documents, segments
+                at += 1
+            if at == len(plans):
+                return
+
+
+def bigram_ids(tokens: np.ndarray, rows: int) -> np.ndarray:
+    """Row of the bigram table for each token and the one before it: a hash in wrapping int32 arithmetic.
+
+    Position 0 has the last row to itself, and in the hash of position 1 that row's number stands for its token.
+    """
+    tokens = tokens.astype(np.int32)
+    tokens[0] = rows - 1
+    ids = np.empty_like(tokens)
+    ids[0] = rows - 1
+    np.mod(np.int32(36313) * tokens[1:] ^ np.int32(27191) * tokens[:-1], np.int32(rows - 1), out=ids[1:])
+    return ids
+
+
+def max_docs(T: int) -> int:
+    """Fixed length of cu_seqlens for T tokens."""
+    return MAX_DOCS.get(T) or max(128, round_up(T // 300, 128))
+
+
+class Packer:
+    """Turns n+1 tokens and the ends of their documents into a Batch, with one warning if documents are many."""
+
+    def __init__(self, hp: Hyperparameters, ranks: Ranks):
+        self.rows, self.pin, self.rank, self.warned = hp.bigram_rows, ranks.device.type == "cuda", ranks.rank, False
+
+    def __call__(self, tokens: np.ndarray, ends: np.ndarray) -> Batch:
+        n = len(tokens) - 1
+        entries = max_docs(n)
+        if len(ends) + 1 > entries:
+            if not self.warned and self.rank == 0:
+                print(f"warning: {len(ends)} documents in {n} tokens exceed the {entries - 1} expected: the step is "
+                      "compiled once more for a longer list", file=sys.stderr)
+            self.warned = True
+            entries = round_up(len(ends) + 1, 128)
+        cu_seqlens = np.full(entries, n, dtype=np.int32)
+        cu_seqlens[0] = 0
+        cu_seqlens[1 : len(ends) + 1] = np.minimum(ends, n)
+        inputs, targets = tokens[:-1].astype(np.int32), tokens[1:].astype(np.int64)
+        tensors = (torch.from_numpy(a) for a in (inputs, targets, bigram_ids(inputs, self.rows), cu_seqlens))
+        return Batch(*(t.pin_memory() if self.pin else t for t in tensors))
+
+
+class TrainLoader:
+    """Iterates over the steps in `steps`; each item is this rank's list of A batches, prepared in a thread."""
+
+    def __init__(self, hp: Hyperparameters, ranks: Ranks, steps: Iterable[int]):
+        self.files = find_shards(hp.train_files, "train_files")
+        self.plans = [plan(step, hp) for step in steps]
+        self.hp, self.ranks, self.pack = hp, ranks, Packer(hp, ranks)
+        self.queue: queue.Queue = queue.Queue(QUEUE_STEPS)
+        self.stopped = threading.Event()
+        threading.Thread(target=self.work, daemon=True).start()
+
+    def batches(self) -> Iterator[list[Batch]]:
+        R, rank = self.ranks.world, self.ranks.rank
+        for documents, segments in walk(self.files, self.hp.bos, self.plans):
+            step = []
+            for slices in segments[rank::R]:
+                tokens = np.concatenate([documents.tokens[a:b] for a, b in slices])
+                step.append(self.pack(tokens, np.cumsum([b - a for a, b in slices])))
+            yield step
+
+    def work(self) -> None:
+        try:
+            if self.ranks.device.type == "cuda":  # pinning in a new thread would open a context on GPU 0
+                torch.cuda.set_device(self.ranks.device)
+            for item in self.batches():
+                self.put(item)
+            self.put(UserError("the train shards ran out before the schedule"))
+        except BaseException as e:  # handed to the training loop, which raises it
+            self.put(e)
+
+    def put(self, item) -> None:
+        while not self.stopped.is_set():
+            try:
+                return self.queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def __next__(self) -> list[Batch]:
+        item = self.queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return [Batch(*(t.to(self.ranks.device, non_blocking=True) for t in batch)) for batch in item]
+
+    def close(self) -> None:
+        self.stopped.set()
+
+
+def read_val_tokens(hp: Hyperparameters) -> np.ndarray:
+    """The val_tokens inputs and, one further on, targets of validation."""
+    path = find_shards(hp.val_files, "val_files")[0]
+    tokens = read_shard(path, hp.bos, hp.val_tokens + 1)
+    if len(tokens) <= hp.val_tokens:
+        raise UserError(f"{path}: {len(tokens)} tokens, but validation needs {hp.val_tokens + 1}; lower --val_tokens")
+    return tokens
+
+
+def val_batches(hp: Hyperparameters, ranks: Ranks, tokens: np.ndarray) -> Iterator[Batch]:
+    """This rank's chunks of the val stream: in order, neither cut nor aligned to documents."""
+    pack = Packer(hp, ranks)
+    for start in range(ranks.rank * hp.val_chunk, hp.val_tokens, ranks.world * hp.val_chunk):
+        chunk = tokens[start : start + hp.val_chunk + 1]
+        starts = np.flatnonzero(chunk[:-1] == hp.bos)
+        batch = pack(chunk, np.append(starts[starts > 0], hp.val_chunk))
+        yield Batch(*(t.to(ranks.device, non_blocking=True) for t in batch))
+
+
+def longest_document(tokens: np.ndarray, hp: Hyperparameters) -> int:
+    """A power of two that no document of the val stream exceeds: one value for all chunks, so one compiled graph."""
+    edges = np.concatenate([[0], np.flatnonzero(tokens == hp.bos), [len(tokens)]])
+    return min(hp.val_chunk, 2 ** math.ceil(math.log2(np.diff(edges).max())))
+
+
+def check_data(hp: Hyperparameters) -> None:
+    """Walk the whole schedule over the shards without training; raises UserError for whatever would stop a run."""
+    read_val_tokens(hp)
+    files = find_shards(hp.train_files, "train_files")
+    sizes = [read_header(path) for path in files]
+    plans = [plan(step, hp) for step in range(hp.num_steps)]
+    done = sum(1 for _ in walk(files, hp.bos, plans))
+    if done < len(plans):
+        used, missing = (sum(p.batch_tokens for p in part) for part in (plans[:done], plans[done:]))
+        # what a shard yields after cuts, or all of it if none lasted a step
+        shards = math.ceil(missing / ((used or sum(sizes)) / len(files)))
+        raise UserError(f"--train_files={hp.train_files}: {len(files)} shards last {done} of {len(plans)} steps; add "
+                        f"about {shards} more of this size, or lower --num_scheduled_iterations")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. The run
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def train_step(model: GPT, loss_of: Callable, optimizer: NorMuonAdam, batches: list[Batch], p: Plan) -> Tensor:
+    """One optimizer step; returns this rank's loss a token, weighted over the predicted tokens, as a device tensor."""
+    model.set_stage(p.stage)
+    A = len(batches)
+    geometry = Geometry(p.window_short, p.window_long, p.max_doc_len, model.scale)
+    weights = to_device(torch.tensor(p.mtp_weights) / A, optimizer.ranks.device)
+    total = 0.0
+    for batch in batches:
+        loss = loss_of(batch, geometry, weights, 1 / A)
+        loss.backward()
+        total = total + loss.detach()
+    optimizer.step(p)
+    return total / (len(batches[0].tokens) * sum(p.mtp_weights))
+
+
+@torch.no_grad()
+def evaluate(hp: Hyperparameters, ranks: Ranks, model: GPT, losses_of: Callable, tokens: np.ndarray, p: Plan,
+             last: bool, limit: int | None = None) -> float:
+    """Mean loss over the val stream, or over this rank's first `limit` chunks, with the windows of plan p.
+
+    The last validation of a run widens the long window, without a change of the rotary frequencies.
+    """
+    model.set_stage(p.stage)
+    long = hp.final_val_window * hp.block if last else p.window_long
+    geometry = Geometry(p.window_short, long, longest_document(tokens, hp), model.scale)
+    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, count
+    for number, batch in enumerate(val_batches(hp, ranks, tokens)):
+        if number == limit:
+            break
+        losses = losses_of(batch, geometry)
+        total += torch.stack([losses.double().sum(), total.new_tensor(len(losses))])
+    dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
+def warmup_steps(hp: Hyperparameters) -> list[int]:
+    """The first two steps of each stage: one with Adam, one without, and every shape that training will meet."""
+    bounds = stage_bounds(hp)
+    return [step for first, end in zip(bounds, bounds[1:]) for step in range(first, min(first + 2, end))]
+
+
+def warmup(hp: Hyperparameters, ranks: Ranks, model: GPT, loss_of: Callable, losses_of: Callable,
+           optimizer: NorMuonAdam, val_tokens: np.ndarray, log: Log) -> None:
+    """Compile everything by real steps on real batches, then put weights and optimizer back to their beginning."""
+    steps = warmup_steps(hp)
+    loader = TrainLoader(hp, ranks, steps)
+    started = time.perf_counter()
+    for step in steps:
+        p = plan(step, hp)
+        train_step(model, loss_of, optimizer, next(loader), p)
+        if step in stage_bounds(hp):
+            evaluate(hp, ranks, model, losses_of, val_tokens, p, last=False, limit=1)
+        log(f"warm-up: step {step} after {time.perf_counter() - started:.0f} s")
+    evaluate(hp, ranks, model, losses_of, val_tokens, p, last=True, limit=1)
+    loader.close()
+    model.initialize(hp.seed)
+    optimizer.reset()
+
+
+class Clock:
+    """Training time in ms; synchronises the device when it starts and stops, so that only training is counted."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.before, self.started = device, 0.0, None
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        dist.barrier()
+
+    def start(self) -> None:
+        self.synchronize()
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        self.synchronize()
+        self.before, self.started = self.ms(), None
+
+    def ms(self) -> float:
+        return self.before + (1000 * (time.perf_counter() - self.started) if self.started else 0.0)
+
+
+def train(hp: Hyperparameters, ranks: Ranks, log: Log) -> None:
+    """The whole run: set up, warm up, train, validate."""
+    backend = choose_attention(hp, ranks.device)
+    log_environment(log, hp, ranks, backend)
+    val_tokens = read_val_tokens(hp)
+    torch.set_float32_matmul_precision("highest")
+    with torch.device(ranks.device):
+        model = GPT(hp, ranks.world)
+    check_tables(model)
+    model.attention = ATTENTION_BACKENDS[backend]
+    model.initialize(hp.seed)
+    optimizer = NorMuonAdam(model, hp, ranks)
+    loss_of, losses_of = (compiled(f) if hp.compile else f for f in (model.forward, model.token_losses))
+    if hp.compile:
+        warmup(hp, ranks, model, loss_of, losses_of, optimizer, val_tokens, log)
+
+    N, clock, recent, pending = hp.num_steps, Clock(ranks.device), 0.0, deque()
+    loader = TrainLoader(hp, ranks, range(N))
+    clock.start()
+    for step in range(N + 1):
+        last, p = step == N, plan(min(step, N - 1), hp)
+        if last or (hp.val_every and step % hp.val_every == 0):
+            clock.stop()
+            while pending:
+                recent = report(log, clock, N, *pending.popleft(), recent)
+            val_loss = evaluate(hp, ranks, model, losses_of, val_tokens, p, last)
+            average = clock.ms() / max(step, 1)
+            log(f"step:{step}/{N} val_loss:{val_loss:.4f} train_time:{clock.ms():.0f}ms step_avg:{average:.2f}ms")
+            if last:
+                break
+            clock.start()
+        loss = train_step(model, loss_of, optimizer, next(loader), p)
+        # The loss is read a step late, so that the device always has the next step's work queued
+        pending.append((step + 1, loss, p.batch_tokens))
+        if len(pending) > 1:
+            recent = report(log, clock, N, *pending.popleft(), recent)
+    loader.close()
+    log(f"final: val_loss {val_loss:.4f} after {N} steps, {clock.ms() / 1000:.1f} s of training on {ranks.world} x "
+        f"{torch.cuda.get_device_name() if ranks.device.type == 'cuda' else 'CPU'}")
+    if ranks.device.type == "cuda":
+        log(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB "
+            f"reserved: {torch.cuda.max_memory_reserved() // 2**20} MiB")
+
+
+def report(log: Log, clock: Clock, N: int, step: int, loss: Tensor, tokens: int, before: float) -> float:
+    """Log a finished step; returns the training time in ms, which the next call takes as `before`."""
+    loss, ms = loss.item(), clock.ms()
+    rate = tokens / max(ms - before, 1e-3) * 1000
+    log.step(f"step:{step}/{N} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms", step,
+             loss=f"{loss:.3f}", tok_s=f"{rate:,.0f}")
+    return ms
+
+
+def main() -> None:
+    # PyTorch 2.13 renames two collectives; the old names work in all versions that this script supports
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor")
+    try:
+        hp, args = parse_args(sys.argv[1:])
+        if args.plan:
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --plan | head
+            print("\n".join(plan_csv(hp)))
+            return
+        if args.check:
+            return check_data(hp)
+        ranks = setup_ranks(hp)
+        on_every_rank(lambda: check_data(hp))
+        log = None
+
+        def open_log() -> None:
+            nonlocal log
+            log = Log(hp, ranks)
+
+        on_every_rank(open_log)
+        train(hp, ranks, log)
+        log.close()
+        dist.destroy_process_group()
+    except UserError as e:  # the same on every rank: told once a machine
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
