@@ -154,7 +154,8 @@ def test_loader(make_shard, world):
     """The slices that ranks take, step by step, whatever the number of ranks."""
     bos, per_shard = 50256, {}
     files = [make_shard(f"train_{i}.bin", PARTS[f"loader/shard{i}"]) for i in (1, 2)]
-    plans = [t.plan(0, t.Hyperparameters())._replace(batch_tokens=n, max_doc_len=m) for n, m in [(4096, 96)] * 3 + [(8192, 256)] * 2]
+    shapes = [(4096, 96)] * 3 + [(8192, 256)] * 2
+    plans = [t.plan(0, t.Hyperparameters())._replace(batch_tokens=n, max_doc_len=m) for n, m in shapes]
     ours = []
     for step, (documents, segments) in enumerate(t.walk(files, bos, plans)):
         shard = per_shard.setdefault(id(documents), len(per_shard) + 1)
