@@ -18,7 +18,7 @@ Dimension letters, used in shape comments:
 
 Map of the file; a token's way is 8 -> 6 (with 5 and 4 inside) -> 7:
     1 this text          2 configuration: Hyperparameters, LAYERS, STAGES and plan(), PARAMS
-    3 errors, command line, ranks, log          4 kernels, each as plain PyTorch          5 attention
+    3 errors, command line, ranks, log          4 kernels, each with its reference        5 attention
     6 model              7 optimizer            8 data          9 train_step, evaluate, warmup, main
 """
 
@@ -40,6 +40,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -47,7 +48,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.library import custom_op
 from tqdm import tqdm
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    jit = triton.jit
+except ImportError:  # CPU builds of PyTorch come without Triton; the references serve
+    triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda f: f
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Configuration: every tuned number of the run is in this part
@@ -103,6 +114,7 @@ class Hyperparameters:
     fp8_head: bool = True  # the training head's products in FP8
     compile: bool = True  # torch.compile; plain eager PyTorch if false
     attention: str = "auto"  # auto or a key of ATTENTION_BACKENDS
+    kernels: str = "auto"  # triton, reference (plain PyTorch), or auto: Triton's where they can run
     device: str = "auto"  # auto, cuda or cpu
     log_dir: str = "logs"
     run_id: str = ""  # name of the log file; empty: date and time
@@ -359,6 +371,7 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
     require(hp.device in ("auto", "cuda", "cpu"), f"--device={hp.device}: use auto, cuda or cpu")
     require(hp.attention in ("auto", *ATTENTION_BACKENDS),
             f"--attention={hp.attention}: use auto, {' or '.join(ATTENTION_BACKENDS)}")
+    require(hp.kernels in ("auto", "triton", "reference"), f"--kernels={hp.kernels}: use auto, triton or reference")
     require(hp.batch_unit % SEGMENTS == 0 and hp.batch_unit // SEGMENTS >= MTP_MAX,
             f"--batch_unit={hp.batch_unit} must be a multiple of {SEGMENTS}, and at least {MTP_MAX * SEGMENTS}")
     require(hp.model_dim == hp.num_heads * hp.head_dim, "--model_dim must equal num_heads * head_dim")
@@ -465,7 +478,7 @@ class Log:
             self.file = None
 
 
-def log_environment(log: Log, hp: Hyperparameters, ranks: Ranks, attention: str) -> None:
+def log_environment(log: Log, hp: Hyperparameters, ranks: Ranks, attention: str, fast: bool) -> None:
     try:
         smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
@@ -473,12 +486,31 @@ def log_environment(log: Log, hp: Hyperparameters, ranks: Ranks, attention: str)
     log(f"Python {sys.version}\nPyTorch {torch.__version__} CUDA {torch.version.cuda}, {ranks.world} ranks", show=False)
     log(f"{smi}\n{'=' * 100}", show=False)
     log("\n".join(f"{f.name} = {getattr(hp, f.name)!r}" for f in fields(hp)), show=False)
-    log(f"attention backend = {attention}\n{'=' * 100}", show=False)
+    log(f"attention backend = {attention}\nTriton kernels = {fast}\n{'=' * 100}", show=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. Kernels
+# 4. Kernels: each Triton kernel has its plain PyTorch reference, of the same signature, directly above it
 # ----------------------------------------------------------------------------------------------------------------------
+# Where a function takes `fast`, true means the Triton kernel (bf16 on a Hopper or newer GPU) and false the reference.
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device is an NVIDIA GPU of the Hopper generation or newer."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def multiprocessors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2  # 2: the interpreter
+
+
+def choose_kernels(hp: Hyperparameters, device: torch.device) -> bool:
+    """Whether to run the Triton kernels."""
+    usable = triton is not None and is_hopper(device) and hp.dtype == "bfloat16"
+    if hp.kernels == "triton" and not usable:
+        raise UserError("--kernels=triton needs Triton, bfloat16 and a Hopper or newer GPU; use --kernels=auto")
+    return usable and hp.kernels != "reference"
+
 
 FP32_EPS = 1.19e-7  # of float32, also where activations are bf16
 # Logits are capped smoothly to (0, CAP): z = CAP * sigmoid((logit + CAP_SHIFT) / CAP_WIDTH)
@@ -486,6 +518,7 @@ CAP, CAP_SHIFT, CAP_WIDTH = 23.0, 5.0, 7.5
 # FP8 scales of the head, tuned: what a step of the number format's grid stands for
 FP8_MAX = 448.0  # largest e4m3 number
 X_SCALE, W_SCALE, GRAD_SCALE = 100 / FP8_MAX, 1.6 / FP8_MAX, 0.75 / FP8_MAX
+LOG2_E = math.log2(math.e)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -497,13 +530,249 @@ def softcap(logits: Tensor) -> Tensor:
     return CAP * torch.sigmoid((logits.float() + CAP_SHIFT) / CAP_WIDTH)
 
 
-def linear_relu_square(x: Tensor, w: Tensor) -> Tensor:
-    """relu(x w^T)^2 for x [T, D], w [F, D] (So et al., Primer, arXiv 2109.08668)."""
-    return F.relu(F.linear(x, w)).square()
+# --- MLP: relu(x up^T)^2 down (So et al., Primer, arXiv 2109.08668)
 
 
-def softcapped_mtp_loss(logits: Tensor, targets: Tensor, weights: Tensor, grad_dtype: torch.dtype,
-                        grad_scale: float) -> tuple[Tensor, Tensor]:
+def mlp_reference(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.relu(F.linear(x, up)).square() @ down
+
+
+def relu_square_product_reference(a: Tensor, w: Tensor, h: Tensor | None) -> Tensor:
+    """relu(a w^T)^2 for a [T, D], w [F, D]; given such h [T, F], 2 sqrt(h) (a w^T): the gradient before the square."""
+    return F.relu(a @ w.mT).square() if h is None else 2 * h.sqrt() * (a @ w.mT)
+
+
+@jit
+def store_relu_square(acc, h, out, m, n, BACKWARD: tl.constexpr):
+    if BACKWARD:
+        acc = 2.0 * tl.sqrt(h.load([m, n]).to(tl.float32)) * acc
+    else:
+        acc = tl.maximum(acc, 0.0)
+        acc = acc * acc
+    out.store([m, n], acc.to(out.dtype))
+
+
+@jit
+def relu_square_kernel(a, w, h, out, T, F, D, PROGRAMS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_T: tl.constexpr,
+                       BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Persistent over the tiles of [T, F]; all operands are tensor descriptors, which also handle the edges."""
+    tiles_f = tl.cdiv(F, BLOCK_F)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(T, BLOCK_T) * tiles_f, PROGRAMS, flatten=True):
+        m, n = tile // tiles_f * BLOCK_T, tile % tiles_f * BLOCK_F
+        acc = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
+        for k in range(0, D, BLOCK_D):
+            acc = tl.dot(a.load([m, k]), w.load([n, k]).T, acc)
+        # in halves: their way through shared memory needs only half of it
+        left, right = acc.reshape(BLOCK_T, 2, BLOCK_F // 2).permute(0, 2, 1).split()
+        store_relu_square(left, h, out, m, n, BACKWARD)
+        store_relu_square(right, h, out, m, n + BLOCK_F // 2, BACKWARD)
+
+
+@custom_op("speedrun::relu_square_product", mutates_args=())
+def relu_square_product(a: Tensor, w: Tensor, h: Tensor | None) -> Tensor:
+    a, w, (T, D), wide = a.contiguous(), w.contiguous(), a.shape, w.size(0)
+    # Best of a sweep on H200 at T = 49,152: the tiles of h take the shared memory of one pipeline stage
+    block_t, block_f, block_d, stages = (128, 256, 64, 4) if h is None else (256, 128, 64, 3)
+    out, half = a.new_empty(T, wide), [block_t, block_f // 2]
+    programs = min(multiprocessors(a), triton.cdiv(T, block_t) * triton.cdiv(wide, block_f))
+    relu_square_kernel[(programs,)](
+        TensorDescriptor.from_tensor(a, [block_t, block_d]), TensorDescriptor.from_tensor(w, [block_f, block_d]),
+        TensorDescriptor.from_tensor(out if h is None else h, half), TensorDescriptor.from_tensor(out, half),
+        T, wide, D, programs, h is not None, block_t, block_f, block_d, num_warps=8, num_stages=stages)
+    return out
+
+
+relu_square_product.register_fake(lambda a, w, h: a.new_empty(a.size(0), w.size(0)))
+
+
+class ReluSquareMLP(torch.autograd.Function):
+    """mlp_reference by fused products; keeps the hidden layer h [T, F], whose root is the derivative of the square."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        h = relu_square_product(x, up, None)
+        ctx.save_for_backward(x, up, down, h)
+        return h @ down
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, up, down, h = ctx.saved_tensors
+        dpre = relu_square_product(dy, down, h)  # [T, F]
+        return dpre @ up, dpre.mT @ x, h.mT @ dy
+
+
+# --- What attention reads: QK norm, rotary embedding, key offset, value-embedding mix
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of adjacent pairs in the first half of the last dim; the second half carries no position."""
+    half, rest = x.chunk(2, dim=-1)
+    a, b = half.unflatten(-1, (-1, 2)).unbind(-1)  # [..., d/4]
+    return torch.cat([torch.stack([a * cos + b * sin, b * cos - a * sin], dim=-1).flatten(-2), rest], dim=-1)
+
+
+def attention_inputs_reference(qkv: Tensor, ve: Tensor | None, gate: Tensor | None, cos: Tensor, sin: Tensor,
+                               paired: bool, key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [T, H, d] from the projection qkv [T, 3, H, d].
+
+    q and k are normalised and rotated by cos, sin [positions, d/4]: by position t, or on paired layers head 2m by 2t
+    and head 2m+1 by 2t+1. key_offset moves the un-rotated half of each key one position ahead, across documents;
+    position 0 keeps its own. v gains gate [T, H] times the value embedding ve [T, H * d], if there is one.
+    """
+    T, _, H, d = qkv.shape
+    q, k, v = qkv.unbind(1)
+    q, k = norm(q), norm(k)
+    if paired:
+        cos, sin = (table[: 2 * T].view(T, 1, 2, d // 4) for table in (cos, sin))
+        q, k = (rotate(x.reshape(T, H // 2, 2, d), cos, sin).view(T, H, d) for x in (q, k))
+    else:
+        q, k = (rotate(x, cos[:T, None], sin[:T, None]) for x in (q, k))
+    if key_offset:
+        still = k[..., d // 2 :]
+        k = torch.cat([k[..., : d // 2], torch.cat([still[:1], still[:-1]])], dim=-1)
+    return q, k, v if ve is None else v + gate[..., None] * ve.view(T, H, d)
+
+
+@jit
+def position_angles(cos, sin, rows, head, inside, D: tl.constexpr, PAIRED: tl.constexpr):
+    position = 2 * rows + head % 2 if PAIRED else rows
+    at = position[:, None] * (D // 4) + tl.arange(0, D // 4)[None, :]
+    mask = inside[:, None]
+    return tl.load(cos + at, mask=mask, other=0.0).to(tl.float32), tl.load(sin + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
+def attention_inputs_kernel(qkv, ve, gate, cos, sin, q, k, v, T, EPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+                            PAIRED: tl.constexpr, OFFSET: tl.constexpr, MIX: tl.constexpr, ROWS: tl.constexpr):
+    """One program: ROWS tokens of one head, whose width is D here."""
+    head, rows = tl.program_id(0), tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside, half = rows < T, tl.arange(0, D // 2)[None, :]
+    mask = inside[:, None]
+    c, s = position_angles(cos, sin, rows, head, inside, D, PAIRED)
+    to = rows[:, None] * (H * D) + head * D + half
+    for part in tl.static_range(2):  # q, k
+        x = qkv + rows[:, None] * (3 * H * D) + (part * H + head) * D + half
+        front = tl.load(x, mask=mask, other=0.0).to(tl.float32)
+        back = tl.load(x + D // 2, mask=mask, other=0.0).to(tl.float32)
+        r = tl.rsqrt((tl.sum(front * front, 1) + tl.sum(back * back, 1)) / D + EPS)[:, None]
+        a, b = tl.split((front * r).reshape(ROWS, D // 4, 2))
+        front = tl.join(a * c + b * s, b * c - a * s).reshape(ROWS, D // 2)
+        out = q if part == 0 else k
+        tl.store(out + to, front.to(out.dtype.element_ty), mask=mask)
+        back = (back * r).to(out.dtype.element_ty)
+        if part == 1 and OFFSET:
+            tl.store(out + to + H * D + D // 2, back, mask=(rows + 1 < T)[:, None])
+            tl.store(out + to + D // 2, back, mask=(rows == 0)[:, None])
+        else:
+            tl.store(out + to + D // 2, back, mask=mask)
+    wide = tl.arange(0, D)[None, :]
+    value = tl.load(qkv + rows[:, None] * (3 * H * D) + (2 * H + head) * D + wide, mask=mask, other=0.0)
+    to = rows[:, None] * (H * D) + head * D + wide
+    if MIX:
+        g = tl.load(gate + rows * H + head, mask=inside, other=0.0).to(tl.float32)[:, None]
+        value = value.to(tl.float32) + g * tl.load(ve + to, mask=mask, other=0.0).to(tl.float32)
+    tl.store(v + to, value.to(v.dtype.element_ty), mask=mask)
+
+
+@jit
+def attention_inputs_backward_kernel(qkv, ve, gate, cos, sin, dq, dk, dv, dqkv, dve, dgate, T, EPS: tl.constexpr,
+                                     H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, OFFSET: tl.constexpr,
+                                     MIX: tl.constexpr, ROWS: tl.constexpr):
+    head, rows = tl.program_id(0), tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside, half = rows < T, tl.arange(0, D // 2)[None, :]
+    mask = inside[:, None]
+    c, s = position_angles(cos, sin, rows, head, inside, D, PAIRED)
+    at = rows[:, None] * (H * D) + head * D + half
+    for part in tl.static_range(2):  # q, k
+        here = rows[:, None] * (3 * H * D) + (part * H + head) * D + half
+        front = tl.load(qkv + here, mask=mask, other=0.0).to(tl.float32)
+        back = tl.load(qkv + here + D // 2, mask=mask, other=0.0).to(tl.float32)
+        r = tl.rsqrt((tl.sum(front * front, 1) + tl.sum(back * back, 1)) / D + EPS)[:, None]
+        grad = dq if part == 0 else dk
+        a, b = tl.split(tl.load(grad + at, mask=mask, other=0.0).to(tl.float32).reshape(ROWS, D // 4, 2))
+        dfront = tl.join(a * c - b * s, a * s + b * c).reshape(ROWS, D // 2)
+        if part == 1 and OFFSET:  # this token's half went to the next token; token 0's to both
+            dback = tl.load(grad + at + H * D + D // 2, mask=(rows + 1 < T)[:, None], other=0.0).to(tl.float32)
+            dback += tl.load(grad + at + D // 2, mask=(rows == 0)[:, None], other=0.0).to(tl.float32)
+        else:
+            dback = tl.load(grad + at + D // 2, mask=mask, other=0.0).to(tl.float32)
+        # y = r x: dx = r (dy - y mean(dy y))
+        front, back = front * r, back * r
+        mean = ((tl.sum(dfront * front, 1) + tl.sum(dback * back, 1)) / D)[:, None]
+        tl.store(dqkv + here, (r * (dfront - front * mean)).to(dqkv.dtype.element_ty), mask=mask)
+        tl.store(dqkv + here + D // 2, (r * (dback - back * mean)).to(dqkv.dtype.element_ty), mask=mask)
+    wide = tl.arange(0, D)[None, :]
+    at = rows[:, None] * (H * D) + head * D + wide
+    dvalue = tl.load(dv + at, mask=mask, other=0.0)
+    tl.store(dqkv + rows[:, None] * (3 * H * D) + (2 * H + head) * D + wide, dvalue, mask=mask)
+    if MIX:
+        g = tl.load(gate + rows * H + head, mask=inside, other=0.0).to(tl.float32)[:, None]
+        embedded = tl.load(ve + at, mask=mask, other=0.0).to(tl.float32)
+        dvalue = dvalue.to(tl.float32)
+        tl.store(dve + at, (g * dvalue).to(dve.dtype.element_ty), mask=mask)
+        tl.store(dgate + rows * H + head, tl.sum(embedded * dvalue, 1).to(dgate.dtype.element_ty), mask=inside)
+
+
+ATTENTION_INPUT_ROWS = 16  # tokens of one program
+
+
+@custom_op("speedrun::attention_inputs", mutates_args=())
+def attention_inputs_forward(qkv: Tensor, ve: Tensor | None, gate: Tensor | None, cos: Tensor, sin: Tensor,
+                             paired: bool, key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
+    T, _, H, d = qkv.shape
+    q, k, v = (qkv.new_empty(T, H, d) for _ in range(3))
+    attention_inputs_kernel[(H, triton.cdiv(T, ATTENTION_INPUT_ROWS))](
+        qkv, ve, gate, cos, sin, q, k, v, T, FP32_EPS, H, d, paired, key_offset, ve is not None, ATTENTION_INPUT_ROWS)
+    return q, k, v
+
+
+@custom_op("speedrun::attention_inputs_backward", mutates_args=())
+def attention_inputs_backward(qkv: Tensor, ve: Tensor | None, gate: Tensor | None, cos: Tensor, sin: Tensor, dq: Tensor,
+                              dk: Tensor, dv: Tensor, paired: bool,
+                              key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of qkv, ve and gate; the last two are empty without a value embedding."""
+    (T, _, H, d), mix = qkv.shape, ve is not None
+    dqkv, dve, dgate = torch.empty_like(qkv), qkv.new_empty(T if mix else 0, H * d), qkv.new_empty(T if mix else 0, H)
+    dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
+    attention_inputs_backward_kernel[(H, triton.cdiv(T, ATTENTION_INPUT_ROWS))](
+        qkv, ve, gate, cos, sin, dq, dk, dv, dqkv, dve, dgate, T, FP32_EPS, H, d, paired, key_offset, mix,
+        ATTENTION_INPUT_ROWS)
+    return dqkv, dve, dgate
+
+
+@attention_inputs_forward.register_fake
+def _(qkv, ve, gate, cos, sin, paired, key_offset):
+    return tuple(qkv.new_empty(qkv.size(0), *qkv.shape[2:]) for _ in range(3))
+
+
+@attention_inputs_backward.register_fake
+def _(qkv, ve, gate, cos, sin, dq, dk, dv, paired, key_offset):
+    T, _, H, d = qkv.shape
+    rows = T if ve is not None else 0
+    return torch.empty_like(qkv), qkv.new_empty(rows, H * d), qkv.new_empty(rows, H)
+
+
+class AttentionInputs(torch.autograd.Function):
+    """attention_inputs_reference, forward and backward in one kernel each."""
+
+    @staticmethod
+    def forward(ctx, qkv, ve, gate, cos, sin, paired, key_offset):
+        ctx.save_for_backward(qkv, ve, gate, cos, sin)
+        ctx.options = paired, key_offset
+        return attention_inputs_forward(qkv, ve, gate, cos, sin, paired, key_offset)
+
+    @staticmethod
+    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
+        qkv, ve, *rest = ctx.saved_tensors
+        dqkv, dve, dgate = attention_inputs_backward(qkv, ve, *rest, dq, dk, dv, *ctx.options)
+        return (dqkv, *((dve, dgate) if ve is not None else (None, None)), None, None, None, None)
+
+
+# --- Loss of the head
+
+
+def softcapped_mtp_loss_reference(logits: Tensor, targets: Tensor, weights: Tensor, grad_dtype: torch.dtype,
+                                  grad_scale: float) -> tuple[Tensor, Tensor]:
     """Multi-token cross entropy on soft-capped logits, and its gradient.
 
     logits [T, V]; targets [T]; weights [k]: position i predicts targets[i], targets[i+1] .. targets[i+k-1] with these
@@ -520,7 +789,7 @@ def softcapped_mtp_loss(logits: Tensor, targets: Tensor, weights: Tensor, grad_d
     for k in range(len(weights)):
         target = F.pad(targets[k:], (0, k), value=-1)  # [T]; -1 matches no column
         weight = torch.where(target >= 0, weights[k], 0.0)
-        z = CAP * torch.sigmoid((logits.gather(1, target.clamp_min(0)[:, None])[:, 0].float() + CAP_SHIFT) / CAP_WIDTH)
+        z = softcap(logits.gather(1, target.clamp_min(0)[:, None])[:, 0])
         loss = loss + weight * (lse - z)
         mass = mass + weight
         hits = hits + weight[:, None] * (column == target[:, None])
@@ -529,9 +798,146 @@ def softcapped_mtp_loss(logits: Tensor, targets: Tensor, weights: Tensor, grad_d
     return loss, grad.to(grad_dtype)
 
 
-def fp8_product(a: Tensor, b: Tensor, scale: Tensor, out: torch.dtype, fast: bool = False) -> Tensor:
-    """scale * (a @ b) for FP8 a [m, k] row-major and b [k, n] column-major, which is what the tensor cores take."""
-    return torch._scaled_mm(a, b, scale_a=scale, scale_b=torch.ones_like(scale), out_dtype=out, use_fast_accum=fast)
+@jit
+def cap_tanh(x, SHIFT: tl.constexpr, WIDTH: tl.constexpr, FAST: tl.constexpr):
+    """t = tanh((x + SHIFT) / WIDTH / 2), that is sigmoid = (1 + t) / 2 and its slope (1 - t^2) / 4."""
+    if FAST:  # one instruction, error 2^-11: the special-function unit limits this kernel
+        t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [x * (0.5 / WIDTH) + 0.5 * SHIFT / WIDTH],
+                                      dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        t = 1.0 - 2.0 / (1.0 + tl.exp2(x * (1.4426950408889634 / WIDTH) + 1.4426950408889634 * SHIFT / WIDTH))
+    return t
+
+
+@jit
+def exp2_by_polynomial(t, SCALE: tl.constexpr):
+    """2^(SCALE t) to 8e-5 on the FMA units, while the special-function unit does the tanhs."""
+    shifted = t * SCALE + 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+    r = t * SCALE - (shifted - 12582912.0)  # in [-0.5, 0.5]
+    p = 0.9999284361326357 + r * (0.6932608962207236 + r * (0.24260564205301216 + r * 0.055169217949933506))
+    return (p.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+
+
+@jit
+def mtp_loss_kernel(logits, targets, weights, loss, grad, T, V: tl.constexpr, scale, CAP: tl.constexpr,
+                    SHIFT: tl.constexpr, WIDTH: tl.constexpr, LOG2_E: tl.constexpr, K: tl.constexpr,
+                    FAST: tl.constexpr, BLOCK: tl.constexpr):
+    """One program a row. The second pass over the row finds it in cache: the rows in flight fit there."""
+    HALF: tl.constexpr = 0.5 * CAP * LOG2_E  # exp(z - CAP) = 2^(HALF t - HALF), |HALF t| < 17
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * V
+    grad += row.to(tl.int64) * V
+    columns = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in tl.range(0, V, BLOCK):
+        inside = start + columns < V
+        x = tl.load(logits + start + columns, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        sums += tl.where(inside, exp2_by_polynomial(cap_tanh(x, SHIFT, WIDTH, FAST), HALF), 0.0)
+    total = tl.sum(sums) * tl.exp2(-HALF)
+    mass, row_loss, lse = 0.0, 0.0, tl.log(total) + CAP
+    for j in tl.static_range(K):
+        seen = row + j < T
+        weight = tl.load(weights + j, mask=seen, other=0.0)
+        logit = tl.load(logits + tl.load(targets + row + j, mask=seen, other=0)).to(tl.float32)
+        row_loss += weight * (lse - 0.5 * CAP - 0.5 * CAP * cap_tanh(logit, SHIFT, WIDTH, False))
+        mass += weight
+    tl.store(loss + row, row_loss)
+    slope = mass / total * scale * 0.25
+    for start in tl.range(0, V, BLOCK):
+        inside = start + columns < V
+        x = tl.load(logits + start + columns, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        t = cap_tanh(x, SHIFT, WIDTH, FAST)
+        g = (slope - slope * t * t) * tl.exp2(t * HALF - HALF)
+        tl.store(grad + start + columns, g.to(grad.dtype.element_ty), mask=inside, eviction_policy="evict_first")
+    # The targets' own columns: cheaper once more here than as K comparisons of every column above
+    tl.debug_barrier()
+    for j in tl.static_range(K):
+        target = tl.load(targets + row + j, mask=row + j < T, other=-1)
+        hits = 0.0
+        for i in tl.static_range(K):  # a token can be several of the targets
+            same = (row + i < T) & (tl.load(targets + row + i, mask=row + i < T, other=-1) == target)
+            hits += tl.where(same, tl.load(weights + i), 0.0)
+        logit = tl.load(logits + target, mask=target >= 0, other=0.0).to(tl.float32)
+        t = cap_tanh(logit, SHIFT, WIDTH, False)
+        dz = mass / total * tl.exp2(t * HALF - HALF) - hits
+        tl.store(grad + target, (dz * scale * 0.25 * (1.0 - t * t)).to(grad.dtype.element_ty), mask=target >= 0)
+
+
+@custom_op("speedrun::softcapped_mtp_loss", mutates_args=())
+def softcapped_mtp_loss(logits: Tensor, targets: Tensor, weights: Tensor, grad_dtype: torch.dtype,
+                        grad_scale: float) -> tuple[Tensor, Tensor]:
+    T, V = logits.shape
+    loss, grad = logits.new_empty(T, dtype=torch.float32), logits.new_empty(T, V, dtype=grad_dtype)
+    fast = grad_dtype.itemsize == 1 and logits.is_cuda  # e5m2 has two bits of mantissa: the tanh's error is lost in it
+    mtp_loss_kernel[(T,)](logits, targets, weights, loss, grad, T, V, CAP / CAP_WIDTH / grad_scale, CAP, CAP_SHIFT,
+                          CAP_WIDTH, LOG2_E, len(weights), fast, BLOCK=4096, num_warps=8)
+    return loss, grad
+
+
+softcapped_mtp_loss.register_fake(lambda logits, targets, weights, grad_dtype, grad_scale: (
+    logits.new_empty(logits.size(0), dtype=torch.float32), logits.new_empty(logits.shape, dtype=grad_dtype)))
+
+
+# --- Transposes
+
+
+def transpose_copy_reference(src: Tensor, dst: Tensor) -> None:
+    """dst [n, m] = src^T for src [m, n]."""
+    dst.copy_(src.mT)
+
+
+def transpose_add_reference(src: Tensor, dst: Tensor) -> None:
+    """dst [n, m] += src^T for src [m, n]."""
+    dst.add_(src.mT)
+
+
+@jit
+def transpose_kernel(src, dst, m, n, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    tiles_m = tl.cdiv(m, BLOCK)
+    rows = (tl.program_id(0) % tiles_m * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    columns = (tl.program_id(0) // tiles_m * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    inside = (rows < m)[:, None] & (columns < n)[None, :]
+    x = tl.trans(tl.load(src + rows[:, None] * n + columns[None, :], mask=inside))
+    to, inside = dst + columns[:, None] * m + rows[None, :], tl.trans(inside)
+    if ADD:
+        x = tl.load(to, mask=inside).to(tl.float32) + x.to(tl.float32)
+    tl.store(to, x.to(dst.dtype.element_ty), mask=inside)
+
+
+def launch_transpose(src: Tensor, dst: Tensor, add: bool) -> None:
+    (m, n), (block, warps) = src.shape, (64, 4) if src.element_size() > 1 else (128, 8)  # best of a sweep on H200
+    assert src.is_contiguous() and dst.is_contiguous() and dst.shape == (n, m)
+    transpose_kernel[(triton.cdiv(m, block) * triton.cdiv(n, block),)](src, dst, m, n, add, block, num_warps=warps)
+
+
+def transpose_copy(src: Tensor, dst: Tensor) -> None:
+    launch_transpose(src, dst, add=False)
+
+
+def transpose_add(src: Tensor, dst: Tensor) -> None:
+    launch_transpose(src, dst, add=True)
+
+
+@custom_op("speedrun::transposed", mutates_args=())
+def transposed(src: Tensor) -> Tensor:
+    """src^T for FP8 src, contiguous, as an operation that torch.compile can take."""
+    dst = src.new_empty(src.size(1), src.size(0))
+    transpose_copy(src.view(torch.int8), dst.view(torch.int8))  # Triton need not know the type
+    return dst
+
+
+transposed.register_fake(lambda src: src.new_empty(src.size(1), src.size(0)))
+
+
+# --- Head: product, loss and gradient
+
+
+def fp8_product(a: Tensor, b: Tensor, scale: Tensor, out: torch.dtype, quick: bool = False) -> Tensor:
+    """scale * (a @ b) for FP8 a [m, k] row-major and b [k, n] column-major, which is what the tensor cores take.
+
+    quick accumulates in the tensor cores' own, shorter sums.
+    """
+    return torch._scaled_mm(a, b, scale_a=scale, scale_b=torch.ones_like(scale), out_dtype=out, use_fast_accum=quick)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -542,20 +948,21 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, fp8: bool, grad_unit: float) -> Tensor:
+    def forward(ctx, x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, fp8: bool, grad_unit: float, fast: bool):
+        loss_of = softcapped_mtp_loss if fast else softcapped_mtp_loss_reference
         if fp8:
             x8 = (x / X_SCALE).to(torch.float8_e4m3fn)
             w8 = (w.float() / W_SCALE).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-            logits = fp8_product(x8, w8.T.contiguous().T, x.new_full((), X_SCALE * W_SCALE, dtype=torch.float32),
-                                 torch.bfloat16, fast=True)  # [T, V]
+            scale = x.new_full((), X_SCALE * W_SCALE, dtype=torch.float32)
+            logits = fp8_product(x8, w8.T.contiguous().T, scale, torch.bfloat16, quick=True)  # [T, V]
             grad_scale = GRAD_SCALE * grad_unit
-            loss, grad = softcapped_mtp_loss(logits, targets, weights, torch.float8_e5m2, grad_scale)
+            loss, grad = loss_of(logits, targets, weights, torch.float8_e5m2, grad_scale)
             ctx.save_for_backward(x8, w8, grad)
             ctx.grad_scale = grad_scale
         else:
-            loss, grad = softcapped_mtp_loss(x @ w, targets, weights, x.dtype, 1.0)
+            loss, grad = loss_of(x @ w, targets, weights, x.dtype, 1.0)
             ctx.save_for_backward(x, w, grad)
-        ctx.fp8, ctx.dtypes = fp8, (x.dtype, w.dtype)
+        ctx.fp8, ctx.fast, ctx.dtypes = fp8, fast, (x.dtype, w.dtype)
         return loss.sum()
 
     @staticmethod
@@ -564,10 +971,107 @@ class HeadLoss(torch.autograd.Function):
         if ctx.fp8:
             s = grad_loss.float() * ctx.grad_scale
             dx = fp8_product(grad, w.T, s * W_SCALE, ctx.dtypes[0])
-            dw = fp8_product(x.T.contiguous(), grad.T.contiguous().T, s * X_SCALE, torch.float32)
+            turned = transposed(grad) if ctx.fast else grad.T.contiguous()  # [V, T]
+            dw = fp8_product(x.T.contiguous(), turned.T, s * X_SCALE, torch.float32)
         else:
             dx, dw = grad_loss * (grad @ w.T), grad_loss * (x.T @ grad)
-        return dx.to(ctx.dtypes[0]), dw.to(ctx.dtypes[1]), None, None, None, None
+        return dx.to(ctx.dtypes[0]), dw.to(ctx.dtypes[1]), None, None, None, None, None
+
+
+# --- Gradients of embedding tables
+
+
+def scatter_add_rows_reference(rows: Tensor, ids: Tensor, out: Tensor) -> None:
+    """out[ids[i]] += rows[i] for rows [T, D], ids [T] int32, out [table rows, D] fp32, in place."""
+    out.index_add_(0, ids, rows.to(out.dtype))
+
+
+@jit
+def scatter_add_kernel(rows, ids, out, D, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    g = tl.load(rows + row * D + columns, mask=columns < D, other=0.0).to(tl.float32)
+    to = out + tl.load(ids + row).to(tl.int64) * D + columns
+    tl.atomic_add(to, g, mask=columns < D, sem="relaxed")
+
+
+def scatter_add_rows(rows: Tensor, ids: Tensor, out: Tensor) -> None:
+    assert rows.is_contiguous() and out.is_contiguous() and out.dtype == torch.float32
+    T, D = rows.shape
+    scatter_add_kernel[(T,)](rows, ids, out, D, triton.next_power_of_2(D), num_warps=4)
+
+
+# --- Symmetric products, for Polar Express
+
+
+def gram_reference(x: Tensor) -> Tensor:
+    """x x^T for x [K, n, k]."""
+    return x @ x.mT
+
+
+def gram_polynomial_reference(s: Tensor, b: float, c: float) -> Tensor:
+    """b s + c s s for symmetric s [K, n, n]."""
+    return torch.baddbmm(s, s, s, beta=b, alpha=c)
+
+
+@jit
+def symmetric_kernel(a, out, n, k, stride_batch, stride_n, stride_k, b, c, POLYNOMIAL: tl.constexpr,
+                     EVEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
+    """out = a a^T, or b a + c a a^T for symmetric a: the tiles (i, j <= i), each stored twice, mirrored."""
+    tiles = tl.cdiv(n, BLOCK)
+    per_matrix = tiles * (tiles + 1) // 2
+    pid = tl.program_id(0)
+    matrix, tile = (pid // per_matrix).to(tl.int64), pid % per_matrix
+    # tile i(i+1)/2 + j: the root of 8 tile + 1 is 2i+1 at j = 0; one more keeps it above in floating point
+    i = ((tl.sqrt(8.0 * tile + 2.0) - 1.0) * 0.5).to(tl.int32)
+    j = tile - i * (i + 1) // 2
+    rows, columns, ks = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
+    a += matrix * stride_batch
+    left = a + rows[:, None] * stride_n + ks[None, :] * stride_k  # [BLOCK, BLOCK_K]
+    right = a + ks[:, None] * stride_k + columns[None, :] * stride_n  # [BLOCK_K, BLOCK]
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for start in range(0, k, BLOCK_K):
+        if EVEN:
+            acc = tl.dot(tl.load(left), tl.load(right), acc)
+        else:
+            seen = start + ks < k
+            acc = tl.dot(tl.load(left, mask=(rows < n)[:, None] & seen[None, :], other=0.0),
+                         tl.load(right, mask=seen[:, None] & (columns < n)[None, :], other=0.0), acc)
+        left += BLOCK_K * stride_k
+        right += BLOCK_K * stride_k
+    inside = (rows < n)[:, None] & (columns < n)[None, :]
+    if POLYNOMIAL:
+        addend = tl.load(a + rows[:, None] * stride_n + columns[None, :] * stride_k, mask=inside, other=0.0)
+        acc = c * acc + b * addend.to(tl.float32)
+    result = acc.to(out.dtype.element_ty)
+    out += matrix * n * n
+    tl.store(out + rows[:, None] * n + columns[None, :], result, mask=inside)
+    if i != j:
+        tl.store(out + columns[:, None] * n + rows[None, :], tl.trans(result), mask=tl.trans(inside))
+
+
+def launch_symmetric(a: Tensor, b: float, c: float, polynomial: bool) -> Tensor:
+    (K, n, k), out = a.shape, a.new_empty(a.size(0), a.size(1), a.size(1))
+    block, block_k = 128, 64  # best of a sweep on H200 at all shapes of the banks
+    tiles = triton.cdiv(n, block)
+    symmetric_kernel[(K * tiles * (tiles + 1) // 2,)](
+        a, out, n, k, *a.stride(), b, c, polynomial, n % block == 0 and k % block_k == 0, block, block_k,
+        num_warps=4, num_stages=3)
+    return out
+
+
+@custom_op("speedrun::gram", mutates_args=())
+def gram(x: Tensor) -> Tensor:
+    return launch_symmetric(x, 0.0, 1.0, False)
+
+
+@custom_op("speedrun::gram_polynomial", mutates_args=())
+def gram_polynomial(s: Tensor, b: float, c: float) -> Tensor:
+    return launch_symmetric(s, b, c, True)
+
+
+gram.register_fake(lambda x: x.new_empty(x.size(0), x.size(1), x.size(1)))
+gram_polynomial.register_fake(lambda s, b, c: s.new_empty(s.shape))
 
 
 # Polar Express (Amsel et al., arXiv 2505.16932): a, b, c of X <- a X + (b S + c S^2) X, S = X X^T; 5 iterations,
@@ -582,15 +1086,17 @@ POLAR_COEFFICIENTS = (
 POLAR_SAFETY = 1.02
 
 
-def polar_express(x: Tensor) -> Tensor:
+def polar_express(x: Tensor, fast: bool) -> Tensor:
     """The orthogonal factor of each matrix in x [K, rows, columns], approximately."""
     tall = x.size(-2) > x.size(-1)
+    square, polynomial = (gram, gram_polynomial) if fast else (gram_reference, gram_polynomial_reference)
     x = x / (POLAR_SAFETY * x.float().norm(dim=(-2, -1), keepdim=True) + 1e-6).to(x.dtype)
     for a, b, c in POLAR_COEFFICIENTS:
-        s = x.mT @ x if tall else x @ x.mT  # the smaller of the two Gram matrices
-        m = torch.baddbmm(s, s, s, beta=b, alpha=c)
+        s = square(x.mT if tall else x)  # the smaller of the two Gram matrices
+        m = polynomial(s, b, c)
         x = torch.baddbmm(x, x, m, beta=a) if tall else torch.baddbmm(x, m, x, beta=a)
     return x
+
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -629,13 +1135,70 @@ def attention_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, scale=scale, window_size=(window, 0))
 
 
-ATTENTION_BACKENDS = {"torch": attention_torch, "reference": attention_reference}
+@custom_op("speedrun::flash4", mutates_args=())
+def flash4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int,
+           scale: float) -> tuple[Tensor, Tensor]:
+    """Output [T, h, d] and log-sum-exp [h, T] fp32 of FlashAttention-4 (package flash-attn-4; Hopper or newer)."""
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    out, lse, *_ = _flash_attn_fwd(
+        q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_len, max_seqlen_k=max_len,
+        softmax_scale=scale, causal=True, window_size_left=window, window_size_right=0, return_lse=True)
+    return out, lse
+
+
+@custom_op("speedrun::flash4_backward", mutates_args=())
+def flash4_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, cu_seqlens: Tensor,
+                    max_len: int, window: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    dq, dk, dv, *_ = _flash_attn_bwd(
+        q, k, v, out, dout.contiguous(), lse, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_len,
+        max_seqlen_k=max_len, softmax_scale=scale, causal=True, window_size_left=window, window_size_right=0)
+    return dq, dk, dv
+
+
+def flash4_save(ctx, inputs, output) -> None:
+    *tensors, max_len, window, scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.options = max_len, window, scale
+
+
+def flash4_grad(ctx, dout: Tensor, _dlse: Tensor):
+    q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
+    return (*flash4_backward(q, k, v, out, dout, lse, cu_seqlens, *ctx.options), None, None, None, None)
+
+
+flash4.register_fake(lambda q, k, v, *_: (
+    torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
+flash4_backward.register_fake(lambda q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
+flash4.register_autograd(flash4_grad, setup_context=flash4_save)
+
+
+def attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int,
+                  scale: float) -> Tensor:
+    """attention_reference by FlashAttention-4; on H200 0.6 of attention_torch's time at 49,152 tokens."""
+    return flash4(q, k, v, cu_seqlens, max_len, window, scale)[0]
+
+
+ATTENTION_BACKENDS = {"fa4": attention_fa4, "torch": attention_torch, "reference": attention_reference}
 
 
 def choose_attention(hp: Hyperparameters, device: torch.device) -> str:
     """The name of the backend to use: the one asked for, or the fastest that works on this device."""
-    if hp.attention != "auto":
+    if hp.attention not in ("auto", "fa4"):
         return hp.attention
+    try:
+        import flash_attn.cute.interface  # noqa: F401
+
+        usable = is_hopper(device) and hp.dtype == "bfloat16"
+    except ImportError:
+        usable = False
+    if hp.attention == "fa4" and not usable:
+        raise UserError("--attention=fa4 needs the package flash-attn-4, bfloat16 and a Hopper or newer GPU; "
+                        "use --attention=auto")
+    if usable:
+        return "fa4"
     return "torch" if device.type == "cuda" and hp.dtype == "bfloat16" else "reference"
 
 
@@ -651,6 +1214,15 @@ class Batch(NamedTuple):
     targets: Tensor  # [T] int64
     bigram_ids: Tensor  # [T] int32
     cu_seqlens: Tensor  # [documents + 1] int32, padded with T to a fixed length
+
+
+class Rows(NamedTuple):
+    """The rows of the embedding tables that a micro-batch reads. Lookups are no part of the compiled step, so that
+    gradients come back as rows and the tables' own gradients need no dense passes (see NorMuonAdam.collect)."""
+
+    embed: Tensor  # [T, D]
+    bigram: Tensor  # [T, D]
+    value: tuple[Tensor, ...]  # [T, D] of each value table
 
 
 class Geometry(NamedTuple):
@@ -680,11 +1252,7 @@ def stage_rotation(hp: Hyperparameters, stage: int) -> tuple[Tensor, float]:
     return frequencies, scale
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of adjacent pairs in the first half of the last dim; the second half carries no position."""
-    half, rest = x.chunk(2, dim=-1)
-    a, b = half.unflatten(-1, (-1, 2)).unbind(-1)  # [..., d/4]
-    return torch.cat([torch.stack([a * cos + b * sin, b * cos - a * sin], dim=-1).flatten(-2), rest], dim=-1)
+VAL_HEAD_ROWS = 32_768  # positions that the validation head takes at a time, to keep logits small
 
 
 class GPT(nn.Module):
@@ -720,7 +1288,7 @@ class GPT(nn.Module):
         for name in ("cos", "sin"):  # row p is position p; paired heads use 2T positions
             table = torch.empty(2 * longest, hp.head_dim // 4, dtype=torch.bfloat16)
             self.register_buffer(name, table, persistent=False)
-        self.attention = ATTENTION_BACKENDS["reference"]
+        self.attention, self.fast = ATTENTION_BACKENDS["reference"], False
         self.stage, self.scale = -1, hp.attn_scale
 
     @torch.no_grad()
@@ -759,37 +1327,28 @@ class GPT(nn.Module):
             self.sin.copy_(angle.sin())
             self.stage = stage
 
-    def embed_inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised smeared embeddings x0 [T, D], bigram embeddings [T, D], value embeddings [tables, T, D]."""
-        smear_lambda = self.scalars[2 * len(LAYERS)]
-        e = F.embedding(batch.tokens, self.embed)
-        gate = smear_lambda * torch.sigmoid(F.linear(e[1:, :GATE_INPUTS], self.smear_gate))  # [T-1, 1]
-        x0 = norm(torch.cat([e[:1], e[1:] + gate * e[:-1]]))
-        table = torch.arange(NUM_VALUE_TABLES, device=e.device, dtype=torch.int32)[:, None] * self.hp.padded_vocab
-        # one lookup for all tables: its backward then makes one pass over the gradient, not one a table
-        ve = F.embedding(table + batch.tokens, self.value_embeds)
-        return x0, F.embedding(batch.bigram_ids, self.bigram_embed), ve
+    def lookup(self, batch: Batch) -> Rows:
+        tables = self.value_embeds.view(NUM_VALUE_TABLES, self.hp.padded_vocab, self.hp.model_dim).unbind()
+        return Rows(F.embedding(batch.tokens, self.embed), F.embedding(batch.bigram_ids, self.bigram_embed),
+                    tuple(F.embedding(batch.tokens, table) for table in tables))
+
+    def smear(self, e: Tensor) -> Tensor:
+        """Add to each embedding [T, D] a gated part of the one before it, across documents."""
+        gate = self.scalars[2 * len(LAYERS)] * torch.sigmoid(F.linear(e[1:, :GATE_INPUTS], self.smear_gate))  # [T-1, 1]
+        return torch.cat([e[:1], e[1:] + gate * e[:-1]])
 
     def attend(self, i: int, h: Tensor, qkv: Tensor, o: Tensor, ve: Tensor | None, batch: Batch, g: Geometry) -> Tensor:
         """Attention of layer i on its normalised input h [T, D], with weights qkv [3D, D] and o [D, D]."""
         layer, T, H, d = LAYERS[i], h.size(0), self.hp.num_heads, self.hp.head_dim
-        q, k, v = F.linear(h, qkv).view(T, 3 * H, d).chunk(3, dim=1)  # [T, H, d] each
-        q, k = norm(q), norm(k)
-        if layer.paired:  # head 2m turns by position 2t and head 2m+1 by 2t+1
-            cos, sin = (table[: 2 * T].view(T, 1, 2, d // 4) for table in (self.cos, self.sin))
-            q, k = (rotate(x.view(T, H // 2, 2, d), cos, sin) for x in (q, k))
-        else:
-            cos, sin = (table[:T, None] for table in (self.cos, self.sin))  # [T, 1, d/4]
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if layer.key_offset:  # crosses document boundaries; position 0 keeps its own
-            still = k[..., d // 2 :]
-            k = torch.cat([k[..., : d // 2], torch.cat([still[:1], still[:-1]])], dim=-1)
+        gate = None
         if ve is not None:
             seen = h[:, :GATE_INPUTS]
             if not layer.paired:
                 seen = torch.cat([h[:, : GATE_INPUTS // 2], ve[:, : GATE_INPUTS // 2]], dim=-1)
             gate = 2 * torch.sigmoid(F.linear(seen, self.ve_gate_bank[layer.value_table]))  # [T, H]
-            v = v + gate[..., None] * ve.view(T, H, d)
+        inputs = AttentionInputs.apply if self.fast else attention_inputs_reference
+        qkv = F.linear(h, qkv).view(T, 3, H, d)
+        q, k, v = inputs(qkv, ve, gate, self.cos, self.sin, layer.paired, layer.key_offset)  # [T, H, d] each
         # A paired token becomes two, heads 0..H/2-1 and then the rest: the same memory seen as [2T, H/2, d]
         n = 2 if layer.paired else 1
         q, k, v = (x.reshape(n * T, H // n, d) for x in (q, k, v))
@@ -798,9 +1357,10 @@ class GPT(nn.Module):
         gate = torch.sigmoid(F.linear(h[:, :GATE_INPUTS], self.attn_gate_bank[ATTN_INDEX[i]]))  # [T, H]
         return F.linear((y * gate[..., None]).reshape(T, H * d), o)
 
-    def trunk(self, batch: Batch, g: Geometry) -> Tensor:
+    def trunk(self, batch: Batch, rows: Rows, g: Geometry) -> Tensor:
         """From tokens to the normalised last hidden state [T, D]."""
         hp, L, D = self.hp, len(LAYERS), self.hp.model_dim
+        apply_mlp = ReluSquareMLP.apply if self.fast else mlp_reference
         *sa, _, backout_lambda, skip_lambda = self.scalars.unbind()
         resid, post, x0_lambda, bigram_lambda = (  # flat: [2i] for attention and [2i+1] for the MLP, or [i]
             p.bfloat16().flatten().unbind()
@@ -812,9 +1372,8 @@ class GPT(nn.Module):
         vo = self.vo_bank[: attn * 2].view(attn, 2, D, D).unbind()
         mlp = self.mlp_bank[: 2 * L].view(L, 2, hp.mlp_dim, D).unbind()
 
-        x0, bigram, ve = self.embed_inputs(batch)
-        ve = ve.unbind()
-        x = x0 + bigram_lambda[0] * bigram
+        x0 = norm(self.smear(rows.embed))
+        x = x0 + bigram_lambda[0] * rows.bigram
         after = {}  # layer -> the stream after it, for layers that read it later
         for i, layer in enumerate(LAYERS):
             if layer.skip_from is not None:
@@ -826,24 +1385,24 @@ class GPT(nn.Module):
                 # the attention scalars multiply weights, which are smaller than activations
                 qkv, o = sa[2 * i] * torch.cat([qk[j], v]), sa[2 * i + 1] * o
                 h = norm(x if layer.reads is None else after[layer.reads])
-                y = self.attend(i, h, qkv, o, None if table is None else ve[table], batch, g)
+                y = self.attend(i, h, qkv, o, None if table is None else rows.value[table], batch, g)
                 x = resid[2 * i] * x + post[2 * i] * y + x0_lambda[i] * x0
                 if i > 0:
-                    x = x + bigram_lambda[i] * bigram
+                    x = x + bigram_lambda[i] * rows.bigram
             up, down = mlp[i].unbind()
-            x = resid[2 * i + 1] * x + post[2 * i + 1] * (linear_relu_square(norm(x), up) @ down)
+            x = resid[2 * i + 1] * x + post[2 * i + 1] * apply_mlp(norm(x), up, down)
             after[i] = x
         return norm(x - backout_lambda * after[BACKOUT_LAYER])
 
-    def forward(self, batch: Batch, g: Geometry, mtp_weights: Tensor, grad_unit: float) -> Tensor:
+    def forward(self, batch: Batch, rows: Rows, g: Geometry, mtp_weights: Tensor, grad_unit: float) -> Tensor:
         """Training loss, summed over positions; mtp_weights [k] include 1/A, and grad_unit is 1/A."""
-        x = self.trunk(batch, g)
-        return HeadLoss.apply(x, self.lm_head, batch.targets, mtp_weights, self.hp.fp8_head, grad_unit)
+        x = self.trunk(batch, rows, g)
+        return HeadLoss.apply(x, self.lm_head, batch.targets, mtp_weights, self.hp.fp8_head, grad_unit, self.fast)
 
-    def token_losses(self, batch: Batch, g: Geometry, rows: int = 32_768) -> Tensor:
-        """Validation loss of each position [T]; the head takes `rows` positions at a time to keep logits small."""
-        x = self.trunk(batch, g)
-        parts = zip(x.split(rows), batch.targets.split(rows))
+    def token_losses(self, batch: Batch, rows: Rows, g: Geometry) -> Tensor:
+        """Validation loss of each position [T]."""
+        x = self.trunk(batch, rows, g)
+        parts = zip(x.split(VAL_HEAD_ROWS), batch.targets.split(VAL_HEAD_ROWS))
         return torch.cat([F.cross_entropy(softcap(x @ self.lm_head), t, reduction="none") for x, t in parts])
 
 
@@ -864,7 +1423,7 @@ def join_bits(high: Tensor, low: Tensor) -> Tensor:
 
 
 def normuon_direction(g: Tensor, momentum: Tensor, second: Tensor, mu: Tensor, beta2: Tensor,
-                      dtype: torch.dtype) -> Tensor:
+                      dtype: torch.dtype, fast: bool = False) -> Tensor:
     """Orthogonalised, row- or column-normalised Nesterov momentum of g [K, rows, columns] (NorMuon, arXiv 2510.05491).
 
     Updates momentum (shape of g) and second ([K, rows, 1], or [K, 1, columns] of wide matrices) in place. The
@@ -872,7 +1431,7 @@ def normuon_direction(g: Tensor, momentum: Tensor, second: Tensor, mu: Tensor, b
     """
     g = g.to(momentum.dtype)
     momentum.lerp_(g, 1 - mu)
-    x = polar_express(torch.lerp(g, momentum, mu).to(dtype)).to(momentum.dtype)
+    x = polar_express(torch.lerp(g, momentum, mu).to(dtype), fast).to(momentum.dtype)
     short = -1 if x.size(-2) >= x.size(-1) else -2
     mean = x.square().mean(dim=short, keepdim=True)
     second.lerp_(mean, 1 - beta2)
@@ -883,14 +1442,14 @@ def normuon_direction(g: Tensor, momentum: Tensor, second: Tensor, mu: Tensor, b
 
 
 def normuon_update(p: Tensor, low: Tensor | None, g: Tensor, momentum: Tensor, second: Tensor, lr_mul: Tensor,
-                   knobs: Tensor) -> None:
+                   knobs: Tensor, fast: bool = False) -> None:
     """One NorMuon step on p [K, rows, columns], in place.
 
     A bf16 p carries its low mantissa bits in `low` (int16), so that updates are exactly fp32. lr_mul [K, 1, 1];
     knobs = (lr, decay, mu, beta2). Decay is cautious: only where the update and the weight have the same sign.
     """
     lr, decay, mu, beta2 = knobs.unbind()
-    x = normuon_direction(g, momentum, second, mu, beta2, p.dtype)
+    x = normuon_direction(g, momentum, second, mu, beta2, p.dtype, fast)
     full = p if low is None else join_bits(p, low)
     lr = lr * lr_mul
     full = full - lr * decay * torch.where(x * full >= 0, full, 0.0) - lr * x
@@ -924,10 +1483,15 @@ class NorMuonAdam:
     """
 
     def __init__(self, model: GPT, hp: Hyperparameters, ranks: Ranks):
-        self.hp, self.ranks = hp, ranks
+        self.hp, self.ranks, self.fast = hp, ranks, model.fast
         self.params = {row.name: getattr(model, row.name) for row in PARAMS}
         compiler = compiled if hp.compile else lambda f: f
         self.normuon_update, self.adam_update = compiler(normuon_update), compiler(adam_update)
+        # Gradients of the looked-up tables, summed in fp32 (see collect); other parameters have autograd's
+        self.table_grads = {
+            name: torch.zeros_like(self.params[name], dtype=torch.float32, requires_grad=False)
+            for name in ("embed", "bigram_embed", "value_embeds")
+        }
         self.state: dict[str, dict[str, Tensor]] = {}
         for row in PARAMS:
             p = self.shard(row)
@@ -957,9 +1521,24 @@ class NorMuonAdam:
         for state in self.state.values():
             for tensor in state.values():
                 tensor.zero_()
-        for p in self.params.values():
-            p.grad = None
+        self.clear_gradients(PARAMS)
         self.tied, self.adam_steps = True, 0
+
+    def clear_gradients(self, rows: Iterable[Param]) -> None:
+        for row in rows:
+            if row.name in self.table_grads:
+                self.table_grads[row.name].zero_()
+            else:
+                self.params[row.name].grad = None
+
+    @torch.no_grad()
+    def collect(self, batch: Batch, rows: Rows) -> None:
+        """Add the gradients of a micro-batch's table rows to the tables' gradients; only these rows are touched."""
+        add, grads = scatter_add_rows if self.fast else scatter_add_rows_reference, self.table_grads
+        add(rows.embed.grad, batch.tokens, grads["embed"])
+        add(rows.bigram.grad, batch.bigram_ids, grads["bigram_embed"])
+        for row, grad in zip(rows.value, grads["value_embeds"].chunk(NUM_VALUE_TABLES)):
+            add(row.grad, batch.tokens, grad)
 
     def shard(self, row: Param) -> Tensor:
         """The part of a parameter that this rank updates, as a view."""
@@ -974,8 +1553,11 @@ class NorMuonAdam:
         if plan.untie_embed:
             self.untie()
         rows = [row for row in PARAMS if self.active(row, plan)]
+        lm_head, embed = self.params["lm_head"], self.params["embed"]
         if plan.update_adam and self.tied:
-            self.params["lm_head"].grad += self.params["embed"].grad.T
+            add = transpose_add if self.fast else transpose_add_reference
+            add(self.table_grads["embed"], lm_head.grad)
+            self.table_grads["embed"].zero_()
         knobs = self.knobs(rows, plan)
 
         # 1. launch all reductions
@@ -994,10 +1576,9 @@ class NorMuonAdam:
             if work is not None:
                 work.wait()
         if plan.update_adam and self.tied:
-            self.params["embed"].copy_(self.params["lm_head"].T)
-            self.params["embed"].grad = None
-        for row in rows:
-            self.params[row.name].grad = None
+            copy = transpose_copy if self.fast else transpose_copy_reference
+            copy(lm_head.data, embed.data)
+        self.clear_gradients(rows)
 
     def active(self, row: Param, plan: Plan) -> bool:
         return row.optimizer == "normuon" or (plan.update_adam and not (self.tied and row.name == "embed"))
@@ -1011,9 +1592,11 @@ class NorMuonAdam:
 
     def launch_reduction(self, row: Param) -> tuple[Tensor, dist.Work | None]:
         """Start averaging a gradient over ranks; returns where this rank's part will be, and what to wait for."""
-        grad = self.params[row.name].grad
+        p = self.params[row.name]
+        grad = self.table_grads.get(row.name, p.grad)
         if self.ranks.world == 1:
             return grad, None
+        grad = grad.to(p.dtype)  # halves what the tables' gradients send
         if row.reduce == "replicate":
             return grad, dist.all_reduce(grad, op=dist.ReduceOp.AVG, async_op=True)
         part = torch.empty_like(self.shard(row))
@@ -1055,7 +1638,7 @@ class NorMuonAdam:
         else:
             (row,), (p,), (g,), (s,) = group, shards, grads, states
             lr_mul, knob = self.lr_mul[row.name], knobs[row.name][:4]
-            self.normuon_update(p, s.get("low"), g, s["momentum"], s["second"], lr_mul, knob)
+            self.normuon_update(p, s.get("low"), g, s["momentum"], s["second"], lr_mul, knob, self.fast)
 
     def untie(self) -> None:
         """From now on embed has a life of its own, beginning with lm_head's moments, transposed and sharded anew."""
@@ -1324,8 +1907,13 @@ def train_step(model: GPT, loss_of: Callable, optimizer: NorMuonAdam, batches: l
     weights = to_device(torch.tensor(p.mtp_weights) / A, optimizer.ranks.device)
     total = 0.0
     for batch in batches:
-        loss = loss_of(batch, geometry, weights, 1 / A)
+        with torch.no_grad():
+            rows = model.lookup(batch)
+        for row in (rows.embed, rows.bigram, *rows.value):
+            row.requires_grad_()
+        loss = loss_of(batch, rows, geometry, weights, 1 / A)
         loss.backward()
+        optimizer.collect(batch, rows)
         total = total + loss.detach()
     optimizer.step(p)
     return total / (len(batches[0].tokens) * sum(p.mtp_weights))
@@ -1345,7 +1933,7 @@ def evaluate(hp: Hyperparameters, ranks: Ranks, model: GPT, losses_of: Callable,
     for number, batch in enumerate(val_batches(hp, ranks, tokens)):
         if number == limit:
             break
-        losses = losses_of(batch, geometry)
+        losses = losses_of(batch, model.lookup(batch), geometry)
         total += torch.stack([losses.double().sum(), total.new_tensor(len(losses))])
     dist.all_reduce(total)
     return (total[0] / total[1]).item()
@@ -1400,14 +1988,14 @@ class Clock:
 
 def train(hp: Hyperparameters, ranks: Ranks, log: Log) -> None:
     """The whole run: set up, warm up, train, validate."""
-    backend = choose_attention(hp, ranks.device)
-    log_environment(log, hp, ranks, backend)
+    backend, fast = choose_attention(hp, ranks.device), choose_kernels(hp, ranks.device)
+    log_environment(log, hp, ranks, backend, fast)
     val_tokens = read_val_tokens(hp)
     torch.set_float32_matmul_precision("highest")
     with torch.device(ranks.device):
         model = GPT(hp, ranks.world)
     check_tables(model)
-    model.attention = ATTENTION_BACKENDS[backend]
+    model.attention, model.fast = ATTENTION_BACKENDS[backend], fast
     model.initialize(hp.seed)
     optimizer = NorMuonAdam(model, hp, ranks)
     loss_of, losses_of = (compiled(f) if hp.compile else f for f in (model.forward, model.token_losses))
