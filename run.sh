@@ -17,6 +17,14 @@ if [ "$gpus" -eq 0 ]; then
   exec "$PYTHON" train_gpt.py --preset=demo "$@"
 fi
 
+# FlashAttention-4 is faster than PyTorch's own attention, but not needed; an environment of yours is left alone
+if [ "$PYTHON" = .venv/bin/python ] && "$PYTHON" -c "
+import importlib.util, sys, torch
+sys.exit(torch.cuda.get_device_capability() < (9, 0) or importlib.util.find_spec('flash_attn') is not None)"; then
+  "$PYTHON" -m pip install --quiet -r requirements-gpu.txt ||
+    echo "warning: requirements-gpu.txt could not be installed; training with PyTorch's own attention" >&2
+fi
+
 case " $* " in
   *" --train_files"* | *" --preset=demo"*) ;; # other data is there already
   *) "$PYTHON" data/cached_fineweb10B.py 9 ;;

@@ -60,9 +60,7 @@ try:
 except ImportError:  # CPU builds of PyTorch come without Triton; the references serve
     triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda f: f
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. Configuration: every tuned number of the run is in this part
-# ----------------------------------------------------------------------------------------------------------------------
+# ==== 2. Configuration: every tuned number of the run is in this part =================================================
 
 SEGMENTS = 8  # a step's tokens come as 8 segments, whatever R is: segment s goes to micro-step s // R, rank s % R
 MTP_MAX = 3  # most tokens ahead that one position predicts
@@ -113,6 +111,7 @@ class Hyperparameters:
     dtype: str = "bfloat16"  # of weights and activations: bfloat16 or float32
     fp8_head: bool = True  # the training head's products in FP8
     compile: bool = True  # torch.compile; plain eager PyTorch if false
+    graphs: bool = True  # replay each micro-step as one CUDA graph, where there is a GPU
     attention: str = "auto"  # auto or a key of ATTENTION_BACKENDS
     kernels: str = "auto"  # triton, reference (plain PyTorch), or auto: Triton's where they can run
     device: str = "auto"  # auto, cuda or cpu
@@ -138,10 +137,6 @@ class Hyperparameters:
     @property
     def mlp_dim(self) -> int:
         return 4 * self.model_dim
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[self.dtype]
 
 
 PRESETS = {
@@ -308,10 +303,7 @@ def check_tables(model: nn.Module) -> None:
     assert all((layer.window is None) == (layer.skip_from is not None) for layer in LAYERS)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. Errors, command line, ranks, log
-# ----------------------------------------------------------------------------------------------------------------------
-
+# ==== 3. Errors, command line, ranks, log =============================================================================
 
 class UserError(Exception):
     """A bad input, told in one line that names the cause and the remedy."""
@@ -367,11 +359,10 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
         require(getattr(hp, key) >= 0, f"--{key}={getattr(hp, key)} must not be negative")
     require(hp.num_scheduled_iterations >= 3, "--num_scheduled_iterations must be at least 3, one for each stage")
     require(0 <= hp.cooldown_start < 1, f"--cooldown_start={hp.cooldown_start} must be in [0, 1)")
-    require(hp.dtype in ("bfloat16", "float32"), f"--dtype={hp.dtype}: use bfloat16 or float32")
-    require(hp.device in ("auto", "cuda", "cpu"), f"--device={hp.device}: use auto, cuda or cpu")
-    require(hp.attention in ("auto", *ATTENTION_BACKENDS),
-            f"--attention={hp.attention}: use auto, {' or '.join(ATTENTION_BACKENDS)}")
-    require(hp.kernels in ("auto", "triton", "reference"), f"--kernels={hp.kernels}: use auto, triton or reference")
+    choices = {"dtype": ("bfloat16", "float32"), "device": ("auto", "cuda", "cpu"),
+               "attention": ("auto", *ATTENTION_BACKENDS), "kernels": ("auto", "triton", "reference")}
+    for key, allowed in choices.items():
+        require(getattr(hp, key) in allowed, f"--{key}={getattr(hp, key)}: use {', '.join(allowed)}")
     require(hp.batch_unit % SEGMENTS == 0 and hp.batch_unit // SEGMENTS >= MTP_MAX,
             f"--batch_unit={hp.batch_unit} must be a multiple of {SEGMENTS}, and at least {MTP_MAX * SEGMENTS}")
     require(hp.model_dim == hp.num_heads * hp.head_dim, "--model_dim must equal num_heads * head_dim")
@@ -386,11 +377,6 @@ class Ranks(NamedTuple):
     rank: int
     world: int
     device: torch.device
-
-    @property
-    def accumulation(self) -> int:
-        """A: micro-steps of a step on one rank."""
-        return SEGMENTS // self.world
 
 
 def setup_ranks(hp: Hyperparameters) -> Ranks:
@@ -416,19 +402,18 @@ def setup_ranks(hp: Hyperparameters) -> Ranks:
 
 
 def reuse_cpu_memory() -> None:
-    """Let glibc keep freed memory: handing big blocks back and faulting them in anew made the demo 2.5 times slower."""
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, largest = -1, -3, 2**31 - 1
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt:
-        mallopt(M_MMAP_THRESHOLD, largest)
-        mallopt(M_TRIM_THRESHOLD, largest)
+    """Let glibc keep freed memory: handing big blocks back and faulting them in anew made the demo 1.9 times slower."""
+    libc, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = ctypes.CDLL(None), -1, -3
+    if hasattr(libc, "mallopt"):  # other C libraries have none
+        libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def on_every_rank(check: Callable[[], None]) -> None:
-    """Run a check on every rank; if it fails on any, all raise the same UserError."""
-    error = None
+def on_every_rank(f: Callable) -> object:
+    """f() on every rank; if it raises a UserError on any, all ranks raise the same."""
+    result = error = None
     try:
-        check()
+        result = f()
     except UserError as e:
         error = str(e)
     errors = [None] * dist.get_world_size()
@@ -436,6 +421,7 @@ def on_every_rank(check: Callable[[], None]) -> None:
     for rank, error in enumerate(errors):
         if error:
             raise UserError(error if rank == 0 else f"{error} (on rank {rank})")
+    return result
 
 
 class Log:
@@ -453,10 +439,8 @@ class Log:
                 self.file = open(path, "w", buffering=1)
             except OSError as e:
                 raise UserError(f"cannot write the log {path}: {e.strerror}; choose another --log_dir") from None
-            self.path = path
             self.bar = tqdm(total=hp.num_steps, unit="step", disable=not sys.stderr.isatty(), leave=False)
-            self(Path(__file__).read_text(), show=False)
-            self("=" * 100, show=False)
+            self(Path(__file__).read_text() + "=" * 100, show=False)
 
     def __call__(self, text: str, show: bool = True) -> None:
         if self.file:
@@ -483,25 +467,19 @@ def log_environment(log: Log, hp: Hyperparameters, ranks: Ranks, attention: str,
         smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
         smi = "nvidia-smi: not available"
-    log(f"Python {sys.version}\nPyTorch {torch.__version__} CUDA {torch.version.cuda}, {ranks.world} ranks", show=False)
-    log(f"{smi}\n{'=' * 100}", show=False)
-    log("\n".join(f"{f.name} = {getattr(hp, f.name)!r}" for f in fields(hp)), show=False)
+    versions = f"Python {sys.version}\nPyTorch {torch.__version__} CUDA {torch.version.cuda}, {ranks.world} ranks"
+    log(f"{versions}\n{smi}", show=False)
+    log("=" * 100 + "\n" + "\n".join(f"{f.name} = {getattr(hp, f.name)!r}" for f in fields(hp)), show=False)
     log(f"attention backend = {attention}\nTriton kernels = {fast}\n{'=' * 100}", show=False)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. Kernels: each Triton kernel has its plain PyTorch reference, of the same signature, directly above it
-# ----------------------------------------------------------------------------------------------------------------------
+# ==== 4. Kernels: each Triton kernel has its plain PyTorch reference, of the same signature, directly above it ========
 # Where a function takes `fast`, true means the Triton kernel (bf16 on a Hopper or newer GPU) and false the reference.
 
 
 def is_hopper(device: torch.device) -> bool:
     """Whether the device is an NVIDIA GPU of the Hopper generation or newer."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def multiprocessors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2  # 2: the interpreter
 
 
 def choose_kernels(hp: Hyperparameters, device: torch.device) -> bool:
@@ -518,7 +496,6 @@ CAP, CAP_SHIFT, CAP_WIDTH = 23.0, 5.0, 7.5
 # FP8 scales of the head, tuned: what a step of the number format's grid stands for
 FP8_MAX = 448.0  # largest e4m3 number
 X_SCALE, W_SCALE, GRAD_SCALE = 100 / FP8_MAX, 1.6 / FP8_MAX, 0.75 / FP8_MAX
-LOG2_E = math.log2(math.e)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -531,7 +508,6 @@ def softcap(logits: Tensor) -> Tensor:
 
 
 # --- MLP: relu(x up^T)^2 down (So et al., Primer, arXiv 2109.08668)
-
 
 def mlp_reference(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.relu(F.linear(x, up)).square() @ down
@@ -574,13 +550,13 @@ def relu_square_product(a: Tensor, w: Tensor, h: Tensor | None) -> Tensor:
     # Best of a sweep on H200 at T = 49,152: the tiles of h take the shared memory of one pipeline stage
     block_t, block_f, block_d, stages = (128, 256, 64, 4) if h is None else (256, 128, 64, 3)
     out, half = a.new_empty(T, wide), [block_t, block_f // 2]
-    programs = min(multiprocessors(a), triton.cdiv(T, block_t) * triton.cdiv(wide, block_f))
+    workers = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 2  # 2: interpreted
+    programs = min(workers, triton.cdiv(T, block_t) * triton.cdiv(wide, block_f))
     relu_square_kernel[(programs,)](
         TensorDescriptor.from_tensor(a, [block_t, block_d]), TensorDescriptor.from_tensor(w, [block_f, block_d]),
         TensorDescriptor.from_tensor(out if h is None else h, half), TensorDescriptor.from_tensor(out, half),
         T, wide, D, programs, h is not None, block_t, block_f, block_d, num_warps=8, num_stages=stages)
     return out
-
 
 relu_square_product.register_fake(lambda a, w, h: a.new_empty(a.size(0), w.size(0)))
 
@@ -602,7 +578,6 @@ class ReluSquareMLP(torch.autograd.Function):
 
 
 # --- What attention reads: QK norm, rotary embedding, key offset, value-embedding mix
-
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of adjacent pairs in the first half of the last dim; the second half carries no position."""
@@ -638,7 +613,8 @@ def position_angles(cos, sin, rows, head, inside, D: tl.constexpr, PAIRED: tl.co
     position = 2 * rows + head % 2 if PAIRED else rows
     at = position[:, None] * (D // 4) + tl.arange(0, D // 4)[None, :]
     mask = inside[:, None]
-    return tl.load(cos + at, mask=mask, other=0.0).to(tl.float32), tl.load(sin + at, mask=mask, other=0.0).to(tl.float32)
+    c, s = tl.load(cos + at, mask=mask, other=0.0), tl.load(sin + at, mask=mask, other=0.0)
+    return c.to(tl.float32), s.to(tl.float32)
 
 
 @jit
@@ -739,17 +715,11 @@ def attention_inputs_backward(qkv: Tensor, ve: Tensor | None, gate: Tensor | Non
         ATTENTION_INPUT_ROWS)
     return dqkv, dve, dgate
 
-
-@attention_inputs_forward.register_fake
-def _(qkv, ve, gate, cos, sin, paired, key_offset):
-    return tuple(qkv.new_empty(qkv.size(0), *qkv.shape[2:]) for _ in range(3))
-
-
-@attention_inputs_backward.register_fake
-def _(qkv, ve, gate, cos, sin, dq, dk, dv, paired, key_offset):
-    T, _, H, d = qkv.shape
-    rows = T if ve is not None else 0
-    return torch.empty_like(qkv), qkv.new_empty(rows, H * d), qkv.new_empty(rows, H)
+attention_inputs_forward.register_fake(lambda qkv, *_: tuple(
+    qkv.new_empty(qkv.size(0), *qkv.shape[2:]) for _ in range(3)))
+attention_inputs_backward.register_fake(lambda qkv, ve, *_: (
+    torch.empty_like(qkv), qkv.new_empty(0 if ve is None else qkv.size(0), qkv.shape[2:].numel()),
+    qkv.new_empty(0 if ve is None else qkv.size(0), qkv.size(2))))
 
 
 class AttentionInputs(torch.autograd.Function):
@@ -769,7 +739,6 @@ class AttentionInputs(torch.autograd.Function):
 
 
 # --- Loss of the head
-
 
 def softcapped_mtp_loss_reference(logits: Tensor, targets: Tensor, weights: Tensor, grad_dtype: torch.dtype,
                                   grad_scale: float) -> tuple[Tensor, Tensor]:
@@ -810,20 +779,11 @@ def cap_tanh(x, SHIFT: tl.constexpr, WIDTH: tl.constexpr, FAST: tl.constexpr):
 
 
 @jit
-def exp2_by_polynomial(t, SCALE: tl.constexpr):
-    """2^(SCALE t) to 8e-5 on the FMA units, while the special-function unit does the tanhs."""
-    shifted = t * SCALE + 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-    r = t * SCALE - (shifted - 12582912.0)  # in [-0.5, 0.5]
-    p = 0.9999284361326357 + r * (0.6932608962207236 + r * (0.24260564205301216 + r * 0.055169217949933506))
-    return (p.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
-
-
-@jit
 def mtp_loss_kernel(logits, targets, weights, loss, grad, T, V: tl.constexpr, scale, CAP: tl.constexpr,
-                    SHIFT: tl.constexpr, WIDTH: tl.constexpr, LOG2_E: tl.constexpr, K: tl.constexpr,
+                    SHIFT: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr,
                     FAST: tl.constexpr, BLOCK: tl.constexpr):
     """One program a row. The second pass over the row finds it in cache: the rows in flight fit there."""
-    HALF: tl.constexpr = 0.5 * CAP * LOG2_E  # exp(z - CAP) = 2^(HALF t - HALF), |HALF t| < 17
+    HALF: tl.constexpr = 0.5 * CAP * 1.4426950408889634  # exp(z - CAP) = 2^(HALF t - HALF), |HALF t| < 17
     row = tl.program_id(0)
     logits += row.to(tl.int64) * V
     grad += row.to(tl.int64) * V
@@ -832,7 +792,7 @@ def mtp_loss_kernel(logits, targets, weights, loss, grad, T, V: tl.constexpr, sc
     for start in tl.range(0, V, BLOCK):
         inside = start + columns < V
         x = tl.load(logits + start + columns, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        sums += tl.where(inside, exp2_by_polynomial(cap_tanh(x, SHIFT, WIDTH, FAST), HALF), 0.0)
+        sums += tl.where(inside, tl.exp2(cap_tanh(x, SHIFT, WIDTH, FAST) * HALF), 0.0)
     total = tl.sum(sums) * tl.exp2(-HALF)
     mass, row_loss, lse = 0.0, 0.0, tl.log(total) + CAP
     for j in tl.static_range(K):
@@ -870,9 +830,8 @@ def softcapped_mtp_loss(logits: Tensor, targets: Tensor, weights: Tensor, grad_d
     loss, grad = logits.new_empty(T, dtype=torch.float32), logits.new_empty(T, V, dtype=grad_dtype)
     fast = grad_dtype.itemsize == 1 and logits.is_cuda  # e5m2 has two bits of mantissa: the tanh's error is lost in it
     mtp_loss_kernel[(T,)](logits, targets, weights, loss, grad, T, V, CAP / CAP_WIDTH / grad_scale, CAP, CAP_SHIFT,
-                          CAP_WIDTH, LOG2_E, len(weights), fast, BLOCK=4096, num_warps=8)
+                          CAP_WIDTH, len(weights), fast, BLOCK=4096, num_warps=8)
     return loss, grad
-
 
 softcapped_mtp_loss.register_fake(lambda logits, targets, weights, grad_dtype, grad_scale: (
     logits.new_empty(logits.size(0), dtype=torch.float32), logits.new_empty(logits.shape, dtype=grad_dtype)))
@@ -880,15 +839,9 @@ softcapped_mtp_loss.register_fake(lambda logits, targets, weights, grad_dtype, g
 
 # --- Transposes
 
-
-def transpose_copy_reference(src: Tensor, dst: Tensor) -> None:
-    """dst [n, m] = src^T for src [m, n]."""
-    dst.copy_(src.mT)
-
-
-def transpose_add_reference(src: Tensor, dst: Tensor) -> None:
-    """dst [n, m] += src^T for src [m, n]."""
-    dst.add_(src.mT)
+def transpose_into_reference(src: Tensor, dst: Tensor, add: bool) -> None:
+    """dst [n, m] = src^T for src [m, n], or dst += src^T, in place."""
+    dst.add_(src.mT) if add else dst.copy_(src.mT)
 
 
 @jit
@@ -904,33 +857,23 @@ def transpose_kernel(src, dst, m, n, ADD: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(to, x.to(dst.dtype.element_ty), mask=inside)
 
 
-def launch_transpose(src: Tensor, dst: Tensor, add: bool) -> None:
+def transpose_into(src: Tensor, dst: Tensor, add: bool) -> None:
     (m, n), (block, warps) = src.shape, (64, 4) if src.element_size() > 1 else (128, 8)  # best of a sweep on H200
     assert src.is_contiguous() and dst.is_contiguous() and dst.shape == (n, m)
     transpose_kernel[(triton.cdiv(m, block) * triton.cdiv(n, block),)](src, dst, m, n, add, block, num_warps=warps)
-
-
-def transpose_copy(src: Tensor, dst: Tensor) -> None:
-    launch_transpose(src, dst, add=False)
-
-
-def transpose_add(src: Tensor, dst: Tensor) -> None:
-    launch_transpose(src, dst, add=True)
 
 
 @custom_op("speedrun::transposed", mutates_args=())
 def transposed(src: Tensor) -> Tensor:
     """src^T for FP8 src, contiguous, as an operation that torch.compile can take."""
     dst = src.new_empty(src.size(1), src.size(0))
-    transpose_copy(src.view(torch.int8), dst.view(torch.int8))  # Triton need not know the type
+    transpose_into(src.view(torch.int8), dst.view(torch.int8), add=False)  # Triton need not know the type
     return dst
-
 
 transposed.register_fake(lambda src: src.new_empty(src.size(1), src.size(0)))
 
 
 # --- Head: product, loss and gradient
-
 
 def fp8_product(a: Tensor, b: Tensor, scale: Tensor, out: torch.dtype, quick: bool = False) -> Tensor:
     """scale * (a @ b) for FP8 a [m, k] row-major and b [k, n] column-major, which is what the tensor cores take.
@@ -980,7 +923,6 @@ class HeadLoss(torch.autograd.Function):
 
 # --- Gradients of embedding tables
 
-
 def scatter_add_rows_reference(rows: Tensor, ids: Tensor, out: Tensor) -> None:
     """out[ids[i]] += rows[i] for rows [T, D], ids [T] int32, out [table rows, D] fp32, in place."""
     out.index_add_(0, ids, rows.to(out.dtype))
@@ -1003,21 +945,15 @@ def scatter_add_rows(rows: Tensor, ids: Tensor, out: Tensor) -> None:
 
 # --- Symmetric products, for Polar Express
 
-
-def gram_reference(x: Tensor) -> Tensor:
-    """x x^T for x [K, n, k]."""
-    return x @ x.mT
-
-
-def gram_polynomial_reference(s: Tensor, b: float, c: float) -> Tensor:
-    """b s + c s s for symmetric s [K, n, n]."""
-    return torch.baddbmm(s, s, s, beta=b, alpha=c)
+def symmetric_product_reference(x: Tensor, b: float, c: float) -> Tensor:
+    """b x + c x x^T for x [K, n, k]; where b is not 0, x must be symmetric."""
+    return torch.baddbmm(x, x, x.mT, beta=b, alpha=c) if b else c * (x @ x.mT)
 
 
 @jit
-def symmetric_kernel(a, out, n, k, stride_batch, stride_n, stride_k, b, c, POLYNOMIAL: tl.constexpr,
+def symmetric_kernel(a, out, n, k, stride_batch, stride_n, stride_k, b, c, ADD: tl.constexpr,
                      EVEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """out = a a^T, or b a + c a a^T for symmetric a: the tiles (i, j <= i), each stored twice, mirrored."""
+    """The tiles (i, j <= i) of b a + c a a^T, each stored twice, mirrored."""
     tiles = tl.cdiv(n, BLOCK)
     per_matrix = tiles * (tiles + 1) // 2
     pid = tl.program_id(0)
@@ -1040,9 +976,10 @@ def symmetric_kernel(a, out, n, k, stride_batch, stride_n, stride_k, b, c, POLYN
         left += BLOCK_K * stride_k
         right += BLOCK_K * stride_k
     inside = (rows < n)[:, None] & (columns < n)[None, :]
-    if POLYNOMIAL:
+    acc *= c
+    if ADD:
         addend = tl.load(a + rows[:, None] * stride_n + columns[None, :] * stride_k, mask=inside, other=0.0)
-        acc = c * acc + b * addend.to(tl.float32)
+        acc += b * addend.to(tl.float32)
     result = acc.to(out.dtype.element_ty)
     out += matrix * n * n
     tl.store(out + rows[:, None] * n + columns[None, :], result, mask=inside)
@@ -1050,28 +987,17 @@ def symmetric_kernel(a, out, n, k, stride_batch, stride_n, stride_k, b, c, POLYN
         tl.store(out + columns[:, None] * n + rows[None, :], tl.trans(result), mask=tl.trans(inside))
 
 
-def launch_symmetric(a: Tensor, b: float, c: float, polynomial: bool) -> Tensor:
-    (K, n, k), out = a.shape, a.new_empty(a.size(0), a.size(1), a.size(1))
+@custom_op("speedrun::symmetric_product", mutates_args=())
+def symmetric_product(x: Tensor, b: float, c: float) -> Tensor:
+    (K, n, k), out = x.shape, x.new_empty(x.size(0), x.size(1), x.size(1))
     block, block_k = 128, 64  # best of a sweep on H200 at all shapes of the banks
     tiles = triton.cdiv(n, block)
     symmetric_kernel[(K * tiles * (tiles + 1) // 2,)](
-        a, out, n, k, *a.stride(), b, c, polynomial, n % block == 0 and k % block_k == 0, block, block_k,
-        num_warps=4, num_stages=3)
+        x, out, n, k, *x.stride(), b, c, b != 0, n % block == 0 and k % block_k == 0, block, block_k, num_warps=4,
+        num_stages=3)
     return out
 
-
-@custom_op("speedrun::gram", mutates_args=())
-def gram(x: Tensor) -> Tensor:
-    return launch_symmetric(x, 0.0, 1.0, False)
-
-
-@custom_op("speedrun::gram_polynomial", mutates_args=())
-def gram_polynomial(s: Tensor, b: float, c: float) -> Tensor:
-    return launch_symmetric(s, b, c, True)
-
-
-gram.register_fake(lambda x: x.new_empty(x.size(0), x.size(1), x.size(1)))
-gram_polynomial.register_fake(lambda s, b, c: s.new_empty(s.shape))
+symmetric_product.register_fake(lambda x, b, c: x.new_empty(x.size(0), x.size(1), x.size(1)))
 
 
 # Polar Express (Amsel et al., arXiv 2505.16932): a, b, c of X <- a X + (b S + c S^2) X, S = X X^T; 5 iterations,
@@ -1089,19 +1015,17 @@ POLAR_SAFETY = 1.02
 def polar_express(x: Tensor, fast: bool) -> Tensor:
     """The orthogonal factor of each matrix in x [K, rows, columns], approximately."""
     tall = x.size(-2) > x.size(-1)
-    square, polynomial = (gram, gram_polynomial) if fast else (gram_reference, gram_polynomial_reference)
+    product = symmetric_product if fast else symmetric_product_reference
     x = x / (POLAR_SAFETY * x.float().norm(dim=(-2, -1), keepdim=True) + 1e-6).to(x.dtype)
     for a, b, c in POLAR_COEFFICIENTS:
-        s = square(x.mT if tall else x)  # the smaller of the two Gram matrices
-        m = polynomial(s, b, c)
+        s = product(x.mT if tall else x, 0.0, 1.0)  # the smaller of the two Gram matrices
+        m = product(s, b, c)
         x = torch.baddbmm(x, x, m, beta=a) if tall else torch.baddbmm(x, m, x, beta=a)
     return x
 
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. Attention: attention(q, k, v, cu_seqlens, max_len, window, scale) with interchangeable backends
-# ----------------------------------------------------------------------------------------------------------------------
+# ==== 5. Attention: attention(q, k, v, cu_seqlens, max_len, window, scale) with interchangeable backends ==============
 
 REFERENCE_BLOCK = 256  # queries at a time, so that the mask stays small
 
@@ -1168,20 +1092,15 @@ def flash4_grad(ctx, dout: Tensor, _dlse: Tensor):
     q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
     return (*flash4_backward(q, k, v, out, dout, lse, cu_seqlens, *ctx.options), None, None, None, None)
 
-
 flash4.register_fake(lambda q, k, v, *_: (
     torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
 flash4_backward.register_fake(lambda q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
 flash4.register_autograd(flash4_grad, setup_context=flash4_save)
 
 
-def attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int,
-                  scale: float) -> Tensor:
-    """attention_reference by FlashAttention-4; on H200 0.6 of attention_torch's time at 49,152 tokens."""
-    return flash4(q, k, v, cu_seqlens, max_len, window, scale)[0]
-
-
-ATTENTION_BACKENDS = {"fa4": attention_fa4, "torch": attention_torch, "reference": attention_reference}
+# Where it runs, fa4 takes 0.6 of torch's time at 49,152 tokens (H200)
+ATTENTION_BACKENDS = {
+    "fa4": lambda *inputs: flash4(*inputs)[0], "torch": attention_torch, "reference": attention_reference}
 
 
 def choose_attention(hp: Hyperparameters, device: torch.device) -> str:
@@ -1202,10 +1121,7 @@ def choose_attention(hp: Hyperparameters, device: torch.device) -> str:
     return "torch" if device.type == "cuda" and hp.dtype == "bfloat16" else "reference"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 6. Model
-# ----------------------------------------------------------------------------------------------------------------------
-
+# ==== 6. Model ========================================================================================================
 
 class Batch(NamedTuple):
     """One micro-batch of packed documents on one rank."""
@@ -1234,6 +1150,7 @@ class Geometry(NamedTuple):
     scale: float  # of the softmax
 
 
+VAL_HEAD_ROWS = 32_768  # positions that the validation head takes at a time, to keep logits small
 YARN_LOW, YARN_HIGH = 1.0, 32.0  # rotations within the old window: fewer than LOW stretch fully, more than HIGH not
 
 
@@ -1252,16 +1169,13 @@ def stage_rotation(hp: Hyperparameters, stage: int) -> tuple[Tensor, float]:
     return frequencies, scale
 
 
-VAL_HEAD_ROWS = 32_768  # positions that the validation head takes at a time, to keep logits small
-
-
 class GPT(nn.Module):
     """11 layers on one residual stream; all matrices of a kind are stacked in a bank, which the optimizer shards."""
 
     def __init__(self, hp: Hyperparameters, world: int = 1):
         super().__init__()
         self.hp = hp
-        D, V, H, dtype = hp.model_dim, hp.padded_vocab, hp.num_heads, hp.torch_dtype
+        D, V, H, dtype = hp.model_dim, hp.padded_vocab, hp.num_heads, getattr(torch, hp.dtype)
         L, attn = len(LAYERS), len(ATTN_INDEX)
         shapes = {
             "qk_bank": (round_up(attn * H, world), 2 * hp.head_dim, D),  # per layer: Q, then K, in pairs of heads
@@ -1406,10 +1320,7 @@ class GPT(nn.Module):
         return torch.cat([F.cross_entropy(softcap(x @ self.lm_head), t, reduction="none") for x, t in parts])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 7. Optimizer: NorMuon for the banks, Adam for the rest
-# ----------------------------------------------------------------------------------------------------------------------
-
+# ==== 7. Optimizer: NorMuon for the banks, Adam for the rest ==========================================================
 
 def split_bits(p: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 -> its upper 16 bits as bf16 (truncated, not rounded) and its lower 16 bits as int16."""
@@ -1487,14 +1398,17 @@ class NorMuonAdam:
         self.params = {row.name: getattr(model, row.name) for row in PARAMS}
         compiler = compiled if hp.compile else lambda f: f
         self.normuon_update, self.adam_update = compiler(normuon_update), compiler(adam_update)
+        self.scatter_add_rows = scatter_add_rows if self.fast else scatter_add_rows_reference
+        self.transpose_into = transpose_into if self.fast else transpose_into_reference
         # Gradients of the looked-up tables, summed in fp32 (see collect); other parameters have autograd's
-        self.table_grads = {
-            name: torch.zeros_like(self.params[name], dtype=torch.float32, requires_grad=False)
-            for name in ("embed", "bigram_embed", "value_embeds")
-        }
+        self.table_grads = {name: torch.zeros_like(self.params[name], dtype=torch.float32, requires_grad=False)
+                            for name in ("embed", "bigram_embed", "value_embeds")}
         self.state: dict[str, dict[str, Tensor]] = {}
+        self.lr_mul: dict[str, Tensor] = {}
         for row in PARAMS:
             p = self.shard(row)
+            if row.name not in self.table_grads:  # at a fixed address, which a CUDA graph needs
+                self.params[row.name].grad = torch.zeros_like(self.params[row.name])
             if row.optimizer == "adam":
                 self.state[row.name] = {k: torch.zeros_like(p, dtype=torch.float32) for k in ("first", "second")}
                 continue
@@ -1505,14 +1419,9 @@ class NorMuonAdam:
             if p.dtype == torch.bfloat16:
                 state["low"] = torch.zeros_like(p, dtype=torch.int16)
             self.state[row.name] = state
-        # wide updates for tall matrices; down projections, the odd ones of the MLP bank, learn twice as fast
-        self.lr_mul = {}
-        for row in (row for row in PARAMS if row.optimizer == "normuon"):
-            K, rows, columns = self.shard(row).shape
-            index = ranks.rank * K + torch.arange(K)
-            down = (index % 2 == 1) & (row.name == "mlp_bank")
-            shape = math.sqrt(max(1, rows / columns))
-            self.lr_mul[row.name] = (shape * torch.where(down, 2.0, 1.0)).to(ranks.device)[:, None, None]
+            # wide updates for tall matrices; down projections, the odd ones of the MLP bank, learn twice as fast
+            down = ((ranks.rank * K + torch.arange(K, device=p.device)) % 2 == 1) & (row.name == "mlp_bank")
+            self.lr_mul[row.name] = math.sqrt(max(1, rows / columns)) * torch.where(down, 2.0, 1.0)[:, None, None]
         self.reset()
 
     @torch.no_grad()
@@ -1521,20 +1430,17 @@ class NorMuonAdam:
         for state in self.state.values():
             for tensor in state.values():
                 tensor.zero_()
-        self.clear_gradients(PARAMS)
+        for row in PARAMS:
+            self.gradient(row).zero_()
         self.tied, self.adam_steps = True, 0
 
-    def clear_gradients(self, rows: Iterable[Param]) -> None:
-        for row in rows:
-            if row.name in self.table_grads:
-                self.table_grads[row.name].zero_()
-            else:
-                self.params[row.name].grad = None
+    def gradient(self, row: Param) -> Tensor:
+        return self.table_grads.get(row.name, self.params[row.name].grad)
 
     @torch.no_grad()
     def collect(self, batch: Batch, rows: Rows) -> None:
         """Add the gradients of a micro-batch's table rows to the tables' gradients; only these rows are touched."""
-        add, grads = scatter_add_rows if self.fast else scatter_add_rows_reference, self.table_grads
+        add, grads = self.scatter_add_rows, self.table_grads
         add(rows.embed.grad, batch.tokens, grads["embed"])
         add(rows.bigram.grad, batch.bigram_ids, grads["bigram_embed"])
         for row, grad in zip(rows.value, grads["value_embeds"].chunk(NUM_VALUE_TABLES)):
@@ -1552,61 +1458,44 @@ class NorMuonAdam:
         """Update all parameters from their gradients. Adam's accumulate over the steps in which it rests."""
         if plan.untie_embed:
             self.untie()
-        rows = [row for row in PARAMS if self.active(row, plan)]
+        rows = [row for row in PARAMS if row.optimizer == "normuon" or (
+            plan.update_adam and not (self.tied and row.name == "embed"))]
         lm_head, embed = self.params["lm_head"], self.params["embed"]
         if plan.update_adam and self.tied:
-            add = transpose_add if self.fast else transpose_add_reference
-            add(self.table_grads["embed"], lm_head.grad)
+            self.transpose_into(self.table_grads["embed"], lm_head.grad, add=True)
             self.table_grads["embed"].zero_()
         knobs = self.knobs(rows, plan)
 
         # 1. launch all reductions
         reducing = {row.name: self.launch_reduction(row) for row in rows}
 
-        # 2. in PARAMS' second order: wait for the gradient, update, launch the gather
-        gathering = []
-        for group in self.update_groups(rows):
-            grads = [self.finish_reduction(*reducing.pop(row.name)) for row in group]
+        # 2. by turn, the small replicated ones together: wait for the gradient, update, launch the gather
+        rows, gathering = sorted(rows, key=lambda row: row.turn), []
+        small = [row for row in rows if row.reduce == "replicate"]
+        for group in [small] * bool(small) + [[row] for row in rows if row.reduce == "shard"]:
+            grads, works = zip(*(reducing.pop(row.name) for row in group))
+            wait(works)
             self.update(group, grads, knobs)
             del grads
             gathering += [self.launch_gather(row) for row in group]
 
         # 3. wait for the gathers
-        for work in gathering:
-            if work is not None:
-                work.wait()
+        wait(gathering)
         if plan.update_adam and self.tied:
-            copy = transpose_copy if self.fast else transpose_copy_reference
-            copy(lm_head.data, embed.data)
-        self.clear_gradients(rows)
-
-    def active(self, row: Param, plan: Plan) -> bool:
-        return row.optimizer == "normuon" or (plan.update_adam and not (self.tied and row.name == "embed"))
-
-    @staticmethod
-    def update_groups(rows: list[Param]) -> list[list[Param]]:
-        """Rows by turn: the small replicated ones together, every other alone."""
-        small = sorted((row for row in rows if row.reduce == "replicate"), key=lambda row: row.turn)
-        rest = sorted((row for row in rows if row.reduce == "shard"), key=lambda row: row.turn)
-        return [small] * bool(small) + [[row] for row in rest]
+            self.transpose_into(lm_head.data, embed.data, add=False)
+        for row in rows:
+            self.gradient(row).zero_()
 
     def launch_reduction(self, row: Param) -> tuple[Tensor, dist.Work | None]:
         """Start averaging a gradient over ranks; returns where this rank's part will be, and what to wait for."""
-        p = self.params[row.name]
-        grad = self.table_grads.get(row.name, p.grad)
+        grad = self.gradient(row)
         if self.ranks.world == 1:
             return grad, None
-        grad = grad.to(p.dtype)  # halves what the tables' gradients send
+        grad = grad.to(self.params[row.name].dtype)  # halves what the tables' gradients send
         if row.reduce == "replicate":
             return grad, dist.all_reduce(grad, op=dist.ReduceOp.AVG, async_op=True)
         part = torch.empty_like(self.shard(row))
         return part, dist.reduce_scatter_tensor(part, grad, op=dist.ReduceOp.AVG, async_op=True)
-
-    @staticmethod
-    def finish_reduction(grad: Tensor, work: dist.Work | None) -> Tensor:
-        if work is not None:
-            work.wait()
-        return grad
 
     def launch_gather(self, row: Param) -> dist.Work | None:
         """Start sending this rank's updated shard to all ranks."""
@@ -1624,10 +1513,9 @@ class NorMuonAdam:
                 decay = hp.muon_wd * hp.muon_lr * plan.lr_factor * row.wd_mul
                 knob[:4] = torch.tensor([lr, decay, plan.muon_momentum, hp.muon_beta2])
             else:
-                beta1, beta2 = row.betas
                 lr = hp.adam_lr * plan.lr_factor * row.lr_mul
-                bias1, bias2 = (1 - beta**self.adam_steps for beta in row.betas)
-                knob[:7] = torch.tensor([lr, lr**2 * hp.adam_wd * row.wd_mul, beta1, beta2, bias1, bias2, hp.adam_eps])
+                bias = [1 - beta**self.adam_steps for beta in row.betas]
+                knob[:7] = torch.tensor([lr, lr**2 * hp.adam_wd * row.wd_mul, *row.betas, *bias, hp.adam_eps])
         return {row.name: knob for row, knob in zip(rows, to_device(table, self.ranks.device))}
 
     def update(self, group: list[Param], grads: list[Tensor], knobs: dict[str, Tensor]) -> None:
@@ -1653,6 +1541,12 @@ class NorMuonAdam:
         self.tied = False
 
 
+def wait(works: Iterable[dist.Work | None]) -> None:
+    for work in works:
+        if work is not None:
+            work.wait()
+
+
 def compiled(f: Callable) -> Callable:
     return torch.compile(f, dynamic=False, fullgraph=True)
 
@@ -1662,14 +1556,11 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 8. Data
-# ----------------------------------------------------------------------------------------------------------------------
+# ==== 8. Data =========================================================================================================
 
 HEADER_INTS, MAGIC, VERSION = 256, 20240520, 1  # a shard: 256 int32 (magic, version, token count, zeros), uint16 tokens
 MAX_DOCS = {16_384: 64, 32_768: 96, 49_152: 128}  # entries of cu_seqlens that fit FineWeb, by tokens of a micro-batch
 QUEUE_STEPS = 2  # batches prepared ahead
-Slice = tuple[int, int]
 
 
 def find_shards(pattern: str, key: str) -> list[str]:
@@ -1720,7 +1611,7 @@ class Documents:
         self.starts = starts.tolist()
         self.ends = [*self.starts[1:], len(self.tokens)]
 
-    def segments(self, first: int, length: int, max_doc: int) -> tuple[list[list[Slice]], int] | None:
+    def segments(self, first: int, length: int, max_doc: int) -> tuple[list[list[tuple[int, int]]], int] | None:
         """SEGMENTS lists of document slices of `length` tokens each, from document number `first` on.
 
         Documents are cut to max_doc tokens, and the last of a segment to what is missing; what is cut is skipped.
@@ -1741,7 +1632,7 @@ class Documents:
         return segments, doc
 
 
-def walk(files: list[str], bos: int, plans: Iterable[Plan]) -> Iterator[tuple[Documents, list[list[Slice]]]]:
+def walk(files: list[str], bos: int, plans: Iterable[Plan]) -> Iterator[tuple[Documents, list[list[tuple[int, int]]]]]:
     """For each step its documents: the shard, and the slices of each segment. A pure function of files and plans.
 
     A step never spans shards: when one has too few documents left, what is left of it is dropped. Ends early if the
@@ -1894,27 +1785,69 @@ def check_data(hp: Hyperparameters) -> None:
                         f"about {shards} more of this size, or lower --num_scheduled_iterations")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 9. The run
-# ----------------------------------------------------------------------------------------------------------------------
+# ==== 9. The run ======================================================================================================
+
+class MicroStep:
+    """Forward, backward and collection of one micro-batch, called as micro_step(batch, geometry, weights, grad_unit).
+
+    With graphs, the second call of a kind (shapes, geometry) is captured as a CUDA graph and replayed from then on:
+    about 600 launches become one, without which stage 1 waits for the CPU. The first call runs and so compiles.
+    """
+
+    def __init__(self, model: GPT, optimizer: NorMuonAdam, hp: Hyperparameters, ranks: Ranks):
+        self.model, self.optimizer = model, optimizer
+        self.loss_of = compiled(model.forward) if hp.compile else model.forward
+        self.graphs = hp.graphs and hp.compile and ranks.device.type == "cuda"
+        self.pool = torch.cuda.graph_pool_handle() if self.graphs else None  # graphs run one at a time: one memory
+        self.replays: dict[tuple, Callable | None] = {}
+
+    def run(self, batch: Batch, geometry: Geometry, weights: Tensor, grad_unit: float) -> Tensor:
+        """Add the micro-batch's gradients to the optimizer's; returns the loss, 0-dim fp32."""
+        with torch.no_grad():
+            rows = self.model.lookup(batch)
+        for row in (rows.embed, rows.bigram, *rows.value):
+            row.requires_grad_()
+        loss = self.loss_of(batch, rows, geometry, weights, grad_unit)
+        loss.backward()
+        self.optimizer.collect(batch, rows)
+        return loss.detach()
+
+    def capture(self, batch: Batch, geometry: Geometry, weights: Tensor, grad_unit: float) -> Callable:
+        inputs = Batch(*(t.clone() for t in batch)), weights.clone()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the loader's thread may pin memory meanwhile
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            loss = self.run(inputs[0], geometry, inputs[1], grad_unit)
+
+        def replay(batch: Batch, weights: Tensor) -> Tensor:
+            for static, new in zip((*inputs[0], inputs[1]), (*batch, weights)):
+                static.copy_(new)
+            graph.replay()
+            return loss
+
+        return replay
+
+    def __call__(self, batch: Batch, geometry: Geometry, weights: Tensor, grad_unit: float) -> Tensor:
+        kind = (geometry, grad_unit, *(t.shape for t in (*batch, weights)))
+        if not self.graphs or kind not in self.replays:
+            self.replays[kind] = None
+            return self.run(batch, geometry, weights, grad_unit)
+        if self.replays[kind] is None:
+            self.replays[kind] = self.capture(batch, geometry, weights, grad_unit)
+        return self.replays[kind](batch, weights)
 
 
-def train_step(model: GPT, loss_of: Callable, optimizer: NorMuonAdam, batches: list[Batch], p: Plan) -> Tensor:
+def train_step(micro_step: MicroStep, batches: list[Batch], p: Plan) -> Tensor:
     """One optimizer step; returns this rank's loss a token, weighted over the predicted tokens, as a device tensor."""
+    model, optimizer, A = micro_step.model, micro_step.optimizer, len(batches)
     model.set_stage(p.stage)
-    A = len(batches)
     geometry = Geometry(p.window_short, p.window_long, p.max_doc_len, model.scale)
     weights = to_device(torch.tensor(p.mtp_weights) / A, optimizer.ranks.device)
     total = 0.0
     for batch in batches:
-        with torch.no_grad():
-            rows = model.lookup(batch)
-        for row in (rows.embed, rows.bigram, *rows.value):
-            row.requires_grad_()
-        loss = loss_of(batch, rows, geometry, weights, 1 / A)
-        loss.backward()
-        optimizer.collect(batch, rows)
-        total = total + loss.detach()
+        total = total + micro_step(batch, geometry, weights, 1 / A)
     optimizer.step(p)
     return total / (len(batches[0].tokens) * sum(p.mtp_weights))
 
@@ -1945,22 +1878,22 @@ def warmup_steps(hp: Hyperparameters) -> list[int]:
     return [step for first, end in zip(bounds, bounds[1:]) for step in range(first, min(first + 2, end))]
 
 
-def warmup(hp: Hyperparameters, ranks: Ranks, model: GPT, loss_of: Callable, losses_of: Callable,
-           optimizer: NorMuonAdam, val_tokens: np.ndarray, log: Log) -> None:
+def warmup(hp: Hyperparameters, ranks: Ranks, micro_step: MicroStep, losses_of: Callable, val_tokens: np.ndarray,
+           log: Log) -> None:
     """Compile everything by real steps on real batches, then put weights and optimizer back to their beginning."""
-    steps = warmup_steps(hp)
+    steps, model = warmup_steps(hp), micro_step.model
     loader = TrainLoader(hp, ranks, steps)
     started = time.perf_counter()
     for step in steps:
         p = plan(step, hp)
-        train_step(model, loss_of, optimizer, next(loader), p)
+        train_step(micro_step, next(loader), p)
         if step in stage_bounds(hp):
             evaluate(hp, ranks, model, losses_of, val_tokens, p, last=False, limit=1)
         log(f"warm-up: step {step} after {time.perf_counter() - started:.0f} s")
     evaluate(hp, ranks, model, losses_of, val_tokens, p, last=True, limit=1)
     loader.close()
     model.initialize(hp.seed)
-    optimizer.reset()
+    micro_step.optimizer.reset()
 
 
 class Clock:
@@ -1991,16 +1924,15 @@ def train(hp: Hyperparameters, ranks: Ranks, log: Log) -> None:
     backend, fast = choose_attention(hp, ranks.device), choose_kernels(hp, ranks.device)
     log_environment(log, hp, ranks, backend, fast)
     val_tokens = read_val_tokens(hp)
-    torch.set_float32_matmul_precision("highest")
     with torch.device(ranks.device):
         model = GPT(hp, ranks.world)
     check_tables(model)
     model.attention, model.fast = ATTENTION_BACKENDS[backend], fast
     model.initialize(hp.seed)
-    optimizer = NorMuonAdam(model, hp, ranks)
-    loss_of, losses_of = (compiled(f) if hp.compile else f for f in (model.forward, model.token_losses))
+    micro_step = MicroStep(model, NorMuonAdam(model, hp, ranks), hp, ranks)
+    losses_of = compiled(model.token_losses) if hp.compile else model.token_losses
     if hp.compile:
-        warmup(hp, ranks, model, loss_of, losses_of, optimizer, val_tokens, log)
+        warmup(hp, ranks, micro_step, losses_of, val_tokens, log)
 
     N, clock, recent, pending = hp.num_steps, Clock(ranks.device), 0.0, deque()
     loader = TrainLoader(hp, ranks, range(N))
@@ -2017,7 +1949,7 @@ def train(hp: Hyperparameters, ranks: Ranks, log: Log) -> None:
             if last:
                 break
             clock.start()
-        loss = train_step(model, loss_of, optimizer, next(loader), p)
+        loss = train_step(micro_step, next(loader), p)
         # The loss is read a step late, so that the device always has the next step's work queued
         pending.append((step + 1, loss, p.batch_tokens))
         if len(pending) > 1:
@@ -2052,13 +1984,7 @@ def main() -> None:
             return check_data(hp)
         ranks = setup_ranks(hp)
         on_every_rank(lambda: check_data(hp))
-        log = None
-
-        def open_log() -> None:
-            nonlocal log
-            log = Log(hp, ranks)
-
-        on_every_rank(open_log)
+        log = on_every_rank(lambda: Log(hp, ranks))
         train(hp, ranks, log)
         log.close()
         dist.destroy_process_group()

@@ -270,3 +270,17 @@ def test_check_reads_everything_and_writes_nothing(tmp_path):
     bad = run("--check", *args, timeout=60)
     assert bad.returncode != 0 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="run.sh trains the record where there is a GPU")
+def test_one_command_runs_the_demo(tmp_path):
+    """./run.sh without a GPU says so, trains the whole demo, and ends with loss and time."""
+    done = subprocess.run([ROOT / "run.sh", f"--log_dir={tmp_path}"], env=environment(OMP_NUM_THREADS="2"), timeout=900,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("No NVIDIA GPU here")
+    found = losses(done.stdout)
+    assert found[0][0] == 0 and 10.7 < found[0][1] < 10.9 and found[-1][1] < 7.0
+    end = rf"final: val_loss {found[-1][1]:.4f} after 64 steps, \d+\.\d s of training on 1 x CPU"
+    assert re.fullmatch(end, lines[-1])

@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import dataclasses
 import io
 import math
 import os
@@ -115,7 +116,11 @@ def test_reduction_and_update_order():
         "qk_bank", "vo_bank", "mlp_bank", "scalars", "smear_gate", "skip_gate", "attn_gate_bank", "ve_gate_bank",
         "lm_head", "bigram_embed", "post_lambdas", "x0_lambdas", "bigram_lambdas", "resid_lambdas", "value_embeds",
         "embed"]
-    groups = [[row.name for row in group] for group in t.NorMuonAdam.update_groups(list(t.PARAMS))]
+    hp = dataclasses.replace(t.Hyperparameters(), **t.PRESETS["demo"] | dict(vocab_size=64, model_dim=48, head_dim=8))
+    optimizer, groups = t.NorMuonAdam(t.GPT(hp), hp, t.Ranks(0, 1, torch.device("cpu"))), []
+    optimizer.tied = False
+    optimizer.update = lambda group, grads, knobs: groups.append([row.name for row in group])
+    optimizer.step(t.plan(1, hp))
     assert set(groups[0]) == {"scalars", "smear_gate", "skip_gate", "attn_gate_bank", "ve_gate_bank", "post_lambdas",
                               "x0_lambdas", "bigram_lambdas", "resid_lambdas"}
     assert groups[1:] == [["value_embeds"], ["bigram_embed"], ["lm_head"], ["embed"], ["qk_bank"], ["vo_bank"],
@@ -279,4 +284,6 @@ def test_main_is_guarded():
     """The last statement runs main only as a script, and no other top-level statement calls something at import."""
     body = ast.parse(SCRIPT.read_text()).body
     assert ast.unparse(body[-1]) == "if __name__ == '__main__':\n    main()"
-    assert [ast.unparse(node) for node in body[1:] if isinstance(node, ast.Expr)] == []
+    calls = [ast.unparse(node) for node in body[1:] if isinstance(node, ast.Expr)]
+    definitions = ("register_fake", "register_autograd")  # they complete the definition of an operation
+    assert [call for call in calls if call.split("(")[0].split(".")[-1] not in definitions] == []

@@ -1,0 +1,424 @@
+"""The Triton kernels against float64: in fp32 by Triton's interpreter on a CPU, and in bf16 on a Hopper GPU."""
+
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt as t
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when the kernels are defined
+HOPPER = not INTERPRETED and t.triton is not None and torch.cuda.is_available() and t.is_hopper(torch.device("cuda"))
+EPS = torch.finfo(torch.float32).eps
+TANH_ERROR = 2.0**-11  # of tanh.approx.f32, which the loss kernel uses for e5m2 gradients
+ROUNDING = 8 * t.CAP * EPS  # of exp(z), z in (0, CAP): some roundings of the exponent
+BF16, FP32, FP64, E5M2 = torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2
+KINDS = list(itertools.product((False, True), repeat=3))  # paired, key offset, value embedding
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.skipif(t.triton is None, reason="Triton is not installed")
+def test_interpreted():
+    """The class below passes in a process whose Triton interprets the kernels."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{Path(__file__)}::TestInterpreted"],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}, cwd=Path(t.__file__).resolve().parent,
+        capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
+
+
+def gradients(f, inputs, direction):
+    """The outputs of f and the gradients of those inputs that are tensors, for the gradient `direction` of the outputs.
+
+    f: takes copies of the inputs. Other inputs are passed on as they are.
+    """
+    inputs = [x.detach().clone().requires_grad_() if isinstance(x, torch.Tensor) else x for x in inputs]
+    outputs = f(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    grads = torch.autograd.grad(outputs, tensors, direction)
+    return [x.detach() for x in (*outputs, *grads)]
+
+
+def to(dtype, *values):
+    """The tensors among the values in another dtype; the rest as it is."""
+    return [x.to(dtype) if isinstance(x, torch.Tensor) else x for x in values]
+
+
+def exact_loss(logits, targets, weights, grad_scale):
+    """Loss and gradient of softcapped_mtp_loss in float64, by autograd, and the bound of the gradient's error.
+
+    The gradient is (mass p - hits) du, p = softmax: the error of p is relative and that of du = u (1 - u), a difference
+    of numbers up to 1, is absolute.
+    """
+    x, T = logits.double().requires_grad_(), len(targets)
+    z = t.CAP * torch.sigmoid((x + t.CAP_SHIFT) / t.CAP_WIDTH)
+    hits, parts = torch.zeros_like(z), z.new_zeros(T)
+    for k, weight in enumerate(weights.double()):
+        n = T - k
+        parts[:n] += weight * F.cross_entropy(z[:n], targets[k:], reduction="none")
+        hits[torch.arange(n, device=x.device), targets[k:]] += weight
+    (grad,) = torch.autograd.grad(parts.sum(), x)
+    u, p = (z / t.CAP).detach(), hits.sum(1, keepdim=True) * z.detach().softmax(1)
+    bound = p * u * (1 - u) * ROUNDING + (p + hits) * 8 * EPS
+    return parts.detach(), grad / grad_scale, bound * t.CAP / t.CAP_WIDTH / grad_scale
+
+
+def rotation(T, d, **kwargs):
+    angles = 6 * torch.rand(2 * T, d // 4, **kwargs)
+    return angles.cos(), angles.sin()
+
+
+def qkv_inputs(T, H, d, mix, **kwargs):
+    """qkv, value embedding, gate and the gradients of q, k, v."""
+    qkv, *grads = torch.randn(T, 3, H, d, **kwargs), *(torch.randn(T, H, d, **kwargs) for _ in range(3))
+    return qkv, *((torch.randn(T, H * d, **kwargs), torch.rand(T, H, **kwargs)) if mix else (None, None)), grads
+
+
+class TestInterpreted:
+    """fp32 on a CPU: the interpreter's bf16 and fp8 arithmetic is wrong. What a kernel leaves unwritten is NaN here."""
+
+    __test__ = INTERPRETED
+
+    @pytest.fixture(autouse=True)
+    def unwritten_is_nan(self):
+        torch.use_deterministic_algorithms(True)
+        assert torch.empty(3).isnan().all()
+        yield
+        torch.use_deterministic_algorithms(False)
+
+    @staticmethod
+    def within(ours, exact, size, terms):
+        """Each number is off by at most `terms` roundings of its `size`, of the sum without cancellation."""
+        assert ours.shape == exact.shape and ours.dtype == FP32
+        excess = (ours.double() - exact).abs() - terms * EPS * size
+        assert (excess <= 0).all(), excess.max()
+
+    @pytest.mark.parametrize("T,width,D", [(32, 64, 32), (20, 36, 12), (150, 300, 68), (2, 4, 4)])
+    def test_mlp(self, T, width, D):
+        """ReluSquareMLP and its gradients, also with tiles that end inside the matrix and dy not contiguous."""
+        inputs, dy = [torch.randn(T, D), torch.randn(width, D), torch.randn(width, D)], torch.randn(D, T).T
+        ours = gradients(t.ReluSquareMLP.apply, inputs, dy)
+        exact = gradients(t.mlp_reference, to(FP64, *inputs), dy.double())
+        sizes = gradients(t.mlp_reference, [x.double().abs() for x in inputs], dy.double().abs())
+        for a, b, c in zip(ours, exact, sizes):
+            self.within(a, b, c, 2 * (T + width + D) + 8)
+
+    @pytest.mark.parametrize("T,width,D", [(20, 36, 12)])
+    def test_relu_square_product(self, T, width, D):
+        """Both uses of the product, and that it agrees with the reference of its signature."""
+        a, w, h = torch.randn(T, D), torch.randn(width, D), torch.rand(T, width)
+        for hidden in (None, h):
+            exact, size = (t.relu_square_product_reference(*to(FP64, *x, hidden)) for x in ((a, w), (a.abs(), w.abs())))
+            self.within(t.relu_square_product(a, w, hidden), exact, size, 2 * D + 4)
+
+    @pytest.mark.parametrize("paired,offset,mix", KINDS)
+    @pytest.mark.parametrize("T,H,d", [(37, 6, 16), (16, 2, 32), (1, 2, 16)])
+    def test_attention_inputs(self, T, H, d, paired, offset, mix):
+        """q, k, v and the gradients of qkv, value embedding and gate, with incomplete blocks of rows."""
+        (*inputs, grads), (cos, sin) = qkv_inputs(T, H, d, mix), rotation(T, d)
+
+        def results(f, *sources):
+            *x, c, s = sources
+            return gradients(lambda *y: f(*y, c, s, paired, offset), x, direction)
+
+        direction = grads
+        ours = results(t.AttentionInputs.apply, *inputs, cos, sin)
+        direction = to(FP64, *grads)
+        exact = results(t.attention_inputs_reference, *to(FP64, *inputs, cos, sin))
+        # q and k have length sqrt(d), their gradients r (dy - y mean(dy y)); token 0 of k has two gradients in its half
+        r = inputs[0].double().square().mean(-1).add(EPS).rsqrt()[:, :2].max()
+        dqkv = 4 * r * torch.stack(grads[:2]).norm(dim=-1).max()
+        sizes = [d**0.5, d**0.5]
+        direction = [x.double().abs() for x in grads]
+        sizes += results(t.attention_inputs_reference, *(x if x is None else x.double().abs()
+                                                         for x in (*inputs, cos, sin)))[2:]
+        sizes[3] = dqkv
+        for a, b, c in zip(ours, exact, sizes, strict=True):
+            self.within(a, b, c, d + 8)
+
+    @pytest.mark.parametrize("paired,offset,mix", KINDS)
+    def test_attention_inputs_operations(self, paired, offset, mix):
+        """The operations alone give what AttentionInputs gives, and empty gradients without a value embedding."""
+        (qkv, ve, gate, grads), tables = qkv_inputs(19, 2, 16, mix), rotation(19, 16)
+        outputs = gradients(lambda *x: t.AttentionInputs.apply(*x, *tables, paired, offset), (qkv, ve, gate), grads)
+        inputs = qkv, ve, gate, *tables
+        alone = [*t.attention_inputs_forward(*inputs, paired, offset),
+                 *t.attention_inputs_backward(*inputs, *grads, paired, offset)]
+        assert all(torch.equal(a, b) for a, b in zip(outputs, alone))
+        assert mix or alone[4].numel() == alone[5].numel() == 0
+
+    @pytest.mark.parametrize("T,V,count", [(5, 48, 3), (4, 77, 2), (3, 16, 1), (2, 130, 2), (3, 33, 3), (2, 5001, 2)])
+    def test_loss(self, T, V, count):
+        """Loss and gradient, also with equal targets at neighbouring positions and more than one block of columns."""
+        logits, targets = 8 * torch.randn(T, V), torch.randint(0, V, (T,))
+        targets[: T - 1] = targets[0]
+        weights = torch.tensor([1.0, 0.5, 0.25][:count])
+        loss, grad = t.softcapped_mtp_loss(logits, targets, weights, FP32, 0.03)
+        exact, exact_grad, bound = exact_loss(logits, targets, weights, 0.03)
+        assert (loss - exact).abs().max() <= weights.sum() * ROUNDING
+        assert ((grad - exact_grad).abs() <= bound).all()
+        reference, reference_grad = t.softcapped_mtp_loss_reference(logits, targets, weights, FP32, 0.03)
+        assert (reference - exact).abs().max() <= weights.sum() * ROUNDING
+        assert ((reference_grad - exact_grad).abs() <= bound).all()
+
+    @pytest.mark.parametrize("m,n", [(64, 128), (37, 70), (130, 200), (1, 5)])
+    def test_transposes(self, m, n):
+        """Exactly the transposed numbers, of every kind that is copied; the sum, in fp32, is rounded once."""
+        src = torch.randn(m, n)
+        for dtype in (FP32, BF16, E5M2):
+            x, dst = src.to(dtype), torch.full((n, m), float("nan")).to(dtype)
+            t.transpose_into(x, dst, add=False)
+            assert torch.equal(dst.float(), x.float().T)
+        added = torch.randn(n, m)
+        expected = added + src.T
+        t.transpose_into(src, added, add=True)
+        assert torch.equal(added, expected)
+
+    @pytest.mark.parametrize("m,n", [(64, 128), (37, 300), (1, 1)])
+    def test_transposed(self, m, n):
+        """Every byte of an e5m2 matrix, NaN and infinities too."""
+        src = torch.randint(0, 256, (m, n), dtype=torch.uint8).view(E5M2)
+        ours = t.transposed(src)
+        assert ours.dtype == E5M2 and ours.is_contiguous()
+        assert torch.equal(ours.view(torch.uint8), src.view(torch.uint8).T)
+
+    @pytest.mark.parametrize("T,D,rows", [(40, 24, 7), (9, 100, 50), (1, 1, 1)])
+    def test_scatter_add_rows(self, T, D, rows):
+        """Repeated ids add up, and other rows stay."""
+        x, ids, out = torch.randn(T, D), torch.randint(0, rows, (T,), dtype=torch.int32), torch.randn(rows, D)
+        exact, size = out.double(), out.double().abs()
+        t.scatter_add_rows_reference(x.double(), ids, exact)
+        t.scatter_add_rows_reference(x.double().abs(), ids, size)
+        t.scatter_add_rows(x, ids, out)
+        self.within(out, exact, size, T)
+
+    @pytest.mark.parametrize("K,n,k", [(1, 16, 16), (2, 32, 48), (3, 20, 37), (2, 7, 5), (1, 140, 24), (2, 300, 70),
+                                       (1, 256, 64)])
+    @pytest.mark.parametrize("turned", [False, True])
+    def test_symmetric_products(self, K, n, k, turned):
+        """c x x^T and b s + c s s^T over one and several tiles, of x and of views of tall x."""
+        x = torch.randn(K, k, n).mT if turned else torch.randn(K, n, k)
+        s = t.symmetric_product(x, 0.0, 1.5)
+        self.within(s, 1.5 * x.double() @ x.double().mT, 1.5 * x.double().abs() @ x.double().abs().mT, k + 1)
+        s = (s + s.mT) / 2
+        reference = t.symmetric_product_reference
+        self.within(t.symmetric_product(s, -2.5, 0.75), reference(s.double(), -2.5, 0.75),
+                    reference(s.double().abs(), 2.5, 0.75), n + 4)
+
+    def test_tile_numbers(self):
+        """The closed form by which symmetric_kernel finds its tile, in fp32 with a root off by two roundings."""
+        for i in range(300):
+            for tile in (i * (i + 1) // 2, i * (i + 1) // 2 + i):
+                for wrong in (1 - 2 * EPS, 1 + 2 * EPS):
+                    assert int((torch.tensor(8.0 * tile + 2.0).sqrt() * wrong - 1) * 0.5) == i
+
+    @pytest.mark.parametrize("shape", [(2, 40, 100), (2, 100, 40), (1, 140, 140)])
+    def test_polar_express(self, shape):
+        """With the kernels no less exact than with the references."""
+        x = torch.randn(shape)
+        exact = t.polar_express(x.double(), False)
+        ours, plain = ((t.polar_express(x, fast).double() - exact).norm() for fast in (True, False))
+        assert ours <= 2 * plain + EPS * exact.norm()
+
+    def test_operations(self):
+        """Schemas and shapes that torch.compile relies on, and one graph without breaks that holds every operation."""
+        check = torch.library.opcheck
+        check(t.symmetric_product, (torch.randn(1, 16, 8), 0.0, 0.5))
+        check(t.relu_square_product, (torch.randn(8, 4), torch.randn(12, 4), None))
+        check(t.relu_square_product, (torch.randn(8, 4), torch.randn(12, 4), torch.rand(8, 12)))
+        check(t.softcapped_mtp_loss, (torch.randn(3, 16), torch.tensor([1, 2, 3]), torch.ones(2), FP32, 0.5))
+        for mix in (False, True):
+            *inputs, grads = qkv_inputs(5, 2, 16, mix)
+            inputs += rotation(5, 16)
+            check(t.attention_inputs_forward, (*inputs, False, True))
+            check(t.attention_inputs_backward, (*inputs, *grads, False, True))
+        check(t.transposed, (torch.ones(4, 8, dtype=torch.int8),))  # opcheck itself cannot do fp8
+        tables = rotation(16, 16)
+
+        def everything(x, up, down, ve, gate):
+            y = t.ReluSquareMLP.apply(x, up, down)
+            q, k, v = t.AttentionInputs.apply(y.view(16, 3, 2, 16), ve, gate, *tables, True, True)
+            s = t.symmetric_product(t.symmetric_product(up[None].detach(), 0.0, 1.0), 0.5, 0.25)
+            loss, grad = t.softcapped_mtp_loss(y.detach(), torch.arange(16), torch.ones(2), FP32, 1.0)
+            return (q * v).sum() + (k * v).sum() + s.sum() + loss.sum() + grad.sum()
+
+        inputs = [0.3 * torch.randn(shape) for shape in ((16, 96), (32, 96), (32, 96), (16, 32), (16, 2))]
+        graph = torch.compile(everything, fullgraph=True, backend="aot_eager")
+        for eager, ours in zip(*(gradients(f, inputs, None) for f in (everything, graph))):
+            torch.testing.assert_close(ours, eager)
+
+
+def error(x, exact):
+    """Relative, in the Frobenius norm."""
+    return ((x.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def as_good(ours, plain, exact, slack=1e-6):
+    """Our errors are at most twice those of the plain bf16 version; false for NaN."""
+    for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
+        assert a.shape == c.shape and a.dtype == b.dtype
+        assert error(a, c) <= 2 * error(b, c) + slack, (i, error(a, c), error(b, c))
+
+
+def randn(*shape):
+    return torch.randn(shape, device="cuda").to(BF16)
+
+
+def installed(name):
+    return importlib.util.find_spec(name) is not None
+
+
+def document_ends(T, lengths):
+    """cu_seqlens of documents of these lengths, repeated as long as T has room, and padding with T."""
+    ends = list(itertools.takewhile(lambda e: e < T, itertools.accumulate(itertools.cycle(lengths))))
+    return torch.tensor([0, *ends] + 3 * [T], dtype=torch.int32, device="cuda")
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs Triton and a Hopper or newer GPU")
+class TestGPU:
+    """bf16 against float64 on the same numbers: errors at most twice those of the plain version in bf16."""
+
+    @pytest.fixture(autouse=True)
+    def unwritten_is_nan(self):
+        """The memory that a test gets was NaN."""
+        torch.full((2**30,), float("nan"), dtype=BF16, device="cuda")
+        yield
+        torch.cuda.empty_cache()
+
+    @pytest.mark.parametrize("T,D,width", [(1000, 768, 3072), (77, 136, 328)])
+    def test_mlp(self, T, D, width):
+        inputs, dy = [randn(T, D), randn(width, D) * D**-0.5, randn(width, D) * D**-0.5], randn(T, D)
+        exact = gradients(t.mlp_reference, to(FP64, *inputs), dy.double())
+        as_good(gradients(t.ReluSquareMLP.apply, inputs, dy), gradients(t.mlp_reference, inputs, dy), exact)
+
+    @pytest.mark.parametrize("T,paired,offset,mix", [(1001, *kind) for kind in KINDS] + [(4096, True, True, True)])
+    def test_attention_inputs(self, T, paired, offset, mix):
+        (*inputs, grads), tables = qkv_inputs(T, 6, 128, mix, device="cuda"), rotation(T, 128, device="cuda")
+        inputs, grads, tables = to(BF16, *inputs), to(BF16, *grads), to(BF16, *tables)
+
+        def results(f, dtype=BF16):
+            c, s = to(dtype, *tables)
+            return gradients(lambda *x: f(*x, c, s, paired, offset), to(dtype, *inputs), to(dtype, *grads))
+
+        as_good(results(t.AttentionInputs.apply), results(t.attention_inputs_reference),
+                results(t.attention_inputs_reference, FP64))
+
+    @pytest.mark.parametrize("T,V,count,spread,dtype", [
+        (512, 50304, 3, 4, E5M2), (37, 1003, 2, 8, E5M2), (5, 50257, 1, 4, BF16), (300, 50304, 3, 4, FP32)])
+    def test_loss(self, T, V, count, spread, dtype):
+        """fp32 and bf16 gradients to the bound of the arithmetic; e5m2 ones, with a short tanh, to e5m2's own error."""
+        logits, targets = spread * randn(T, V), torch.randint(0, V, (T,), device="cuda")
+        targets[2:5] = targets[2]
+        weights, scale = torch.tensor([1.0, 0.5, 0.25][:count], device="cuda") / 8, t.GRAD_SCALE / 8
+        loss, grad = t.softcapped_mtp_loss(logits, targets, weights, dtype, scale)
+        exact, exact_grad, bound = exact_loss(logits, targets, weights, scale)
+        relative = ROUNDING + (1.01 * t.CAP / 2 * TANH_ERROR if dtype == E5M2 else 0)
+        assert (loss - exact).abs().max() <= weights.sum() * relative
+        if dtype != E5M2:
+            rounding = 2.0**-8 * exact_grad.abs() if dtype == BF16 else 0
+            assert ((grad.double() - exact_grad).abs() <= bound + rounding).all()
+            return
+        plain = exact_grad.to(FP32).to(E5M2).double()
+        away = torch.ones_like(plain).scatter_(1, targets[:, None], 0)
+        for part in (1, away):  # the few large numbers at the targets would hide the others
+            as_good([grad.double() * part], [plain * part], [exact_grad * part], slack=1e-4)
+
+    @pytest.mark.parametrize("m,n", [(768, 50304), (77, 131), (1, 5), (64, 50257)])
+    def test_transposes(self, m, n):
+        """Exact: copies of bf16, e5m2 and fp32, and the sum rounded once."""
+        for x in (randn(m, n), randn(m, n).to(E5M2), randn(m, n).float()):
+            dst = torch.full((n, m), float("nan"), device="cuda").to(x.dtype)
+            t.transpose_into(x, dst, add=False)
+            assert torch.equal(dst.float(), x.float().T)
+            if x.dtype == E5M2:
+                assert torch.equal(t.transposed(x).view(torch.uint8), x.view(torch.uint8).T)
+            else:
+                added = randn(n, m).to(x.dtype)
+                expected = added.clone()
+                t.transpose_into(x, added, add=True)
+                t.transpose_into_reference(x, expected, add=True)
+                assert torch.equal(added, expected)
+
+    @pytest.mark.parametrize("T,D,rows", [(4096, 768, 50304), (999, 100, 37)])
+    def test_scatter_add_rows(self, T, D, rows):
+        """Sums of bf16 rows in fp32, with many repeated ids."""
+        x, ids = randn(T, D), (rows * torch.rand(T, device="cuda") ** 4).int()
+        out = torch.randn(rows, D, device="cuda")
+        plain, exact = out.clone(), out.double()
+        t.scatter_add_rows_reference(x, ids, plain)
+        t.scatter_add_rows_reference(x, ids, exact)
+        t.scatter_add_rows(x, ids, out)
+        as_good([out], [plain], [exact])
+
+    @pytest.mark.parametrize("K,n,k,turned", [
+        (6, 256, 768, False), (2, 768, 768, False), (2, 768, 3072, True), (3, 77, 100, False), (3, 77, 100, True)])
+    def test_symmetric_products(self, K, n, k, turned):
+        x = randn(K, k, n).mT if turned else randn(K, n, k)
+        ours, reference = t.symmetric_product, t.symmetric_product_reference
+        s = reference(x, 0.0, 1.0)
+        as_good([ours(x, 0.0, 1.0)], [s], [reference(x.double(), 0.0, 1.0)])
+        s = s / s.float().norm(dim=(-2, -1), keepdim=True).to(BF16)
+        as_good(*([f(y, -2.77, 0.51)] for f, y in ((ours, s), (reference, s), (reference, s.double()))))
+
+    @pytest.mark.parametrize("shape", [(6, 256, 768), (2, 3072, 768), (3, 100, 77)])
+    def test_polar_express(self, shape):
+        x = randn(*shape)
+        as_good(*([t.polar_express(y, fast)] for y, fast in ((x, True), (x, False), (x.double(), False))))
+
+    @pytest.mark.parametrize("fp8", [True, False])
+    def test_head(self, fp8):
+        """Loss as with the reference to the loss kernel's bound; gradients no less exact than the reference's."""
+        T, D, V = 512, 768, 50304
+        x, w, targets = randn(T, D), randn(D, V) * 0.03, torch.randint(0, V, (T,), device="cuda")
+        weights = torch.tensor([1.0, 0.5, 0.25], device="cuda") / 8
+        one = torch.ones((), device="cuda")
+        (loss, *ours), (reference, *plain) = (
+            gradients(lambda a, b, fast=fast: t.HeadLoss.apply(a, b, targets, weights, fp8, 1 / 8, fast), (x, w), one)
+            for fast in (True, False))
+        relative = ROUNDING + (1.01 * t.CAP / 2 * TANH_ERROR if fp8 else 0)
+        assert (loss - reference).abs() <= T * weights.sum() * relative
+        logits = x.double() @ w.double()
+        _, grad, _ = exact_loss(logits, targets, weights, 1.0)
+        as_good(ours, plain, [grad @ w.double().T, x.double().T @ grad], slack=1e-4)
+
+    @pytest.mark.parametrize("backend", ["torch", pytest.param("fa4", marks=pytest.mark.skipif(
+        not (HOPPER and installed("flash_attn")), reason="flash_attn is not installed"))])
+    @pytest.mark.parametrize("T,H,window,lengths", [
+        (2048, 6, 384, (700, 300, 1)), (1537, 3, 128, (513, 90, 1, 2, 333)), (1001, 6, 2000, (1001,))])
+    def test_attention(self, backend, T, H, window, lengths):
+        """Output and gradients: windows inside and beyond the documents, which are many, of one token, or one."""
+        inputs, dy, ends = [randn(T, H, 128) for _ in range(3)], randn(T, H, 128), document_ends(T, lengths)
+
+        def results(f, dtype=BF16):
+            return gradients(lambda q, k, v: f(q, k, v, ends, max(lengths), window, 0.1), to(dtype, *inputs),
+                             dy.to(dtype))
+
+        as_good(results(t.ATTENTION_BACKENDS[backend]), results(t.attention_reference),
+                results(t.attention_reference, FP64))
+
+    def test_compiled(self):
+        """torch.compile takes the MLP and the attention inputs into one graph, which gives what they give eagerly."""
+        T, D = 1024, 768
+        *inputs, grads = qkv_inputs(T, 6, 128, True, device="cuda")
+        inputs, tables = to(BF16, *inputs), to(BF16, *rotation(T, 128, device="cuda"))
+
+        def both(x, up, down, qkv, ve, gate):
+            return t.ReluSquareMLP.apply(x, up, down), *t.AttentionInputs.apply(qkv, ve, gate, *tables, False, True)
+
+        inputs = [randn(T, D), randn(4 * D, D) * D**-0.5, randn(4 * D, D) * D**-0.5, *inputs]
+        direction = to(BF16, randn(T, D), *grads)
+        graph = torch.compile(both, fullgraph=True, dynamic=False)
+        for eager, ours in zip(*(gradients(f, inputs, direction) for f in (both, graph))):
+            assert error(ours, eager) <= 2.0**-8  # a rounding in bf16: the graph may choose other matrix products
