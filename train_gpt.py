@@ -1536,7 +1536,7 @@ class NorMuonAdam:
             part = self.state["lm_head"][key]
             whole = part.new_empty(self.params["lm_head"].shape)
             dist.all_gather_into_tensor(whole, part)
-            mine = whole.T if self.ranks.world == 1 else whole.T.chunk(self.ranks.world)[self.ranks.rank]
+            mine = whole.T.chunk(self.ranks.world)[self.ranks.rank]
             assert mine.shape == self.shard(rows["embed"]).shape
             self.state["embed"][key].copy_(mine)
         self.tied = False
@@ -1814,8 +1814,6 @@ class MicroStep:
 
     def capture(self, batch: Batch, geometry: Geometry, weights: Tensor, grad_unit: float) -> Callable:
         inputs = Batch(*(t.clone() for t in batch)), weights.clone()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         # thread_local: the loader's thread may pin memory meanwhile
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
