@@ -26,6 +26,7 @@ import argparse
 import ctypes
 import difflib
 import glob
+import importlib.util
 import math
 import os
 import queue
@@ -39,6 +40,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -54,7 +56,6 @@ from tqdm import tqdm
 try:
     import triton
     import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
     jit = triton.jit
 except ImportError:  # CPU builds of PyTorch come without Triton; the references serve
@@ -111,9 +112,9 @@ class Hyperparameters:
     dtype: str = "bfloat16"  # of weights and activations: bfloat16 or float32
     fp8_head: bool = True  # the training head's products in FP8
     compile: bool = True  # torch.compile; plain eager PyTorch if false
-    graphs: bool = False  # replay each micro-step as one CUDA graph (on a GPU)
+    graphs: bool = True  # replay each micro-step as one CUDA graph (on a GPU)
     attention: str = "auto"  # auto or a key of ATTENTION_BACKENDS
-    kernels: str = "auto"  # triton, reference (plain PyTorch), or auto: Triton's where they can run
+    kernels: str = "auto"  # auto or one of KERNELS
     device: str = "auto"  # auto, cuda or cpu
     log_dir: str = "logs"
     run_id: str = ""  # name of the log file; empty: date and time
@@ -360,7 +361,7 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
     require(hp.num_scheduled_iterations >= 3, "--num_scheduled_iterations must be at least 3, one for each stage")
     require(0 <= hp.cooldown_start < 1, f"--cooldown_start={hp.cooldown_start} must be in [0, 1)")
     choices = {"dtype": ("bfloat16", "float32"), "device": ("auto", "cuda", "cpu"),
-               "attention": ("auto", *ATTENTION_BACKENDS), "kernels": ("auto", "triton", "reference")}
+               "attention": ("auto", *ATTENTION_BACKENDS), "kernels": ("auto", *KERNELS)}
     for key, allowed in choices.items():
         require(getattr(hp, key) in allowed, f"--{key}={getattr(hp, key)}: use {', '.join(allowed)}")
     require(hp.batch_unit % SEGMENTS == 0 and hp.batch_unit // SEGMENTS >= MTP_MAX,
@@ -461,7 +462,7 @@ class Log:
             self.file.close()
 
 
-def log_environment(log: Log, hp: Hyperparameters, ranks: Ranks, attention: str, fast: bool) -> None:
+def log_environment(log: Log, hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str) -> None:
     try:
         smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
@@ -469,7 +470,7 @@ def log_environment(log: Log, hp: Hyperparameters, ranks: Ranks, attention: str,
     versions = f"Python {sys.version}\nPyTorch {torch.__version__} CUDA {torch.version.cuda}, {ranks.world} ranks"
     log(f"{versions}\n{smi}", show=False)
     log("=" * 100 + "\n" + "\n".join(f"{f.name} = {getattr(hp, f.name)!r}" for f in fields(hp)), show=False)
-    log(f"attention backend = {attention}\nTriton kernels = {fast}\n{'=' * 100}", show=False)
+    log(f"attention used = {attention}\nkernels used = {kernels}\n{'=' * 100}", show=False)
 
 
 # ==== 4. Kernels: each Triton kernel has its plain PyTorch reference, of the same signature, directly above it ========
@@ -481,12 +482,19 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def choose_kernels(hp: Hyperparameters, device: torch.device) -> bool:
-    """Whether to run the Triton kernels."""
-    usable = triton is not None and is_hopper(device) and hp.dtype == "bfloat16"
-    if hp.kernels == "triton" and not usable:
-        raise UserError("--kernels=triton needs Triton, bfloat16 and a Hopper or newer GPU; use --kernels=auto")
-    return usable and hp.kernels != "reference"
+KERNELS = ("quack", "triton", "reference")  # the fastest first; each has those after it for what it does not cover
+
+
+def choose_kernels(hp: Hyperparameters, device: torch.device) -> str:
+    """The one of KERNELS to use: the one asked for, or the fastest that works on this device."""
+    gpu = triton is not None and is_hopper(device) and hp.dtype == "bfloat16"
+    usable = {"quack": gpu and importlib.util.find_spec("quack") is not None, "triton": gpu, "reference": True}
+    if hp.kernels == "auto":
+        return next(name for name in KERNELS if usable[name])
+    if not usable[hp.kernels]:
+        raise UserError(f"--kernels={hp.kernels} needs Triton, bfloat16 and a Hopper or newer GPU, and quack also the "
+                        "package quack-kernels; use --kernels=auto")
+    return hp.kernels
 
 
 FP32_EPS = 1.19e-7  # of float32, also where activations are bf16
@@ -506,75 +514,95 @@ def softcap(logits: Tensor) -> Tensor:
     return CAP * torch.sigmoid((logits.float() + CAP_SHIFT) / CAP_WIDTH)
 
 
+# --- Matrix products, with elementwise work done before their result leaves the chip
+
+def product_reference(a: Tensor, b: Tensor, c: Tensor | None, scale: Tensor | None, epilogue: str) -> Tensor:
+    """a b [m, n] for a [m, k], b [k, n] (epilogue none); residual: a b + scale c, for c [m, n] and 0-dim fp32 scale;
+    relu_square: relu(a b)^2; root: 2 sqrt(c) (a b), which is the gradient before that square if c is the square."""
+    y = a @ b
+    return {"none": lambda: y, "residual": lambda: y + scale * c, "relu_square": lambda: F.relu(y).square(),
+            "root": lambda: 2 * c.sqrt() * y}[epilogue]()
+
+
+@cache
+def quack_products() -> dict[str, Callable]:
+    """product's kernels by epilogue; quack (Guo, Dao et al., package quack-kernels) builds them around these lines."""
+    import cutlass.cute as cute
+    from quack.epilogue.frontend import gemm_epilogue
+    from quack.gemm_config import GemmConfig
+
+    def none(acc):
+        return {"D": acc}
+
+    def residual(acc, c, scale):
+        return {"D": acc + scale * c}
+
+    def relu_square(acc):
+        positive = cute.arch.fmax(acc, 0.0)
+        return {"D": positive * positive}
+
+    def root(acc, c):
+        return {"D": 2.0 * cute.math.sqrt(c, fastmath=True) * acc}
+
+    config = GemmConfig(tile_m=128, tile_n=192, pingpong=True, cluster_m=2, is_dynamic_persistent=False)  # tuned (H200)
+    return {f.__name__: partial(gemm_epilogue()(f), config=config, tuned=False)
+            for f in (none, residual, relu_square, root)}
+
+
+@custom_op("speedrun::product", mutates_args=(), device_types="cuda")
+def product(a: Tensor, b: Tensor, c: Tensor | None, scale: Tensor | None, epilogue: str) -> Tensor:
+    return quack_products()[epilogue](a, b, c, **({} if scale is None else {"scale": scale}))["D"]
+
+product.register_kernel("cpu")(product_reference)
+product.register_fake(lambda a, b, *_: a.new_empty(a.size(0), b.size(1)))
+
+
+def linear_reference(x: Tensor, w: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
+    """x w^T + scale * residual, the latter if given, for x [T, n], w [m, n], residual [T, m], scale 0-dim fp32."""
+    y = F.linear(x, w)
+    return y if residual is None else y + scale * residual
+
+
+class Linear(torch.autograd.Function):
+    """linear_reference by fused products."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, w, residual, scale)
+        return product(x, w.mT, residual, scale, "none" if residual is None else "residual")
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, w, residual, scale = ctx.saved_tensors
+        dw = dy.mT @ x  # first: cuBLAS gives autograd's thread the CUDA context that tensor descriptors need
+        return product(dy, w, None, None, "none"), dw, *residual_grads(dy, residual, scale)
+
+
+def residual_grads(dy: Tensor, residual: Tensor | None, scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if residual is None else (scale * dy, (dy.float() * residual.float()).sum())
+
+
 # --- MLP: relu(x up^T)^2 down (So et al., Primer, arXiv 2109.08668)
 
-def mlp_reference(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    return F.relu(F.linear(x, up)).square() @ down
-
-
-def relu_square_product_reference(a: Tensor, w: Tensor, h: Tensor | None) -> Tensor:
-    """relu(a w^T)^2 for a [T, D], w [F, D]; given such h [T, F], 2 sqrt(h) (a w^T): the gradient before the square."""
-    return F.relu(a @ w.mT).square() if h is None else 2 * h.sqrt() * (a @ w.mT)
-
-
-@jit
-def store_relu_square(acc, h, out, m, n, BACKWARD: tl.constexpr):
-    if BACKWARD:
-        acc = 2.0 * tl.sqrt(h.load([m, n]).to(tl.float32)) * acc
-    else:
-        acc = tl.maximum(acc, 0.0)
-        acc = acc * acc
-    out.store([m, n], acc.to(out.dtype))
-
-
-@jit
-def relu_square_kernel(a, w, h, out, T, F, D, PROGRAMS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_T: tl.constexpr,
-                       BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Persistent over the tiles of [T, F]; all operands are tensor descriptors, which also handle the edges."""
-    tiles_f = tl.cdiv(F, BLOCK_F)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(T, BLOCK_T) * tiles_f, PROGRAMS, flatten=True):
-        m, n = tile // tiles_f * BLOCK_T, tile % tiles_f * BLOCK_F
-        acc = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
-        for k in range(0, D, BLOCK_D):
-            acc = tl.dot(a.load([m, k]), w.load([n, k]).T, acc)
-        # in halves: their way through shared memory needs only half of it
-        left, right = acc.reshape(BLOCK_T, 2, BLOCK_F // 2).permute(0, 2, 1).split()
-        store_relu_square(left, h, out, m, n, BACKWARD)
-        store_relu_square(right, h, out, m, n + BLOCK_F // 2, BACKWARD)
-
-
-@custom_op("speedrun::relu_square_product", mutates_args=())
-def relu_square_product(a: Tensor, w: Tensor, h: Tensor | None) -> Tensor:
-    a, w, (T, D), wide = a.contiguous(), w.contiguous(), a.shape, w.size(0)
-    # Best of a sweep on H200 at T = 49,152: the tiles of h take the shared memory of one pipeline stage
-    block_t, block_f, block_d, stages = (128, 256, 64, 4) if h is None else (256, 128, 64, 3)
-    out, half = a.new_empty(T, wide), [block_t, block_f // 2]
-    workers = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 2  # 2: interpreted
-    programs = min(workers, triton.cdiv(T, block_t) * triton.cdiv(wide, block_f))
-    relu_square_kernel[(programs,)](
-        TensorDescriptor.from_tensor(a, [block_t, block_d]), TensorDescriptor.from_tensor(w, [block_f, block_d]),
-        TensorDescriptor.from_tensor(out if h is None else h, half), TensorDescriptor.from_tensor(out, half),
-        T, wide, D, programs, h is not None, block_t, block_f, block_d, num_warps=8, num_stages=stages)
-    return out
-
-relu_square_product.register_fake(lambda a, w, h: a.new_empty(a.size(0), w.size(0)))
+def mlp_reference(x: Tensor, up: Tensor, down: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
+    return F.relu(F.linear(x, up)).square() @ down + scale * residual
 
 
 class ReluSquareMLP(torch.autograd.Function):
     """mlp_reference by fused products; keeps the hidden layer h [T, F], whose root is the derivative of the square."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        h = relu_square_product(x, up, None)
-        ctx.save_for_backward(x, up, down, h)
-        return h @ down
+    def forward(ctx, x: Tensor, up: Tensor, down: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
+        h = product(x, up.mT, None, None, "relu_square")
+        ctx.save_for_backward(x, up, down, h, residual, scale)
+        return product(h, down, residual, scale, "residual")
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        x, up, down, h = ctx.saved_tensors
-        d_down = h.mT @ dy  # first: cuBLAS gives autograd's thread the CUDA context that tensor descriptors need
-        dpre = relu_square_product(dy, down, h)  # [T, F]
-        return dpre @ up, dpre.mT @ x, d_down
+        x, up, down, h, residual, scale = ctx.saved_tensors
+        d_down = h.mT @ dy
+        dpre = product(dy, down.mT, h, None, "root")  # [T, F]
+        return product(dpre, up, None, None, "none"), dpre.mT @ x, d_down, *residual_grads(dy, residual, scale)
 
 
 # --- What attention reads: QK norm, rotary embedding, key offset, value-embedding mix
@@ -918,7 +946,7 @@ class HeadLoss(torch.autograd.Function):
             s = grad_loss.float() * ctx.grad_scale
             dx = fp8_product(grad, w.T, s * W_SCALE, ctx.dtypes[0])
             turned = transposed(grad) if ctx.fast else grad.T.contiguous()  # [V, T]
-            dw = fp8_product(x.T.contiguous(), turned.T, s * X_SCALE, torch.float32)
+            dw = fp8_product(x.T.contiguous(), turned.T, s * X_SCALE, ctx.dtypes[1])
         else:
             dx, dw = grad_loss * (grad @ w.T), grad_loss * (x.T @ grad)
         return dx.to(ctx.dtypes[0]), dw.to(ctx.dtypes[1]), None, None, None, None, None
@@ -1203,8 +1231,13 @@ class GPT(nn.Module):
         for name in ("cos", "sin"):  # row p is position p; paired heads use 2T positions
             table = torch.empty(2 * longest, hp.head_dim // 4, dtype=torch.bfloat16)
             self.register_buffer(name, table, persistent=False)
-        self.attention, self.fast = ATTENTION_BACKENDS["reference"], False
+        self.use("reference", "reference")
         self.stage, self.scale = -1, hp.attn_scale
+
+    def use(self, attention: str, kernels: str) -> None:
+        """Compute with this one of ATTENTION_BACKENDS and this one of KERNELS."""
+        self.attention = ATTENTION_BACKENDS[attention]
+        self.fast, self.fused = kernels != "reference", kernels == "quack"
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
@@ -1252,8 +1285,8 @@ class GPT(nn.Module):
         gate = self.scalars[2 * len(LAYERS)] * torch.sigmoid(F.linear(e[1:, :GATE_INPUTS], self.smear_gate))  # [T-1, 1]
         return torch.cat([e[:1], e[1:] + gate * e[:-1]])
 
-    def attend(self, i: int, h: Tensor, qkv: Tensor, o: Tensor, ve: Tensor | None, batch: Batch, g: Geometry) -> Tensor:
-        """Attention of layer i on its normalised input h [T, D], with weights qkv [3D, D] and o [D, D]."""
+    def attend(self, i: int, h: Tensor, qkv: Tensor, ve: Tensor | None, batch: Batch, g: Geometry) -> Tensor:
+        """Gated attention of layer i on its normalised input h [T, D] with weights qkv [3D, D], before O; [T, D]."""
         layer, T, H, d = LAYERS[i], h.size(0), self.hp.num_heads, self.hp.head_dim
         gate = None
         if ve is not None:
@@ -1262,7 +1295,8 @@ class GPT(nn.Module):
                 seen = torch.cat([h[:, : GATE_INPUTS // 2], ve[:, : GATE_INPUTS // 2]], dim=-1)
             gate = 2 * torch.sigmoid(F.linear(seen, self.ve_gate_bank[layer.value_table]))  # [T, H]
         inputs = AttentionInputs.apply if self.fast else attention_inputs_reference
-        qkv = F.linear(h, qkv).view(T, 3, H, d)
+        linear = Linear.apply if self.fused else linear_reference
+        qkv = linear(h, qkv, None, None).view(T, 3, H, d)
         q, k, v = inputs(qkv, ve, gate, self.cos, self.sin, layer.paired, layer.key_offset)  # [T, H, d] each
         # A paired token becomes two, heads 0..H/2-1 and then the rest: the same memory seen as [2T, H/2, d]
         n = 2 if layer.paired else 1
@@ -1270,26 +1304,26 @@ class GPT(nn.Module):
         window = g.window_short if layer.window == "short" else g.window_long
         y = self.attention(q, k, v, batch.cu_seqlens * n, g.max_len * n, window, g.scale).reshape(T, H, d)
         gate = torch.sigmoid(F.linear(h[:, :GATE_INPUTS], self.attn_gate_bank[ATTN_INDEX[i]]))  # [T, H]
-        return F.linear((y * gate[..., None]).reshape(T, H * d), o)
+        return (y * gate[..., None]).reshape(T, H * d)
 
     def trunk(self, batch: Batch, rows: Rows, g: Geometry) -> Tensor:
         """From tokens to the normalised last hidden state [T, D]."""
         hp, L, D = self.hp, len(LAYERS), self.hp.model_dim
-        apply_mlp = ReluSquareMLP.apply if self.fast else mlp_reference
+        linear, mlp = (Linear.apply, ReluSquareMLP.apply) if self.fused else (linear_reference, mlp_reference)
         *sa, _, backout_lambda, skip_lambda = self.scalars.unbind()
         resid, post, x0_lambda, bigram_lambda = (  # flat: [2i] for attention and [2i+1] for the MLP, or [i]
-            p.bfloat16().flatten().unbind()
+            p.bfloat16().float().flatten().unbind()
             for p in (self.resid_lambdas, self.post_lambdas, self.x0_lambdas, self.bigram_lambdas)
         )
         # Unbound once: the backward of an unbind is one stack, that of each indexing a pass over the whole bank
         attn = len(ATTN_INDEX)
         qk = self.qk_bank[: attn * hp.num_heads].view(attn, 2 * D, D).unbind()
         vo = self.vo_bank[: attn * 2].view(attn, 2, D, D).unbind()
-        mlp = self.mlp_bank[: 2 * L].view(L, 2, hp.mlp_dim, D).unbind()
+        up_down = self.mlp_bank[: 2 * L].view(L, 2, hp.mlp_dim, D).unbind()
 
         x0 = norm(self.smear(rows.embed))
         x = x0 + bigram_lambda[0] * rows.bigram
-        after = {}  # layer -> the stream after it, for layers that read it later
+        after, normed = {}, {-1: norm(x)}  # layer -> the stream after it, and its norm, which several layers read
         for i, layer in enumerate(LAYERS):
             if layer.skip_from is not None:
                 gate = torch.sigmoid(skip_lambda) * 2 * torch.sigmoid(F.linear(x0[:, :GATE_INPUTS], self.skip_gate))
@@ -1297,16 +1331,16 @@ class GPT(nn.Module):
             else:
                 j, table = ATTN_INDEX[i], layer.value_table
                 v, o = vo[j].unbind()
-                # the attention scalars multiply weights, which are smaller than activations
-                qkv, o = sa[2 * i] * torch.cat([qk[j], v]), sa[2 * i + 1] * o
-                h = norm(x if layer.reads is None else after[layer.reads])
-                y = self.attend(i, h, qkv, o, None if table is None else rows.value[table], batch, g)
-                x = resid[2 * i] * x + post[2 * i] * y + x0_lambda[i] * x0
+                # scalars multiply weights where they can: these are smaller, and no activation is read for gradients
+                qkv, o = sa[2 * i] * torch.cat([qk[j], v]), sa[2 * i + 1] * post[2 * i] * o
+                h = normed[i - 1 if layer.reads is None else layer.reads]
+                y = self.attend(i, h, qkv, None if table is None else rows.value[table], batch, g)
+                x = linear(y, o, x, resid[2 * i]) + x0_lambda[i] * x0
                 if i > 0:
                     x = x + bigram_lambda[i] * rows.bigram
-            up, down = mlp[i].unbind()
-            x = resid[2 * i + 1] * x + post[2 * i + 1] * apply_mlp(norm(x), up, down)
-            after[i] = x
+            up, down = up_down[i].unbind()
+            x = mlp(norm(x), up, post[2 * i + 1] * down, x, resid[2 * i + 1])
+            after[i], normed[i] = x, norm(x)
         return norm(x - backout_lambda * after[BACKOUT_LAYER])
 
     def forward(self, batch: Batch, rows: Rows, g: Geometry, mtp_weights: Tensor, grad_unit: float) -> Tensor:
@@ -1917,14 +1951,14 @@ class Clock:
         return self.before + (1000 * (time.perf_counter() - self.started) if self.started else 0.0)
 
 
-def train(hp: Hyperparameters, ranks: Ranks, backend: str, fast: bool, log: Log) -> None:
-    """The whole run with an attention backend and, if fast, Triton kernels: set up, warm up, train, validate."""
-    log_environment(log, hp, ranks, backend, fast)
+def train(hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str, log: Log) -> None:
+    """The whole run: set up, warm up, train, validate."""
+    log_environment(log, hp, ranks, attention, kernels)
     val_tokens = read_val_tokens(hp)
     with torch.device(ranks.device):
         model = GPT(hp, ranks.world)
     check_tables(model)
-    model.attention, model.fast = ATTENTION_BACKENDS[backend], fast
+    model.use(attention, kernels)
     model.initialize(hp.seed)
     micro_step = MicroStep(model, NorMuonAdam(model, hp, ranks), hp, ranks)
     losses_of = compiled(model.token_losses) if hp.compile else model.token_losses
@@ -1980,10 +2014,10 @@ def main() -> None:
         if args.check:
             return check_data(hp)
         ranks = setup_ranks(hp)
-        backend, fast = on_every_rank(lambda: (choose_attention(hp, ranks.device), choose_kernels(hp, ranks.device)))
+        chosen = on_every_rank(lambda: (choose_attention(hp, ranks.device), choose_kernels(hp, ranks.device)))
         on_every_rank(lambda: check_data(hp))
         log = on_every_rank(lambda: Log(hp, ranks))
-        train(hp, ranks, backend, fast, log)
+        train(hp, ranks, *chosen, log)
         log.close()
         dist.destroy_process_group()
     except UserError as e:  # the same on every rank: told once a machine

@@ -113,19 +113,23 @@ class TestInterpreted:
     def test_mlp(self, T, width, D):
         """ReluSquareMLP and its gradients, also with tiles that end inside the matrix and dy not contiguous."""
         inputs, dy = [torch.randn(T, D), torch.randn(width, D), torch.randn(width, D)], torch.randn(D, T).T
+        inputs += torch.randn(T, D), torch.tensor(0.7)
         ours = gradients(t.ReluSquareMLP.apply, inputs, dy)
         exact = gradients(t.mlp_reference, to(FP64, *inputs), dy.double())
         sizes = gradients(t.mlp_reference, [x.double().abs() for x in inputs], dy.double().abs())
         for a, b, c in zip(ours, exact, sizes):
-            self.within(a, b, c, 2 * (T + width + D) + 8)
+            self.within(a, b, c, 2 * (T + width + D + T * D) + 8)
 
-    @pytest.mark.parametrize("T,width,D", [(20, 36, 12)])
-    def test_relu_square_product(self, T, width, D):
-        """Both uses of the product, and that it agrees with the reference of its signature."""
-        a, w, h = torch.randn(T, D), torch.randn(width, D), torch.rand(T, width)
-        for hidden in (None, h):
-            exact, size = (t.relu_square_product_reference(*to(FP64, *x, hidden)) for x in ((a, w), (a.abs(), w.abs())))
-            self.within(t.relu_square_product(a, w, hidden), exact, size, 2 * D + 4)
+    @pytest.mark.parametrize("residual", [False, True])
+    def test_linear(self, residual, T=30, width=20, D=12):
+        """Linear and its gradients, with and without a residual."""
+        inputs, dy = [torch.randn(T, D), torch.randn(width, D)], torch.randn(T, width)
+        inputs += [torch.randn(T, width), torch.tensor(-0.7)] if residual else []
+        ours, exact, sizes = (gradients(lambda *x, f=f: f(*x, *[None] * (4 - len(x))), x, y) for f, x, y in (
+            (t.Linear.apply, inputs, dy), (t.linear_reference, to(FP64, *inputs), dy.double()),
+            (t.linear_reference, [x.double().abs() for x in inputs], dy.double().abs())))
+        for a, b, c in zip(ours, exact, sizes):
+            self.within(a, b, c, 2 * (T + width + D + T * width) + 8)
 
     @pytest.mark.parametrize("paired,offset,mix", KINDS)
     @pytest.mark.parametrize("T,H,d", [(37, 6, 16), (16, 2, 32), (1, 2, 16)])
@@ -240,8 +244,9 @@ class TestInterpreted:
         """Schemas and shapes that torch.compile relies on, and one graph without breaks that holds every operation."""
         check = torch.library.opcheck
         check(t.symmetric_product, (torch.randn(1, 16, 8), 0.0, 0.5))
-        check(t.relu_square_product, (torch.randn(8, 4), torch.randn(12, 4), None))
-        check(t.relu_square_product, (torch.randn(8, 4), torch.randn(12, 4), torch.rand(8, 12)))
+        a, b, c, scale = torch.randn(8, 4), torch.randn(4, 12), torch.rand(8, 12), torch.tensor(0.5)
+        for x in ((None, None, "none"), (c, scale, "residual"), (None, None, "relu_square"), (c, None, "root")):
+            check(t.product, (a, b, *x))
         check(t.softcapped_mtp_loss, (torch.randn(3, 16), torch.tensor([1, 2, 3]), torch.ones(2), FP32, 0.5))
         for mix in (False, True):
             *inputs, grads = qkv_inputs(5, 2, 16, mix)
@@ -251,14 +256,14 @@ class TestInterpreted:
         check(t.transposed, (torch.ones(4, 8, dtype=torch.int8),))  # opcheck itself cannot do fp8
         tables = rotation(16, 16)
 
-        def everything(x, up, down, ve, gate):
-            y = t.ReluSquareMLP.apply(x, up, down)
+        def everything(x, up, down, ve, gate, scale):
+            y = t.ReluSquareMLP.apply(x, up, down, 2 * x, scale)
             q, k, v = t.AttentionInputs.apply(y.view(16, 3, 2, 16), ve, gate, *tables, True, True)
             s = t.symmetric_product(t.symmetric_product(up[None].detach(), 0.0, 1.0), 0.5, 0.25)
             loss, grad = t.softcapped_mtp_loss(y.detach(), torch.arange(16), torch.ones(2), FP32, 1.0)
             return (q * v).sum() + (k * v).sum() + s.sum() + loss.sum() + grad.sum()
 
-        inputs = [0.3 * torch.randn(shape) for shape in ((16, 96), (32, 96), (32, 96), (16, 32), (16, 2))]
+        inputs = [0.3 * torch.randn(shape) for shape in ((16, 96), (32, 96), (32, 96), (16, 32), (16, 2), ())]
         graph = torch.compile(everything, fullgraph=True, backend="aot_eager")
         for eager, ours in zip(*(gradients(f, inputs, None) for f in (everything, graph))):
             torch.testing.assert_close(ours, eager)
@@ -284,6 +289,9 @@ def installed(name):
     return importlib.util.find_spec(name) is not None
 
 
+needs_quack = pytest.mark.skipif(not installed("quack"), reason="needs the package quack-kernels")
+
+
 def document_ends(T, lengths):
     """cu_seqlens of documents of these lengths, repeated as long as T has room, and padding with T."""
     ends = list(itertools.takewhile(lambda e: e < T, itertools.accumulate(itertools.cycle(lengths))))
@@ -301,11 +309,19 @@ class TestGPU:
         yield
         torch.cuda.empty_cache()
 
+    @needs_quack
     @pytest.mark.parametrize("T,D,width", [(1000, 768, 3072), (77, 136, 328)])
-    def test_mlp(self, T, D, width):
-        inputs, dy = [randn(T, D), randn(width, D) * D**-0.5, randn(width, D) * D**-0.5], randn(T, D)
-        exact = gradients(t.mlp_reference, to(FP64, *inputs), dy.double())
-        as_good(gradients(t.ReluSquareMLP.apply, inputs, dy), gradients(t.mlp_reference, inputs, dy), exact)
+    def test_products(self, T, D, width):
+        """The MLP and linear layers with and without a residual, and their gradients."""
+        scale, dy = torch.tensor(0.7, device="cuda"), randn(T, D)
+        mlp = [randn(T, D), randn(width, D) * D**-0.5, randn(width, D) * D**-0.5, randn(T, D), scale]
+        linear = [randn(T, D), randn(D, D) * D**-0.5]
+        for ours, plain, inputs in ((t.ReluSquareMLP.apply, t.mlp_reference, mlp),
+                                    (t.Linear.apply, t.linear_reference, [*linear, randn(T, D), scale]),
+                                    (lambda *x: t.Linear.apply(*x, None, None),
+                                     lambda *x: t.linear_reference(*x, None, None), linear)):
+            exact = gradients(plain, to(FP64, *inputs), dy.double())
+            as_good(gradients(ours, inputs, dy), gradients(plain, inputs, dy), exact)
 
     @pytest.mark.parametrize("T,paired,offset,mix", [(1001, *kind) for kind in KINDS] + [(4096, True, True, True)])
     def test_attention_inputs(self, T, paired, offset, mix):
@@ -412,16 +428,19 @@ class TestGPU:
         as_good(results(t.ATTENTION_BACKENDS[backend]), results(t.attention_reference),
                 results(t.attention_reference, FP64))
 
+    @needs_quack
     def test_compiled(self):
         """torch.compile takes the MLP and the attention inputs into one graph, which gives what they give eagerly."""
         T, D = 1024, 768
         *inputs, grads = qkv_inputs(T, 6, 128, True, device="cuda")
         inputs, tables = to(BF16, *inputs), to(BF16, *rotation(T, 128, device="cuda"))
 
-        def both(x, up, down, qkv, ve, gate):
-            return t.ReluSquareMLP.apply(x, up, down), *t.AttentionInputs.apply(qkv, ve, gate, *tables, False, True)
+        def both(x, up, down, scale, qkv, ve, gate):
+            return (t.ReluSquareMLP.apply(x, up, down, 2 * x, scale),
+                    *t.AttentionInputs.apply(qkv, ve, gate, *tables, False, True))
 
-        inputs = [randn(T, D), randn(4 * D, D) * D**-0.5, randn(4 * D, D) * D**-0.5, *inputs]
+        scale = torch.tensor(0.7, device="cuda")
+        inputs = [randn(T, D), randn(4 * D, D) * D**-0.5, randn(4 * D, D) * D**-0.5, scale, *inputs]
         direction = to(BF16, randn(T, D), *grads)
         graph = torch.compile(both, fullgraph=True, dynamic=False)
         for eager, ours in zip(*(gradients(f, inputs, direction) for f in (both, graph))):

@@ -64,14 +64,18 @@ def ceilings() -> tuple[float, float]:
     return bandwidth, 2 * PRODUCT_SIZE**3 / timed(lambda: a @ b)[0]
 
 
-def mlp(T: int) -> Iterator[Row]:
+def products(T: int) -> Iterator[Row]:
     x, up, down, dy = randn(T, DIM), randn(WIDTH, DIM) * DIM**-0.5, randn(WIDTH, DIM) * DIM**-0.5, randn(T, DIM)
-    h, shape, args = t.relu_square_product(x, up, None), f"{T} x {DIM} x {WIDTH}", ([x, up, down], dy)
-    moved, product = 2 * (T * DIM + T * WIDTH + DIM * WIDTH), 2 * T * DIM * WIDTH
-    for name, *inputs in (("forward", x, up, None), ("backward", dy, down, h)):
-        yield Row(f"relu_square_product {name}", shape, partial(t.relu_square_product, *inputs), moved, product,
-                  eager=partial(t.relu_square_product_reference, *inputs))
-    yield Row("MLP forward + backward", shape, backward(t.ReluSquareMLP.apply, *args), 6 * moved, 6 * product,
+    h, scale, shape = torch.relu(x @ up.mT).square(), torch.tensor(0.7, device=DEVICE), f"{T} x {DIM} x {WIDTH}"
+    moved, work = 2 * (T * DIM + T * WIDTH + DIM * WIDTH), 2 * T * DIM * WIDTH
+    for epilogue, *inputs in (("none", x, up.mT, None, None), ("relu_square", x, up.mT, None, None),
+                              ("root", dy, down.mT, h, None), ("residual", h, down, x, scale)):
+        more = 0 if inputs[2] is None else 2 * inputs[2].numel()
+        yield Row(f"product, {epilogue}", shape, partial(t.product, *inputs, epilogue), moved + more, work,
+                  compiled(partial(t.product_reference, *inputs, epilogue)),
+                  partial(t.product_reference, *inputs, epilogue))
+    args = [x, up, down, randn(T, DIM), scale], dy
+    yield Row("MLP forward + backward", shape, backward(t.ReluSquareMLP.apply, *args), 6 * moved, 6 * work,
               backward(compiled(t.mlp_reference), *args), backward(t.mlp_reference, *args))
 
 
@@ -141,7 +145,7 @@ def attention(backend: str, _T: int) -> Iterator[Row]:
         yield Row(f"attention {backend} forward + backward", shape, both, 12 * size, 3.5 * work)
 
 
-GROUPS = {f.__name__: f for f in (mlp, attention_inputs, loss, tables, symmetric)} | {
+GROUPS = {f.__name__: f for f in (products, attention_inputs, loss, tables, symmetric)} | {
     f"attention {backend}": partial(attention, backend) for backend in ("torch", "fa4")}
 
 
