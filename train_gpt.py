@@ -269,6 +269,7 @@ class Param(NamedTuple):
     wd_mul: float
     dtype: str  # "model": hp.dtype; "float32"
     reduce: str  # "shard": each rank owns an equal slice of dim 0 and updates it; "replicate": every rank updates all
+    # or "sparse": as "shard", but from SPARSE_FROM ranks on, only the rows travel that a rank's gradient touched
     turn: int  # place in the order of updates and gathers: small ones, tables, then banks, whose compute hides traffic
 
 
@@ -282,7 +283,7 @@ PARAMS = (  # in the order in which gradient reductions launch: roughly the orde
     Param("attn_gate_bank", "adam", (0.9, 0.99), 1, 1, "model", "replicate", 3),
     Param("ve_gate_bank", "adam", (0.9, 0.99), 1, 1, "model", "replicate", 4),
     Param("lm_head", "adam", (0.5, 0.95), 1, 150, "model", "shard", 11),
-    Param("bigram_embed", "adam", (0.75, 0.95), 75, 5, "model", "shard", 10),
+    Param("bigram_embed", "adam", (0.75, 0.95), 75, 5, "model", "sparse", 10),
     Param("post_lambdas", "adam", (0.9, 0.95), 1, 0, "float32", "replicate", 5),
     Param("x0_lambdas", "adam", (0.9, 0.95), 1, 0, "float32", "replicate", 6),
     Param("bigram_lambdas", "adam", (0.9, 0.95), 1, 0, "float32", "replicate", 7),
@@ -290,6 +291,7 @@ PARAMS = (  # in the order in which gradient reductions launch: roughly the orde
     Param("value_embeds", "adam", (0.75, 0.95), 75, 5, "model", "shard", 9),
     Param("embed", "adam", (0.5, 0.95), 1, 150, "model", "shard", 12),
 )
+SPARSE_FROM = 8  # ranks; the fewer there are, the more of the table each touches
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -1422,6 +1424,18 @@ def adam_update(params: list[Tensor], grads: list[Tensor], firsts: list[Tensor],
         p.copy_(old - update - torch.where(update * old > 0, decay * old, 0.0))
 
 
+class TouchedRows(NamedTuple):
+    """The rows of the bigram table that gradients touched since Adam's last step, as far as one rank exchanges them.
+
+    All from the tokens, which every rank's host can read: to ask the device or the other ranks would be to wait.
+    """
+
+    sent: Tensor  # [rows] int32, rising and thus by owner: touched by this rank
+    received: Tensor  # [rows] int32, counted from the first of this rank's shard: touched there by rank 0, rank 1, ...
+    send_counts: list[int]  # how many of `sent` each rank owns
+    receive_counts: list[int]  # how many of `received` each rank touched
+
+
 class NorMuonAdam:
     """Both optimizers and their communication, in three visible phases (see step).
 
@@ -1489,8 +1503,8 @@ class NorMuonAdam:
         return p.chunk(self.ranks.world)[self.ranks.rank]
 
     @torch.no_grad()
-    def step(self, plan: Plan) -> None:
-        """Update all parameters from their gradients. Adam's accumulate over the steps in which it rests."""
+    def step(self, plan: Plan, touched: TouchedRows | None = None) -> None:
+        """Update all parameters from their gradients, none sparse if touched is None. Adam's add up while it rests."""
         if plan.untie_embed:
             self.untie()
         rows = [row for row in PARAMS if row.optimizer == "normuon" or (
@@ -1502,14 +1516,16 @@ class NorMuonAdam:
         knobs = self.knobs(rows, plan)
 
         # 1. launch all reductions
-        reducing = {row.name: self.launch_reduction(row) for row in rows}
+        reducing = {row.name: self.launch_reduction(row, touched) for row in rows}
 
         # 2. by turn, the small replicated ones together: wait for the gradient, update, launch the gather
         rows, gathering = sorted(rows, key=lambda row: row.turn), []
         small = [row for row in rows if row.reduce == "replicate"]
-        for group in [small] * bool(small) + [[row] for row in rows if row.reduce == "shard"]:
+        for group in [small] * bool(small) + [[row] for row in rows if row.reduce != "replicate"]:
             grads, works = zip(*(reducing.pop(row.name) for row in group))
             wait(works)
+            if group[0].reduce == "sparse" and touched is not None:
+                grads = [self.average(group[0], grads[0], touched)]
             self.update(group, grads, knobs)
             del grads
             gathering += [self.launch_gather(row) for row in group]
@@ -1521,16 +1537,27 @@ class NorMuonAdam:
         for row in rows:
             self.gradient(row).zero_()
 
-    def launch_reduction(self, row: Param) -> tuple[Tensor, dist.Work | None]:
-        """Start averaging a gradient over ranks; returns where this rank's part will be, and what to wait for."""
+    def launch_reduction(self, row: Param, touched: TouchedRows | None) -> tuple[Tensor, dist.Work | None]:
+        """Start averaging a gradient; returns where the rank's part (if sparse, rows) will be, and what to wait for."""
         grad = self.gradient(row)
         if self.ranks.world == 1:
             return grad, None
+        sparse = row.reduce == "sparse" and touched is not None
+        grad = grad.index_select(0, touched.sent) if sparse else grad
         grad = grad.to(self.params[row.name].dtype)  # halves what the tables' gradients send
+        if sparse:
+            part = grad.new_empty(len(touched.received), grad.size(1))
+            return part, dist.all_to_all_single(part, grad, touched.receive_counts, touched.send_counts, async_op=True)
         if row.reduce == "replicate":
             return grad, dist.all_reduce(grad, op=dist.ReduceOp.AVG, async_op=True)
         part = torch.empty_like(self.shard(row))
         return part, dist.reduce_scatter_tensor(part, grad, op=dist.ReduceOp.AVG, async_op=True)
+
+    def average(self, row: Param, received: Tensor, touched: TouchedRows) -> Tensor:
+        """This rank's part of a sparse gradient, in fp32, from the rows that came for it."""
+        part = torch.zeros_like(self.shard(row), dtype=torch.float32)
+        self.scatter_add_rows(received, touched.received, part)
+        return part.div_(self.ranks.world)
 
     def launch_gather(self, row: Param) -> dist.Work | None:
         """Start sending this rank's updated shard to all ranks."""
@@ -1733,24 +1760,41 @@ class Packer:
 
 
 class TrainLoader:
-    """Iterates over the steps in `steps`; each item is this rank's list of A batches, prepared in a thread."""
+    """Iterates over the steps in `steps`; each item, prepared in a thread, is this rank's list of A batches and, in
+    Adam's steps of SPARSE_FROM ranks or more, its TouchedRows (else None)."""
 
     def __init__(self, hp: Hyperparameters, ranks: Ranks, steps: Iterable[int]):
         self.files = find_shards(hp.train_files, "train_files")
         self.plans = [plan(step, hp) for step in steps]
         self.hp, self.ranks, self.pack = hp, ranks, Packer(hp, ranks)
+        self.touched = np.zeros((ranks.world, hp.bigram_rows), dtype=bool)  # by each rank, since Adam's last step
         self.queue: queue.Queue = queue.Queue(QUEUE_STEPS)
         self.stopped = threading.Event()
         threading.Thread(target=self.work, daemon=True).start()
 
-    def batches(self) -> Iterator[list[Batch]]:
+    def batches(self) -> Iterator[tuple[list[Batch], TouchedRows | None]]:
         R, rank = self.ranks.world, self.ranks.rank
-        for documents, segments in walk(self.files, self.hp.bos, self.plans):
+        for (documents, segments), p in zip(walk(self.files, self.hp.bos, self.plans), self.plans):
             step = []
             for slices in segments[rank::R]:
                 tokens = np.concatenate([documents.tokens[a:b] for a, b in slices])
                 step.append(self.pack(tokens, np.cumsum([b - a for a, b in slices])))
-            yield step
+            yield step, self.touch(documents, segments, p.update_adam) if R >= SPARSE_FROM else None
+
+    def touch(self, documents: Documents, segments: list[list[tuple[int, int]]], adam: bool) -> TouchedRows | None:
+        """Mark the rows that a step touches on each rank; when Adam steps, return what is exchanged and start anew."""
+        R, rank = self.ranks.world, self.ranks.rank
+        for s, slices in enumerate(segments):
+            tokens = np.concatenate([documents.tokens[a:b] for a, b in slices])
+            self.touched[s % R, bigram_ids(tokens[:-1], self.hp.bigram_rows)] = True
+        if not adam:
+            return None
+        owned = self.touched.reshape(R, R, -1)  # [rank that touched, rank that owns, row of the shard]
+        counts, ids = np.count_nonzero(owned, axis=2), (np.flatnonzero(owned[rank]), owned[:, rank].nonzero()[1])
+        ids = [torch.from_numpy(a.astype(np.int32)) for a in ids]
+        self.touched[:] = False
+        return TouchedRows(*(t.pin_memory() if self.pack.pin else t for t in ids),
+                           counts[rank].tolist(), counts[:, rank].tolist())
 
     def work(self) -> None:
         try:
@@ -1769,11 +1813,12 @@ class TrainLoader:
             except queue.Full:
                 continue
 
-    def __next__(self) -> list[Batch]:
+    def __next__(self) -> tuple[list[Batch], TouchedRows | None]:
         item = self.queue.get()
         if isinstance(item, BaseException):
             raise item
-        return [Batch(*(t.to(self.ranks.device, non_blocking=True) for t in batch)) for batch in item]
+        (batches, touched), move = item, lambda t: t.to(self.ranks.device, non_blocking=True)
+        return [Batch(*map(move, b)) for b in batches], touched and TouchedRows(*map(move, touched[:2]), *touched[2:])
 
     def close(self) -> None:
         self.stopped.set()
@@ -1871,7 +1916,7 @@ class MicroStep:
         return self.replays[kind](batch, weights)
 
 
-def train_step(micro_step: MicroStep, batches: list[Batch], p: Plan) -> Tensor:
+def train_step(micro_step: MicroStep, batches: list[Batch], touched: TouchedRows | None, p: Plan) -> Tensor:
     """One optimizer step; returns this rank's loss a token, weighted over the predicted tokens, as a device tensor."""
     model, optimizer, A = micro_step.model, micro_step.optimizer, len(batches)
     model.set_stage(p.stage)
@@ -1880,7 +1925,7 @@ def train_step(micro_step: MicroStep, batches: list[Batch], p: Plan) -> Tensor:
     total = 0.0
     for batch in batches:
         total = total + micro_step(batch, geometry, weights, 1 / A)
-    optimizer.step(p)
+    optimizer.step(p, touched)
     return total / (len(batches[0].tokens) * sum(p.mtp_weights))
 
 
@@ -1918,7 +1963,7 @@ def warmup(hp: Hyperparameters, ranks: Ranks, micro_step: MicroStep, losses_of: 
     started = time.perf_counter()
     for step in steps:
         p = plan(step, hp)
-        train_step(micro_step, next(loader), p)
+        train_step(micro_step, *next(loader), p)
         if step in stage_bounds(hp):
             evaluate(hp, ranks, model, losses_of, val_tokens, p, last=False, limit=1)
         log(f"warm-up: step {step} after {time.perf_counter() - started:.0f} s")
@@ -1980,7 +2025,7 @@ def train(hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str, log: 
             if last:
                 break
             clock.start()
-        loss = train_step(micro_step, next(loader), p)
+        loss = train_step(micro_step, *next(loader), p)
         # The loss is read a step late, so that the device always has the next step's work queued
         pending.append((step + 1, loss, p.batch_tokens))
         if len(pending) > 1:

@@ -128,7 +128,7 @@ def test_last_document_counts_and_first_tokens_do_not(tmp_path):
 def loader(hp, rank, world, steps):
     made = t.TrainLoader(hp, t.Ranks(rank, world, CPU), range(steps))
     try:
-        return [next(made) for _ in range(steps)]
+        return [next(made)[0] for _ in range(steps)]
     finally:
         made.close()
 

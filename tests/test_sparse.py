@@ -1,0 +1,155 @@
+"""The sparse exchange of the bigram table's gradient: against the dense reduction, and the row counts it relies on."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import train_gpt as t
+
+R, CPU = 8, torch.device("cpu")
+# eight steps, Adam in the odd ones, embed split off in step 5; 640 bigram rows, 8 to 24 tokens a micro-batch
+HP = dataclasses.replace(t.Hyperparameters(**t.PRESETS["demo"]), model_dim=48, head_dim=8, bigram_ratio=5,
+                         vocab_size=120, batch_unit=64, num_scheduled_iterations=6, num_extension_iterations=2,
+                         muon_momentum_warmup=3, muon_momentum_cooldown=2)
+
+
+def with_shard(folder):
+    """HP with a shard of short documents, in which few tokens are frequent, so that some bigrams meet several ranks."""
+    rng, header = np.random.default_rng(0), np.zeros(256, "<i4")
+    tokens = np.minimum(rng.geometric(0.15, 4000), 118)
+    tokens[rng.random(4000) < 0.1] = HP.bos
+    header[:3] = 20240520, 1, len(tokens)
+    (folder / "train.bin").write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+    return dataclasses.replace(HP, train_files=str(folder / "train.bin"))
+
+
+class RandomGradients:
+    """In a MicroStep's place: positive random gradients of the bigram rows, whatever the weights are.
+
+    As all terms of a sum have one sign, its relative error is that of the additions, which Adam does not magnify.
+    """
+
+    def __init__(self, model, optimizer):
+        self.model, self.optimizer = model, optimizer
+        self.generator = torch.Generator().manual_seed(optimizer.ranks.rank)
+
+    def __call__(self, batch, geometry, weights, grad_unit):
+        shape = len(batch.tokens), HP.model_dim
+        zero, grad = torch.zeros(shape), 0.5 + torch.rand(shape, generator=self.generator)
+        zero, grad = SimpleNamespace(grad=zero), SimpleNamespace(grad=grad)
+        self.optimizer.collect(batch, t.Rows(zero, grad, (zero,) * t.NUM_VALUE_TABLES))
+        return 0.0
+
+
+def train(hp, rank, sparse):
+    """Eight steps of one rank: the bigram table, and the largest relative error of each averaged gradient of it."""
+    t.SPARSE_FROM = R if sparse else R + 1
+    ranks = t.Ranks(rank, R, CPU)
+    model = t.GPT(hp, R)
+    model.initialize(0)
+    optimizer, errors = t.NorMuonAdam(model, hp, ranks), []
+
+    def update(group, grads, knobs):
+        (row, *_), (g, *_) = group, grads
+        if row.name == "bigram_embed":  # other parameters have no gradients
+            exact = optimizer.gradient(row).to(model.bigram_embed.dtype).double()
+            dist.all_reduce(exact)
+            exact = exact.chunk(R)[rank] / R
+            assert not g[exact == 0].any() and exact.any()
+            errors.append(((g.double() - exact).abs() / exact.clamp_min(1e-30)).max().item())
+            t.NorMuonAdam.update(optimizer, group, grads, knobs)
+
+    optimizer.update = update
+    loader, micro_step = t.TrainLoader(hp, ranks, range(8)), RandomGradients(model, optimizer)
+    for step in range(8):
+        batches, touched = next(loader)
+        assert (touched is not None) == (sparse and step % 2 == 1)
+        t.train_step(micro_step, batches, touched, t.plan(step, hp))
+    loader.close()
+    assert len(errors) == 4
+    return model.bigram_embed.detach().float(), torch.tensor(errors)
+
+
+def worker(rank, hp, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=R)
+    out = {}
+    for dtype in ("float32", "bfloat16"):
+        out[dtype] = {sparse: train(dataclasses.replace(hp, dtype=dtype), rank, sparse) for sparse in (False, True)}
+    torch.save(out, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What train returns on each of eight gloo ranks: [rank][dtype][sparse]."""
+    folder = tmp_path_factory.mktemp("ranks")
+    # a process without threads or groups, which can fork: torch is imported once, not eight times
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(t.__file__).parent)}
+    done = subprocess.run([sys.executable, __file__, folder], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{rank}.pt") for rank in range(R)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sparse_exchange_equals_dense_reduction(trained, dtype):
+    """Averaged gradients to the rounding of a sum over ranks; so, after four updates, the tables of all ranks."""
+    eps = torch.finfo(getattr(torch, dtype)).eps
+    for result in trained:
+        for sparse, (table, errors) in result[dtype].items():
+            assert torch.equal(table, trained[0][dtype][sparse][0])
+            # R - 1 additions, each off by at most eps / 2; what came sparsely is added in fp32
+            assert errors.max() <= (R - 1) / 2 * (torch.finfo(torch.float32).eps if sparse else eps)
+    dense, sparse = (trained[0][dtype][kind][0] for kind in (False, True))
+    rows = sparse.any(dim=1)
+    assert 100 < rows.sum() < len(rows) and torch.equal(rows, dense.any(dim=1))
+    # Both sums are off by (R - 1) / 2 eps, and m / sqrt(v) by at most twice their difference; the rest is for the
+    # roundings of the weights, which no update moves by much more than its learning rate
+    lr = sum(75 * HP.adam_lr * t.plan(step, HP).lr_factor for step in (1, 3, 5, 7))
+    assert (sparse - dense).abs().max() <= 3 * R * eps * lr
+
+
+def test_loader_counts(tmp_path):
+    """Rank a sends to b what b receives from a: the rows of b's shard that a's batches read since Adam's last step."""
+    hp = with_shard(tmp_path)
+    size, steps = hp.bigram_rows // R, (0, 1, 2, 3, 4, 5, 6, 7, 7, 0, 1)  # in some order, as in the warm-up
+    loaders = [t.TrainLoader(hp, t.Ranks(rank, R, CPU), steps) for rank in range(R)]
+    read = [set() for _ in range(R)]
+    for step in steps:
+        items = [next(loader) for loader in loaders]
+        for ids, (batches, _) in zip(read, items):
+            ids.update(i for batch in batches for i in batch.bigram_ids.tolist())
+        if step % 2 == 0:
+            assert all(touched is None for _, touched in items)
+            continue
+        received = [touched.received.split(touched.receive_counts) for _, touched in items]
+        for a, (_, touched) in enumerate(items):
+            assert touched.sent.dtype == touched.received.dtype == torch.int32
+            assert touched.sent.tolist() == sorted(read[a])
+            for b, rows in enumerate(touched.sent.split(touched.send_counts)):
+                assert touched.send_counts[b] == items[b][1].receive_counts[a]
+                assert torch.equal(rows, received[b][a] + b * size)
+        read = [set() for _ in range(R)]
+    for loader in loaders:
+        loader.close()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_fewer_ranks_reduce_densely(tmp_path, world):
+    loader = t.TrainLoader(with_shard(tmp_path), t.Ranks(0, world, CPU), range(2))
+    assert [next(loader)[1] for _ in range(2)] == [None, None]
+    loader.close()
+
+
+if __name__ == "__main__":
+    mp.start_processes(worker, args=(with_shard(Path(sys.argv[1])), sys.argv[1]), nprocs=R, start_method="fork")
