@@ -801,69 +801,118 @@ def softcapped_mtp_loss_reference(logits: Tensor, targets: Tensor, weights: Tens
 
 
 @jit
-def cap_tanh(x, SHIFT: tl.constexpr, WIDTH: tl.constexpr, FAST: tl.constexpr):
-    """t = tanh((x + SHIFT) / WIDTH / 2), that is sigmoid = (1 + t) / 2 and its slope (1 - t^2) / 4."""
-    if FAST:  # one instruction, error 2^-11: the special-function unit limits this kernel
+def capped(x, HALF: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr, FAST: tl.constexpr):
+    """t = tanh((x + SHIFT) / WIDTH / 2), so that z = CAP (1 + t) / 2 with slope (1 - t^2) / 4; and exp(z - CAP)."""
+    if FAST:  # an instruction each, error 2^-11: the special-function unit limits this kernel
         t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [x * (0.5 / WIDTH) + 0.5 * SHIFT / WIDTH],
+                                      dtype=tl.float32, is_pure=True, pack=1)
+        e = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [t * HALF - HALF],
                                       dtype=tl.float32, is_pure=True, pack=1)
     else:
         t = 1.0 - 2.0 / (1.0 + tl.exp2(x * (1.4426950408889634 / WIDTH) + 1.4426950408889634 * SHIFT / WIDTH))
-    return t
+        e = tl.exp2(t * HALF - HALF)
+    return t, e
 
 
 @jit
-def mtp_loss_kernel(logits, targets, weights, loss, grad, T, V: tl.constexpr, scale, CAP: tl.constexpr,
-                    SHIFT: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr,
-                    FAST: tl.constexpr, BLOCK: tl.constexpr):
-    """One program a row. The second pass over the row finds it in cache: the rows in flight fit there."""
-    HALF: tl.constexpr = 0.5 * CAP * 1.4426950408889634  # exp(z - CAP) = 2^(HALF t - HALF), |HALF t| < 17
-    row = tl.program_id(0)
-    logits += row.to(tl.int64) * V
-    grad += row.to(tl.int64) * V
-    columns = tl.arange(0, BLOCK)
-    sums = tl.zeros([BLOCK], tl.float32)
-    for start in tl.range(0, V, BLOCK):
-        inside = start + columns < V
-        x = tl.load(logits + start + columns, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        sums += tl.where(inside, tl.exp2(cap_tanh(x, SHIFT, WIDTH, FAST) * HALF), 0.0)
-    total = tl.sum(sums) * tl.exp2(-HALF)
-    mass, row_loss, lse = 0.0, 0.0, tl.log(total) + CAP
+def packed(x, PACK: tl.constexpr):
+    """fp32 [n] as int32 [n / 2] of two bf16 each, which compilers keep in half the registers; without PACK, x."""
+    if PACK:
+        a, b = tl.split(x.reshape(x.shape[0] // 2, 2))
+        x = tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True,
+                                      pack=1)
+    return x
+
+
+@jit
+def unpacked(x, PACK: tl.constexpr):
+    if PACK:
+        low, high = (x << 16).to(tl.float32, bitcast=True), (x & -65536).to(tl.float32, bitcast=True)
+        x = tl.join(low, high).reshape(2 * x.shape[0])
+    return x
+
+
+@jit
+def mtp_loss_kernel(logits, weights, total, grad, T, V: tl.constexpr, scale, HALF: tl.constexpr, SHIFT: tl.constexpr,
+                    WIDTH: tl.constexpr, K: tl.constexpr, FAST: tl.constexpr, PACK: tl.constexpr,
+                    PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr):
+    """Sums of exp(z - CAP) of each row, and the gradient but for the targets' own columns, which target_kernel writes.
+
+    Programs walk over rows. Each is read once, a row ahead. What the gradient needs of it, exp(z - CAP) (1 - t^2), stays
+    in registers and becomes the gradient while the next row is computed: loads, arithmetic and stores overlap.
+    """
+    BLOCKS: tl.constexpr = (V + BLOCK - 1) // BLOCK
+    N: tl.constexpr = V * WORDS // BLOCK  # words of a row
+    first, columns, words = tl.program_id(0), tl.arange(0, BLOCK), tl.arange(0, WORDS)
+    kept, slope, before = (), 0.0, first
+    for _ in tl.static_range(BLOCKS):
+        kept += (tl.zeros([WORDS], logits.dtype.element_ty),)
+    for done in tl.range(0, T - first, PROGRAMS, num_stages=3):
+        row = first + done
+        x, fresh = (), ()
+        for i in tl.static_range(BLOCKS):
+            x += (tl.load(logits + row.to(tl.int64) * N + i * WORDS + words, mask=i * WORDS + words < N, other=0,
+                          eviction_policy="evict_first"),)
+        sums = tl.zeros([BLOCK], tl.float32)
+        for i in tl.static_range(BLOCKS):
+            inside = i * BLOCK + columns < V
+            t, e = capped(unpacked(x[i], PACK), HALF, SHIFT, WIDTH, FAST)
+            sums += tl.where(inside, e, 0.0)
+            # the first time zeros go to the program's first row, whose gradient comes a turn later
+            tl.store(grad + before.to(tl.int64) * V + i * BLOCK + columns,
+                     (slope * unpacked(kept[i], PACK)).to(grad.dtype.element_ty), mask=inside,
+                     eviction_policy="evict_first")
+            fresh += (packed(e - e * (t * t), PACK),)
+        mass, row_total = 0.0, tl.sum(sums)
+        for j in tl.static_range(K):
+            mass += tl.where(row + j < T, tl.load(weights + j), 0.0)
+        tl.store(total + row, row_total)
+        kept, slope, before = fresh, 0.25 * scale * mass / row_total, row
+    for i in tl.static_range(BLOCKS):
+        tl.store(grad + before.to(tl.int64) * V + i * BLOCK + columns,
+                 (slope * unpacked(kept[i], PACK)).to(grad.dtype.element_ty), mask=i * BLOCK + columns < V)
+
+
+@jit
+def target_kernel(logits, targets, weights, total, loss, grad, T, V, scale, CAP: tl.constexpr, HALF: tl.constexpr,
+                  SHIFT: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr):
+    """Each row's loss, and the targets' own columns of the gradient."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside, at = row < T, row.to(tl.int64) * V
+    sums = tl.load(total + row, mask=inside, other=1.0)
+    mass, row_loss, lse = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32), tl.log(sums) + CAP
+    for j in tl.static_range(K):
+        mass += tl.where(row + j < T, tl.load(weights + j), 0.0)
     for j in tl.static_range(K):
         seen = row + j < T
-        weight = tl.load(weights + j, mask=seen, other=0.0)
-        logit = tl.load(logits + tl.load(targets + row + j, mask=seen, other=0)).to(tl.float32)
-        row_loss += weight * (lse - 0.5 * CAP - 0.5 * CAP * cap_tanh(logit, SHIFT, WIDTH, False))
-        mass += weight
-    tl.store(loss + row, row_loss)
-    slope = mass / total * scale * 0.25
-    for start in tl.range(0, V, BLOCK):
-        inside = start + columns < V
-        x = tl.load(logits + start + columns, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        t = cap_tanh(x, SHIFT, WIDTH, FAST)
-        g = (slope - slope * t * t) * tl.exp2(t * HALF - HALF)
-        tl.store(grad + start + columns, g.to(grad.dtype.element_ty), mask=inside, eviction_policy="evict_first")
-    # The targets' own columns: cheaper once more here than as K comparisons of every column above
-    tl.debug_barrier()
-    for j in tl.static_range(K):
-        target = tl.load(targets + row + j, mask=row + j < T, other=-1)
-        hits = 0.0
+        target, hits = tl.load(targets + row + j, mask=seen, other=0), tl.zeros([ROWS], tl.float32)
         for i in tl.static_range(K):  # a token can be several of the targets
             same = (row + i < T) & (tl.load(targets + row + i, mask=row + i < T, other=-1) == target)
             hits += tl.where(same, tl.load(weights + i), 0.0)
-        logit = tl.load(logits + target, mask=target >= 0, other=0.0).to(tl.float32)
-        t = cap_tanh(logit, SHIFT, WIDTH, False)
-        dz = mass / total * tl.exp2(t * HALF - HALF) - hits
-        tl.store(grad + target, (dz * scale * 0.25 * (1.0 - t * t)).to(grad.dtype.element_ty), mask=target >= 0)
+        t, e = capped(tl.load(logits + at + target, mask=seen, other=0.0).to(tl.float32), HALF, SHIFT, WIDTH, False)
+        row_loss += tl.where(seen, tl.load(weights + j), 0.0) * (lse - 0.5 * CAP - 0.5 * CAP * t)
+        g = 0.25 * scale * (mass / sums * e - hits) * (1.0 - t * t)
+        tl.store(grad + at + target, g.to(grad.dtype.element_ty), mask=seen)
+    tl.store(loss + row, row_loss, mask=inside)
+
+
+LOSS_BLOCK, LOSS_ROWS = 4096, 64  # of a sweep on H200, with 16 warps
 
 
 @custom_op("speedrun::softcapped_mtp_loss", mutates_args=())
 def softcapped_mtp_loss(logits: Tensor, targets: Tensor, weights: Tensor, grad_dtype: torch.dtype,
                         grad_scale: float) -> tuple[Tensor, Tensor]:
-    T, V = logits.shape
+    (T, V), K, half = logits.shape, len(weights), 0.5 * CAP * math.log2(math.e)
     loss, grad = logits.new_empty(T, dtype=torch.float32), logits.new_empty(T, V, dtype=grad_dtype)
-    fast = grad_dtype.itemsize == 1 and logits.is_cuda  # e5m2 has two bits of mantissa: the tanh's error is lost in it
-    mtp_loss_kernel[(T,)](logits, targets, weights, loss, grad, T, V, CAP / CAP_WIDTH / grad_scale, CAP, CAP_SHIFT,
-                          CAP_WIDTH, len(weights), fast, BLOCK=4096, num_warps=8)
+    fast = grad_dtype.itemsize == 1 and logits.is_cuda  # e5m2 has two bits of mantissa: the errors are lost in it
+    pack, total, scale = logits.dtype == torch.bfloat16, torch.empty_like(loss), CAP / CAP_WIDTH / grad_scale
+    assert not pack or V % 2 == 0
+    programs = min(T, torch.cuda.get_device_properties(logits.device).multi_processor_count if logits.is_cuda else 2)
+    mtp_loss_kernel[(programs,)](
+        logits.view(torch.int32) if pack else logits, weights, total, grad, T, V, scale, half, CAP_SHIFT, CAP_WIDTH, K,
+        fast, pack, programs, LOSS_BLOCK, LOSS_BLOCK // 2 if pack else LOSS_BLOCK, num_warps=16)
+    target_kernel[(triton.cdiv(T, LOSS_ROWS),)](logits, targets, weights, total, loss, grad, T, V, scale, CAP, half,
+                                                CAP_SHIFT, CAP_WIDTH, K, LOSS_ROWS, num_warps=2)
     return loss, grad
 
 softcapped_mtp_loss.register_fake(lambda logits, targets, weights, grad_dtype, grad_scale: (
