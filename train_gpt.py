@@ -838,8 +838,8 @@ def mtp_loss_kernel(logits, weights, total, grad, T, V: tl.constexpr, scale, HAL
                     PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr):
     """Sums of exp(z - CAP) of each row, and the gradient but for the targets' own columns, which target_kernel writes.
 
-    Programs walk over rows. Each is read once, a row ahead. What the gradient needs of it, exp(z - CAP) (1 - t^2), stays
-    in registers and becomes the gradient while the next row is computed: loads, arithmetic and stores overlap.
+    Programs walk over rows. Each is read once, a row ahead. What the gradient needs of it, exp(z - CAP) (1 - t^2),
+    stays in registers and becomes the gradient while the next row is computed: loads, arithmetic and stores overlap.
     """
     BLOCKS: tl.constexpr = (V + BLOCK - 1) // BLOCK
     N: tl.constexpr = V * WORDS // BLOCK  # words of a row

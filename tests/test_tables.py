@@ -285,5 +285,5 @@ def test_main_is_guarded():
     body = ast.parse(SCRIPT.read_text()).body
     assert ast.unparse(body[-1]) == "if __name__ == '__main__':\n    main()"
     calls = [ast.unparse(node) for node in body[1:] if isinstance(node, ast.Expr)]
-    definitions = ("register_fake", "register_autograd", "register_kernel")  # they complete the definition of an operation
+    definitions = ("register_fake", "register_autograd", "register_kernel")  # they complete an operation's definition
     assert [call for call in calls if call.split("(")[0].split(".")[-1] not in definitions] == []
