@@ -906,7 +906,7 @@ def softcapped_mtp_loss(logits: Tensor, targets: Tensor, weights: Tensor, grad_d
     loss, grad = logits.new_empty(T, dtype=torch.float32), logits.new_empty(T, V, dtype=grad_dtype)
     fast = grad_dtype.itemsize == 1 and logits.is_cuda  # e5m2 has two bits of mantissa: the errors are lost in it
     pack, total, scale = logits.dtype == torch.bfloat16, torch.empty_like(loss), CAP / CAP_WIDTH / grad_scale
-    assert not pack or V % 2 == 0
+    assert grad_dtype == torch.float32 if not pack else V % 2 == 0 and grad_dtype.itemsize < 4  # kept as bf16 pairs
     programs = min(T, torch.cuda.get_device_properties(logits.device).multi_processor_count if logits.is_cuda else 2)
     mtp_loss_kernel[(programs,)](
         logits.view(torch.int32) if pack else logits, weights, total, grad, T, V, scale, half, CAP_SHIFT, CAP_WIDTH, K,
@@ -1181,24 +1181,50 @@ flash4_backward.register_fake(lambda q, k, v, *_: (torch.empty_like(q), torch.em
 flash4.register_autograd(flash4_grad, setup_context=flash4_save)
 
 
-# The fastest first: fa4 takes 0.6 of torch's time at 49,152 tokens (H200)
-ATTENTION_BACKENDS = {"fa4": lambda *x: flash4(*x)[0], "torch": attention_torch, "reference": attention_reference}
+def load_flash4() -> Callable:
+    import flash_attn.cute.interface  # noqa: F401, fails here if it cannot work
+
+    return lambda *x: flash4(*x)[0]
+
+
+def attention_flash3(varlen: Callable, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int,
+                     scale: float) -> Tensor:
+    """attention_reference by FlashAttention-3's function `varlen` (Hopper)."""
+    out = varlen(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, softmax_scale=scale, causal=True,
+                 window_size=(window, 0))
+    return out[0] if isinstance(out, tuple) else out  # some versions add the log-sum-exp
+
+
+def load_flash3() -> Callable:
+    """FlashAttention-3 as installed, or the build that the package kernels downloads from the hub."""
+    try:
+        import flash_attn_interface as flash3
+    except ImportError:
+        from kernels import get_kernel
+
+        flash3 = get_kernel("kernels-community/flash-attn3")
+    return partial(attention_flash3, flash3.flash_attn_varlen_func)
+
+
+# How to get each; the fastest first: fa4 takes 0.6 of torch's time at 49,152 tokens (H200); fa3 has not been measured
+ATTENTION_BACKENDS = {"fa4": load_flash4, "fa3": load_flash3, "torch": lambda: attention_torch,
+                      "reference": lambda: attention_reference}
 
 
 def choose_attention(hp: Hyperparameters, device: torch.device) -> str:
     """The name of the backend to use: the one asked for, or the fastest that works on this device."""
-    try:
-        import flash_attn.cute.interface as fa4
-    except ImportError:
-        fa4 = None
     gpu = device.type == "cuda" and hp.dtype == "bfloat16"
-    usable = {"fa4": gpu and is_hopper(device) and fa4 is not None, "torch": gpu, "reference": True}
-    if hp.attention == "auto":
-        return next(name for name in ATTENTION_BACKENDS if usable[name])
-    if not usable[hp.attention]:
-        raise UserError(f"--attention={hp.attention} needs bfloat16 on a GPU, and fa4 a Hopper or newer one and the "
-                        "package flash-attn-4; use --attention=auto")
-    return hp.attention
+    fits = {"fa4": gpu and is_hopper(device), "fa3": gpu and is_hopper(device), "torch": gpu, "reference": True}
+    for name in ATTENTION_BACKENDS if hp.attention == "auto" else [hp.attention]:
+        if fits[name]:
+            try:
+                ATTENTION_BACKENDS[name]()
+                return name
+            except Exception as e:  # whatever a package raises that does not fit this machine
+                reason = f"{type(e).__name__}: {e}"
+        else:
+            reason = "it needs bfloat16 on a GPU, and fa4 and fa3 need a Hopper or newer one"
+    raise UserError(f"--attention={hp.attention} does not work here ({reason}); use --attention=auto")
 
 
 # ==== 6. Model ========================================================================================================
@@ -1287,7 +1313,7 @@ class GPT(nn.Module):
 
     def use(self, attention: str, kernels: str) -> None:
         """Compute with this one of ATTENTION_BACKENDS and this one of KERNELS."""
-        self.attention = ATTENTION_BACKENDS[attention]
+        self.attention = ATTENTION_BACKENDS[attention]()
         self.fast, self.fused = kernels != "reference", kernels == "quack"
 
     @torch.no_grad()

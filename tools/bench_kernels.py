@@ -127,8 +127,7 @@ def symmetric(_T: int) -> Iterator[Row]:
 
 
 def attention(backend: str, _T: int) -> Iterator[Row]:
-    if backend == "fa4":
-        import flash_attn.cute.interface  # noqa: F401, without it one line says so
+    attend = t.ATTENTION_BACKENDS[backend]()  # without the package one line says so
     for T, window, documents in ATTENTION:
         ends = torch.randperm(T - 1, generator=torch.Generator().manual_seed(0))[: documents - 1].sort().values + 1
         ends = [0, *ends.tolist()] + [T] * (t.max_docs(T) - documents)
@@ -138,7 +137,7 @@ def attention(backend: str, _T: int) -> Iterator[Row]:
         seen = (inside * (inside + 1) // 2 + (lengths - inside) * (window + 1)).sum().item()
         work, size = 4 * DIM * seen, 2 * T * DIM
         options = torch.tensor(ends, dtype=torch.int32, device=DEVICE), lengths.max().item(), window, 0.1
-        run = lambda *x, options=options: t.ATTENTION_BACKENDS[backend](*x, *options)
+        run = lambda *x, options=options: attend(*x, *options)
         inputs, shape = [randn(T, HEADS, HEAD_DIM) for _ in range(3)], f"{T}, window {window}, documents {documents}"
         yield Row(f"attention {backend} forward", shape, partial(run, *inputs), 4 * size, work)
         both = backward(run, inputs, randn(T, HEADS, HEAD_DIM))
