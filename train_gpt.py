@@ -490,12 +490,13 @@ KERNELS = ("quack", "triton", "reference")  # the fastest first; each has those 
 def choose_kernels(hp: Hyperparameters, device: torch.device) -> str:
     """The one of KERNELS to use: the one asked for, or the fastest that works on this device."""
     gpu = triton is not None and is_hopper(device) and hp.dtype == "bfloat16"
-    usable = {"quack": gpu and importlib.util.find_spec("quack") is not None, "triton": gpu, "reference": True}
+    quack = gpu and torch.cuda.get_device_capability(device)[0] == 9 and importlib.util.find_spec("quack") is not None
+    usable = {"quack": quack, "triton": gpu, "reference": True}
     if hp.kernels == "auto":
         return next(name for name in KERNELS if usable[name])
     if not usable[hp.kernels]:
-        raise UserError(f"--kernels={hp.kernels} needs Triton, bfloat16 and a Hopper or newer GPU, and quack also the "
-                        "package quack-kernels; use --kernels=auto")
+        raise UserError(f"--kernels={hp.kernels} needs Triton, bfloat16 and a Hopper or newer GPU, and quack just a "
+                        "Hopper GPU and the package quack-kernels; use --kernels=auto")
     return hp.kernels
 
 
@@ -518,12 +519,19 @@ def softcap(logits: Tensor) -> Tensor:
 
 # --- Matrix products, with elementwise work done before their result leaves the chip
 
-def product_reference(a: Tensor, b: Tensor, c: Tensor | None, scale: Tensor | None, epilogue: str) -> Tensor:
-    """a b [m, n] for a [m, k], b [k, n] (epilogue none); residual: a b + scale c, for c [m, n] and 0-dim fp32 scale;
-    relu_square: relu(a b)^2; root: 2 sqrt(c) (a b), which is the gradient before that square if c is the square."""
+def product_reference(a: Tensor, b: Tensor, epilogue: str = "none", c: Tensor | None = None,
+                      scale: Tensor | None = None) -> Tensor:
+    """a b [m, n] for a [m, k], b [k, n], after one of these, with c [m, n] and scale 0-dim fp32."""
     y = a @ b
-    return {"none": lambda: y, "residual": lambda: y + scale * c, "relu_square": lambda: F.relu(y).square(),
-            "root": lambda: 2 * c.sqrt() * y}[epilogue]()
+    match epilogue:
+        case "none":
+            return y
+        case "residual":
+            return y + scale * c
+        case "relu_square":
+            return F.relu(y).square()
+        case "root":  # the gradient before that square, where c is the square
+            return 2 * c.sqrt() * y
 
 
 @cache
@@ -552,7 +560,8 @@ def quack_products() -> dict[str, Callable]:
 
 
 @custom_op("speedrun::product", mutates_args=(), device_types="cuda")
-def product(a: Tensor, b: Tensor, c: Tensor | None, scale: Tensor | None, epilogue: str) -> Tensor:
+def product(a: Tensor, b: Tensor, epilogue: str = "none", c: Tensor | None = None,
+            scale: Tensor | None = None) -> Tensor:
     return quack_products()[epilogue](a, b, c, **({} if scale is None else {"scale": scale}))["D"]
 
 product.register_kernel("cpu")(product_reference)
@@ -571,13 +580,13 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, w, residual, scale)
-        return product(x, w.mT, residual, scale, "none" if residual is None else "residual")
+        return product(x, w.mT, "none" if residual is None else "residual", residual, scale)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, w, residual, scale = ctx.saved_tensors
         dw = dy.mT @ x  # first: cuBLAS gives autograd's thread the CUDA context that tensor descriptors need
-        return product(dy, w, None, None, "none"), dw, *residual_grads(dy, residual, scale)
+        return product(dy, w), dw, *residual_grads(dy, residual, scale)
 
 
 def residual_grads(dy: Tensor, residual: Tensor | None, scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -595,16 +604,16 @@ class ReluSquareMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, up: Tensor, down: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
-        h = product(x, up.mT, None, None, "relu_square")
+        h = product(x, up.mT, "relu_square")
         ctx.save_for_backward(x, up, down, h, residual, scale)
-        return product(h, down, residual, scale, "residual")
+        return product(h, down, "residual", residual, scale)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, up, down, h, residual, scale = ctx.saved_tensors
         d_down = h.mT @ dy
-        dpre = product(dy, down.mT, h, None, "root")  # [T, F]
-        return product(dpre, up, None, None, "none"), dpre.mT @ x, d_down, *residual_grads(dy, residual, scale)
+        dpre = product(dy, down.mT, "root", h)  # [T, F]
+        return product(dpre, up), dpre.mT @ x, d_down, *residual_grads(dy, residual, scale)
 
 
 # --- What attention reads: QK norm, rotary embedding, key offset, value-embedding mix

@@ -68,12 +68,12 @@ def products(T: int) -> Iterator[Row]:
     x, up, down, dy = randn(T, DIM), randn(WIDTH, DIM) * DIM**-0.5, randn(WIDTH, DIM) * DIM**-0.5, randn(T, DIM)
     h, scale, shape = torch.relu(x @ up.mT).square(), torch.tensor(0.7, device=DEVICE), f"{T} x {DIM} x {WIDTH}"
     moved, work = 2 * (T * DIM + T * WIDTH + DIM * WIDTH), 2 * T * DIM * WIDTH
-    for epilogue, *inputs in (("none", x, up.mT, None, None), ("relu_square", x, up.mT, None, None),
-                              ("root", dy, down.mT, h, None), ("residual", h, down, x, scale)):
-        more = 0 if inputs[2] is None else 2 * inputs[2].numel()
-        yield Row(f"product, {epilogue}", shape, partial(t.product, *inputs, epilogue), moved + more, work,
-                  compiled(partial(t.product_reference, *inputs, epilogue)),
-                  partial(t.product_reference, *inputs, epilogue))
+    for epilogue, *inputs in (("none", x, up.mT), ("relu_square", x, up.mT), ("root", dy, down.mT, h),
+                              ("residual", h, down, x, scale)):
+        a, b, *more = inputs
+        ours, plain = partial(t.product, a, b, epilogue, *more), partial(t.product_reference, a, b, epilogue, *more)
+        yield Row(f"product, {epilogue}", shape, ours, moved + 2 * sum(c.numel() for c in more), work, compiled(plain),
+                  plain)
     args = [x, up, down, randn(T, DIM), scale], dy
     yield Row("MLP forward + backward", shape, backward(t.ReluSquareMLP.apply, *args), 6 * moved, 6 * work,
               backward(compiled(t.mlp_reference), *args), backward(t.mlp_reference, *args))
