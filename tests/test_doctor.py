@@ -156,7 +156,11 @@ def topology(link):
     return f"\t\x1b[4mGPU0\tGPU1\tNIC0\x1b[0m\nGPU0\t X \t{link}\tPIX\nGPU1\t{link}\t X \tSYS\nNIC0\tPIX\tSYS\t X \n"
 
 
-@pytest.mark.parametrize("smi, status", [(topology("NV18"), "ok"), (topology("SYS"), "warn"), ("", "warn")])
+THREE = "GPU0\t X \tNV4\tSYS\nGPU1\tNV4\t X \tNV4\nGPU2\tSYS\tNV4\t X \n"  # one pair without NVLink
+
+
+@pytest.mark.parametrize("smi, status", [(topology("NV18"), "ok"), (topology("SYS"), "warn"), (THREE, "warn"),
+                                         ("", "warn")])
 def test_nvlink(machine, smi, status):
     machine(2, smi=smi)
     assert examine("NVLink").status == status
