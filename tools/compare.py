@@ -15,12 +15,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from runlogs import Line, LogError, RunLog, difference, read_set
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  after the choice of the backend
 
 LOSS_ROW = "{:>6}  {:>8} {:>8} {:<30} {:>9} {:>8} {:<30}"
 TIME_ROW = "{:<18} {:>10} {:>10} {:>9}  {:<30}"
@@ -29,10 +26,10 @@ PLOT_FROM = 0.1  # part of the run from which on the plot shows all losses; befo
 
 
 def window_means(lines: list[Line], edges: Iterable[int]) -> list[Line]:
-    """Mean loss and mean time of the lines in each window (edge, next edge]; nan where there are none."""
+    """Mean step, loss and time of the lines in each window (edge, next edge]; nan where there are none."""
     windows = [[x for x in lines if a < x.step <= b] or [Line(b, math.nan, math.nan)]
                for a, b in itertools.pairwise(edges)]
-    return [Line(w[-1].step, *np.mean([x[1:] for x in w], axis=0).tolist()) for w in windows]
+    return [Line(*np.mean(w, axis=0).tolist()) for w in windows]
 
 
 def validated_steps(logs: list[RunLog]) -> list[int]:
@@ -87,7 +84,8 @@ def table(a: list[RunLog], b: list[RunLog]) -> str:
 
 def plot(a: list[RunLog], b: list[RunLog], names: tuple[str, str], path: Path) -> None:
     """Write the PNG: runs thin, means thick; validation in full lines, training in dashed ones."""
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharey=True, layout="constrained")
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     shown = []
     for logs, name, colour in zip((a, b), names, ("C0", "C1")):
         steps = validated_steps(logs)
@@ -105,13 +103,13 @@ def plot(a: list[RunLog], b: list[RunLog], names: tuple[str, str], path: Path) -
                     axis.plot(run[:, column] / unit, run[:, 1], style.strip("o"), color=colour, lw=0.5)
                 axis.plot(mean[:, column] / unit, mean[:, 1], style, color=colour, lw=2, ms=4, label=f"{name} {kind}")
     low, high = np.nanmin(np.concatenate(shown)), np.nanmax(np.concatenate(shown))
-    axes[0].set(xlabel="step", ylabel="loss", ylim=(low - 0.05 * (high - low + 0.1), high + 0.05 * (high - low + 0.1)))
+    margin = 0.05 * (high - low) + 0.01
+    axes[0].set(xlabel="step", ylabel="loss", ylim=(low - margin, high + margin))
     axes[1].set(xlabel="training time, s")
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(path, format="png", dpi=120)
-    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> int:

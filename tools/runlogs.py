@@ -124,7 +124,7 @@ def read_log(path: Path) -> RunLog:
 
 
 def read_set(path: Path) -> tuple[list[RunLog], list[RunLog]]:
-    """The finished and the failed runs of a log file or of all logs below a directory; raises LogError if none finished.
+    """Finished and failed runs of a log file or of all logs below a directory; raises LogError if none finished.
 
     Text files of a directory that are no logs are named on stderr.
     """
