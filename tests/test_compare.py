@@ -1,6 +1,7 @@
 """Tests of tools/compare.py on logs written here."""
 
 import math
+from dataclasses import replace
 
 import compare
 import numpy as np
@@ -66,6 +67,9 @@ def test_stage_times(tmp_path):
     path.write_text(fake_log(ms=COST, steps=STEPS))
     log = runlogs.read_log(path)
     assert log.stage_bounds() == [0, 12, 24, 36, 38] and log.stage_ms()[:3] == [1000, 2000, 3000]
+    on_time = runlogs.Line(12, 3.3, 12 * UNIT)  # a validation at a stage's first step
+    log = replace(log, val=[*log.val, on_time], train=[on_time if x.step == 12 else x for x in log.train])
+    assert log.stage_ms()[:3] == [1000, 2000, 3000]
     path.write_text(fake_log(ms=COST, steps=STEPS, public=True, train=False))
     log = runlogs.read_log(path)
     assert log.stage_bounds() == [0, 13, 25, 38]
