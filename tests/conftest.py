@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 torch.set_num_threads(2)
 
 
