@@ -13,6 +13,7 @@ import torch
 
 import train_gpt as t
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(t.__file__).parent
 SCRIPT = ROOT / "train_gpt.py"
 CPU = torch.device("cpu")
@@ -22,14 +23,6 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 SIZES = dict(model_dim=48, head_dim=8, vocab_size=256, batch_unit=128, val_tokens=512, val_chunk=256, val_every=3,
              num_scheduled_iterations=6, num_extension_iterations=2, muon_momentum_warmup=3, muon_momentum_cooldown=2)
 N = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
