@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-torch.set_num_threads(1)  # two processes run tests at a time
+torch.set_num_threads(1)  # as in test.sh
 
 
 @pytest.fixture(scope="session", autouse=True)
