@@ -2032,16 +2032,18 @@ def train_step(micro_step: MicroStep, batches: list[Batch], touched: TouchedRows
     return total / (len(batches[0].tokens) * sum(p.mtp_weights))
 
 
+def val_geometry(model: GPT, p: Plan, last: bool, max_len: int) -> Geometry:
+    """Windows of plan p, whose stage is set; a run's last validation widens the long one, not the rotary tables."""
+    model.set_stage(p.stage)
+    long = model.hp.final_val_window * model.hp.block if last else p.window_long
+    return Geometry(p.window_short, long, max_len, model.scale)
+
+
 @torch.no_grad()
 def evaluate(hp: Hyperparameters, ranks: Ranks, model: GPT, losses_of: Callable, tokens: np.ndarray, p: Plan,
              last: bool, limit: int | None = None) -> float:
-    """Mean loss over the val stream, or over this rank's first `limit` chunks, with the windows of plan p.
-
-    The last validation of a run widens the long window, without a change of the rotary frequencies.
-    """
-    model.set_stage(p.stage)
-    long = hp.final_val_window * hp.block if last else p.window_long
-    geometry = Geometry(p.window_short, long, longest_document(tokens, hp), model.scale)
+    """Mean loss over the val stream, or over this rank's first `limit` chunks, with the windows of plan p."""
+    geometry = val_geometry(model, p, last, longest_document(tokens, hp))
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, count
     for number, batch in enumerate(val_batches(hp, ranks, tokens)):
         if number == limit:

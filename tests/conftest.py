@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-torch.set_num_threads(1)  # as in test.sh
+torch.set_num_threads(1)  # threads that wait for each other take ten times as long on a busy machine
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,15 +35,6 @@ def make_shard(tmp_path):
     return write
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """Threads that wait for each other take ten times as long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """Checkpoints of a small model with GPT-2's vocabulary, after 3 of 4 steps and at the end, by number of steps."""
@@ -56,9 +47,7 @@ def checkpoint(tmp_path_factory):
         num_scheduled_iterations=3, num_extension_iterations=1, save_every=3, save_final=True, run_id="run",
         log_dir=str(folder)))
     ranks = t.Ranks(0, 1, torch.device("cpu"))
-    log, threads = t.Log(hp, ranks), torch.get_num_threads()
-    torch.set_num_threads(1)
+    log = t.Log(hp, ranks)
     t.train(hp, ranks, "reference", "reference", log, None)
-    torch.set_num_threads(threads)
     log.close()
     return {step: str(folder / f"run_step{step}.pt") for step in (3, 4)}

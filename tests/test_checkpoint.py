@@ -13,7 +13,6 @@ import torch
 
 import train_gpt as t
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(t.__file__).parent
 SCRIPT = ROOT / "train_gpt.py"
 CPU = torch.device("cpu")

@@ -11,7 +11,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import generate as g
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TOOL, t = g.__file__, g.t
 PROMPT = "The old man said that the sea, the wind and the sea"
 

@@ -12,7 +12,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import hellaswag as h
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TOOL, t = h.__file__, h.t
 ITEMS = Path(__file__).parent / "golden" / "hellaswag_handwritten.jsonl"
 

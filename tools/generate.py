@@ -37,10 +37,7 @@ def load_model(path: str) -> tuple[t.GPT, t.Geometry]:
         p.copy_(saved["tensors"][name])
     model.use(t.choose_attention(hp, device), "reference")
     last = step == hp.num_steps
-    p = t.plan(step - last, hp)
-    model.set_stage(p.stage)
-    long = hp.final_val_window * hp.block if last else p.window_long
-    return model, t.Geometry(p.window_short, long, 0, model.scale)
+    return model, t.val_geometry(model, t.plan(step - last, hp), last, 0)
 
 
 def pack(model: t.GPT, tokens: list[int], ends: list[int]) -> t.Batch:
