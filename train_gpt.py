@@ -1746,7 +1746,7 @@ def read_header(path: str) -> int:
         raise UserError(f"{path}: magic number {header[0]} instead of {MAGIC}, so this is no token shard; {again}")
     if header[1] != VERSION:
         raise UserError(f"{path}: version {header[1]} instead of {VERSION}; {again}")
-    if size != 4 * HEADER_INTS + 2 * int(header[2]):
+    if header[2] < 1 or size != 4 * HEADER_INTS + 2 * int(header[2]):
         held = (size - 4 * HEADER_INTS) // 2
         raise UserError(f"{path}: the header says {header[2]} tokens, the file holds {held}; {again}")
     return int(header[2])
