@@ -123,23 +123,27 @@ def test_two_ranks_follow_the_same_trajectory(bundled, tmp_path):
 
 @pytest.fixture(scope="module")
 def small_runs(letters, tmp_path_factory):
-    """One-rank runs with a small vocabulary: seed 0 twice and seed 1."""
+    """One-rank runs with a small vocabulary, seed 0 twice and seed 1: the losses, and what the checkpoint holds."""
     folder = tmp_path_factory.mktemp("small")
 
     def start(name, seed):
-        return run(*letters, f"--seed={seed}", f"--log_dir={folder}", f"--run_id={name}")
+        return run(*letters, f"--seed={seed}", f"--log_dir={folder}", f"--run_id={name}", "--save_final=true")
 
     with ThreadPoolExecutor(2) as pool:
         done = list(pool.map(start, ("a", "b", "c"), (0, 0, 1)))
     assert [d.returncode for d in done] == [0, 0, 0], done[0].stderr
-    return [losses(d.stdout, "val") + losses(d.stdout, "train") for d in done]
+    return [(losses(d.stdout, "val") + losses(d.stdout, "train"),
+             torch.load(folder / f"{name}_step8.pt", weights_only=True)["tensors"]) for name, d in zip("abc", done)]
 
 
 def test_seed(small_runs):
-    """The same seed gives the same losses to the last digit, another seed gives others."""
-    first, again, other = small_runs
+    """The same seed gives the same losses, weights and optimizer state to the last bit, another seed gives others."""
+    (first, state), (again, same), (other, different) = small_runs
     assert len(first) == 4 + 8 and first == again
     assert sum(a != b for a, b in zip(first, other)) >= 9  # all but, by chance, a few
+    assert state.keys() == same.keys() == different.keys() and {"lm_head", "qk_bank.momentum"} < state.keys()
+    assert all(torch.equal(x.view(torch.uint8), same[name].view(torch.uint8)) for name, x in state.items())
+    assert not any(torch.equal(x, different[name]) for name, x in state.items() if x.any())
 
 
 def test_two_agents(letters, small_runs, tmp_path):
@@ -157,7 +161,7 @@ def test_two_agents(letters, small_runs, tmp_path):
         done = list(pool.map(agent, (0, 1)))
     assert [d.returncode for d in done] == [0, 0], done[0].stderr + done[1].stderr
     ours = losses(done[0].stdout + done[1].stdout)
-    assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in small_runs[0][:4]], abs=2e-4)
+    assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in small_runs[0][0][:4]], abs=2e-4)
     assert os.listdir(tmp_path) == ["agents.txt"]
 
 

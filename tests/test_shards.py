@@ -84,6 +84,8 @@ def test_shard_without_tokens(tmp_path):
     path.write_bytes(shard([]))
     with pytest.raises(t.UserError, match="train.bin: the header says 0 tokens"):
         t.read_header(str(path))
+    with pytest.raises(s.DataError, match="train.bin: 1,024 bytes, but 0 tokens"):
+        s.verify_shard(path)
 
 
 def test_what_is_no_file(tmp_path):
