@@ -15,7 +15,10 @@ torch.set_num_threads(1)  # threads that wait for each other take ten times as l
 
 @pytest.fixture(scope="session", autouse=True)
 def process_group():
-    """The group of one rank that a run without torchrun makes."""
+    """The group of one rank that a run without torchrun makes, and its use of memory."""
+    import train_gpt as t
+
+    t.reuse_cpu_memory()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
