@@ -2118,11 +2118,17 @@ def read_checkpoint(path: str, hp: Hyperparameters | None = None) -> dict:
             raise ValueError("wrong checksum")
         saved = torch.load(path, "cpu", weights_only=True, mmap=True)
         old = saved["settings"]
+        if not isinstance(saved["step"], int) or any(
+                saved["tensors"][name].shape != shape for name, shape in old["shapes"].items()):
+            raise ValueError("wrong step or shapes")
+        if not hp:
+            hp = Hyperparameters(**{f.name: old[f.name] for f in fields(Hyperparameters) if f.name in old})
+            check_hyperparameters(hp)
+        saved["hp"], current = hp, settings(hp)
     except Exception as e:  # zipfile and torch raise many kinds
         cause = " ".join(f"{type(e).__name__}: {e}".split())
         raise UserError(f"{path} is no intact checkpoint of this script ({cause}); choose another") from None
-    saved["hp"] = hp or Hyperparameters(**{f.name: old[f.name] for f in fields(Hyperparameters) if f.name in old})
-    if other := [f"{key}={old.get(key)}" if hasattr(hp, key) else key for key, value in settings(saved["hp"]).items()
+    if other := [f"{key}={old.get(key)}" if hasattr(hp, key) else key for key, value in current.items()
                  if key not in MAY_CHANGE and old.get(key) != value]:
         raise UserError(f"{path} was trained with other values of what follows, use the same: {', '.join(other)}")
     return saved

@@ -23,11 +23,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as t
 
-FILE = Path(__file__).with_suffix(".json").with_stem("golden_demo")
+ROOT, FILE = Path(t.__file__).parent, Path(__file__).with_name("golden_demo.json")
 SETTINGS = ["--preset=demo", "--model_dim=48", "--head_dim=8", "--batch_unit=128", "--num_scheduled_iterations=16",
             "--num_extension_iterations=4"]
 STEPS = 20

@@ -1,4 +1,4 @@
-"""Damaged shards: the exact tokens or one clear error, in the training script's reader and in the data scripts' check."""
+"""Damaged shards: exact tokens or one clear error, from the training script's reader and the data scripts' check."""
 
 import struct
 import sys
@@ -22,7 +22,7 @@ def shard(tokens):
 
 
 def mutated(raw, rng):
-    """A copy with one to three of: a flipped bit, a changed field, a changed token, bytes cut off, put in or taken out."""
+    """A copy with one to three of: a flipped bit, another field or token, bytes cut off, put in or taken out."""
     raw = bytearray(raw)
     for _ in range(rng.integers(1, 4)):
         at = int(rng.integers(0, len(raw) + 1))

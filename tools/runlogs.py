@@ -21,7 +21,7 @@ CONFIDENCE = 0.95
 RULE = re.compile(r"^={100}\n", re.M)
 # A source may hold such a rule too, or end without newline; the rule that ends it is followed by the versions
 END_OF_SOURCE = re.compile(r"={100}\n(?=(?:Running )?Py(?:thon|torch)\b)", re.M | re.I)
-STEP_LINE = re.compile(r"^step:(\d+)/(\d+) (?:(val|train)_loss:([\d.]+|-?inf|nan) )?train_time:([\d.]+)ms", re.M)
+STEP_LINE = re.compile(r"^step:(\d+)/(\d+) (?:(val|train)_loss:(\d+\.?\d*|-?inf|nan) )?train_time:(\d+\.?\d*)ms", re.M)
 SETTING = re.compile(r"^(\w[\w ]*) = (.*)$", re.M)
 VERSION = re.compile(r"^(?:Running )?((?:Python|PyTorch|Triton)\b.*?) *$", re.M | re.I)
 DRIVER = re.compile(r"Driver Version: *\S+ +CUDA Version: *\S+")
@@ -77,7 +77,7 @@ class RunLog:
         """First step of each stage, and the number of steps as the last entry."""
         try:
             scheduled, extension = (int(self.config[f"num_{k}_iterations"]) for k in ("scheduled", "extension"))
-        except KeyError:
+        except (KeyError, ValueError):
             scheduled, extension = self.steps, 0
         bounds = [round(i * scheduled / STAGES) for i in range(STAGES + 1)]
         return bounds + [scheduled + extension] * (extension > 0)
