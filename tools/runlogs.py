@@ -21,7 +21,8 @@ CONFIDENCE = 0.95
 RULE = re.compile(r"^={100}\n", re.M)
 # A source may hold such a rule too, or end without newline; the rule that ends it is followed by the versions
 END_OF_SOURCE = re.compile(r"={100}\n(?=(?:Running )?Py(?:thon|torch)\b)", re.M | re.I)
-STEP_LINE = re.compile(r"^step:(\d+)/(\d+) (?:(val|train)_loss:(\d+\.?\d*|-?inf|nan) )?train_time:(\d+\.?\d*)ms", re.M)
+STEP_LINE = re.compile(
+    r"^step:(\d+)/(\d+) (?:(val|train)_loss:(\d+\.?\d*|-?inf|nan) )?train_time:(\d+\.?\d*)ms", re.M)
 SETTING = re.compile(r"^(\w[\w ]*) = (.*)$", re.M)
 VERSION = re.compile(r"^(?:Running )?((?:Python|PyTorch|Triton)\b.*?) *$", re.M | re.I)
 DRIVER = re.compile(r"Driver Version: *\S+ +CUDA Version: *\S+")
