@@ -1,4 +1,4 @@
-"""tools/bench_kernels.py without a GPU: what it times computes the same, in Triton's interpreter, and what it prints."""
+"""tools/bench_kernels.py without a GPU: what it times agrees, in Triton's interpreter, and what it prints is right."""
 
 import json
 import os
