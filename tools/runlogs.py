@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -36,6 +36,8 @@ class LogError(Exception):
 
 
 class Line(NamedTuple):
+    """A line of a log that tells a step; times in ms."""
+
     step: int
     loss: float  # nan where the line has none
     ms: float  # train_time
@@ -43,6 +45,8 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class RunLog:
+    """What a log says; see read_log."""
+
     path: Path
     source: str
     versions: tuple[str, ...]  # Python, PyTorch, Triton, driver and CUDA
@@ -156,7 +160,8 @@ class Interval(NamedTuple):
         return value if math.isnan(self.low) else f"{value} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
 
 
-def t_interval(test, value: float) -> Interval:
+def t_interval(test: Any, value: float) -> Interval:
+    """A value with the interval and the p of what scipy.stats returned for it."""
     return Interval(value, *map(float, test.confidence_interval(CONFIDENCE)), float(test.pvalue))
 
 
