@@ -69,9 +69,9 @@ def products(T: int) -> Iterator[Row]:
     o, scale, r = randn(DIM, DIM) * DIM**-0.5, torch.tensor(0.7, device=DEVICE), t.inverse_rms(x.float().square(), DIM)
     h, moved, work = torch.relu(x @ up.mT).square(), 2 * (T * DIM + T * WIDTH + DIM * WIDTH), 2 * T * DIM * WIDTH
     for epilogue, a, b, *more in (("none", x, up.mT), ("relu_square", x, up.mT, r), ("root", dy, down.mT, r, h)):
-        ours, plain = partial(t.product, a, b, epilogue, *more), partial(t.product_reference, a, b, epilogue, *more)
-        yield Row(f"product, {epilogue}", f"{T} x {DIM} x {WIDTH}", ours, moved + 2 * sum(c.numel() for c in more), work,
-                  compiled(plain), plain)
+        ours, plain = (partial(f, a, b, epilogue, *more) for f in (t.product, t.product_reference))
+        size = moved + sum(c.numel() * c.element_size() for c in more)
+        yield Row(f"product, {epilogue}", f"{T} x {DIM} x {WIDTH}", ours, size, work, compiled(plain), plain)
     for a, b, terms in ((h, down, 1), (x, o.mT, 3)):
         ours, plain = (partial(f, a, b, [x, dy, x][:terms], [scale] * terms) for f in (
             t.product_sum, t.product_sum_reference))
