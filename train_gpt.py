@@ -633,7 +633,7 @@ class NormedLinear(torch.autograd.Function):
     def backward(ctx, du: Tensor, dseen: Tensor):
         x, r, w = ctx.saved_tensors
         dw = du.mT @ x  # first: cuBLAS gives autograd's thread the CUDA context that tensor descriptors need
-        g = product(du, w) + F.pad(r[:, None] * dseen, (0, x.size(1) - GATE_INPUTS))
+        g = product(du, w) + F.pad(r[:, None] * dseen, (0, x.size(1) - dseen.size(1)))
         return norm_grad(g, x, r).to(x.dtype), None, dw
 
 
