@@ -864,6 +864,89 @@ class AttentionInputs(torch.autograd.Function):
         return (dqkv, None, *((dve, dgate) if ve is not None else (None, None)), None, None, None, None)
 
 
+# --- What attention gives: each head is scaled by its gate
+
+def gated_heads_reference(y: Tensor, seen: Tensor, w: Tensor) -> Tensor:
+    """y [T, H, d] times sigmoid(seen w^T), for seen [T, n], w [H, n]; as [T, H * d]."""
+    return (y * torch.sigmoid(F.linear(seen, w))[..., None]).flatten(1)
+
+
+@jit
+def gate_values(seen, w, rows, head, columns, inside, N: tl.constexpr):
+    s = tl.load(seen + rows[:, None] * N + columns[None, :], mask=inside[:, None] & (columns < N)[None, :], other=0.0)
+    weight = tl.load(w + head * N + columns, mask=columns < N, other=0.0).to(tl.float32)
+    s = s.to(tl.float32)
+    return s, weight, tl.sigmoid(tl.sum(s * weight[None, :], 1))[:, None]
+
+
+@jit
+def gated_heads_kernel(y, seen, w, out, T, H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+                       COLUMNS: tl.constexpr):
+    """One program: ROWS tokens of one head."""
+    head, rows = tl.program_id(0), tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = rows < T
+    _, _, g = gate_values(seen, w, rows, head, tl.arange(0, COLUMNS), inside, N)
+    at = rows[:, None] * (H * D) + head * D + tl.arange(0, D)[None, :]
+    x = tl.load(y + at, mask=inside[:, None], other=0.0).to(tl.float32)
+    tl.store(out + at, (x * g).to(out.dtype.element_ty), mask=inside[:, None])
+
+
+@jit
+def gated_heads_backward_kernel(y, seen, w, dout, dy, dseen, dw, T, H: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+                                ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """One program: ROWS tokens, whose part of w's gradient it stores."""
+    rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    inside, sums = rows < T, tl.zeros([ROWS, COLUMNS], tl.float32)
+    for head in tl.static_range(H):
+        s, weight, g = gate_values(seen, w, rows, head, columns, inside, N)
+        at = rows[:, None] * (H * D) + head * D + tl.arange(0, D)[None, :]
+        grad = tl.load(dout + at, mask=inside[:, None], other=0.0).to(tl.float32)
+        x = tl.load(y + at, mask=inside[:, None], other=0.0).to(tl.float32)
+        tl.store(dy + at, (grad * g).to(dy.dtype.element_ty), mask=inside[:, None])
+        dlogit = tl.sum(grad * x, 1)[:, None] * g * (1.0 - g)
+        sums += dlogit * weight[None, :]
+        tl.store(dw + (tl.program_id(0) * H + head) * N + columns, tl.sum(dlogit * s, 0), mask=columns < N)
+    at = rows[:, None] * N + columns[None, :]
+    tl.store(dseen + at, sums.to(dseen.dtype.element_ty), mask=inside[:, None] & (columns < N)[None, :])
+
+
+@custom_op("speedrun::gated_heads", mutates_args=())
+def gated_heads(y: Tensor, seen: Tensor, w: Tensor) -> Tensor:
+    (T, H, d), n, out = y.shape, w.size(1), y.new_empty(y.size(0), y.size(1) * y.size(2))
+    gated_heads_kernel[(H, triton.cdiv(T, GATED_ROWS))](y, seen.contiguous(), w, out, T, H, d, n, GATED_ROWS,
+                                                        triton.next_power_of_2(n))
+    return out
+
+
+@custom_op("speedrun::gated_heads_backward", mutates_args=())
+def gated_heads_backward(y: Tensor, seen: Tensor, w: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of y, of seen, and of w in parts [programs, H, n] fp32."""
+    (T, H, d), n, programs = y.shape, w.size(1), triton.cdiv(len(y), GATED_ROWS)
+    dy, dseen, dw = torch.empty_like(y), seen.new_empty(T, n), w.new_empty(programs, H, n, dtype=torch.float32)
+    gated_heads_backward_kernel[(programs,)](y, seen.contiguous(), w, dout.contiguous(), dy, dseen, dw, T, H, d, n, GATED_ROWS,
+                                             triton.next_power_of_2(n))
+    return dy, dseen, dw
+
+GATED_ROWS = 16  # tokens of one program
+gated_heads.register_fake(lambda y, *_: y.new_empty(y.size(0), y.size(1) * y.size(2)))
+gated_heads_backward.register_fake(lambda y, seen, w, _: (
+    torch.empty_like(y), seen.new_empty(seen.shape), w.new_empty(-(-len(y) // GATED_ROWS), *w.shape, dtype=torch.float32)))
+
+
+class GatedHeads(torch.autograd.Function):
+    """gated_heads_reference, forward and backward in one kernel each."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, seen: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(y, seen, w)
+        return gated_heads(y, seen, w)
+
+    @staticmethod
+    def backward(ctx, dout: Tensor):
+        dy, dseen, dw = gated_heads_backward(*ctx.saved_tensors, dout)
+        return dy, dseen, dw.sum(0).to(ctx.saved_tensors[2].dtype)
+
+
 # --- Loss of the head
 
 def softcapped_mtp_loss_reference(logits: Tensor, targets: Tensor, weights: Tensor, grad_dtype: torch.dtype,
@@ -1476,8 +1559,8 @@ class GPT(nn.Module):
         q, k, v = (x.reshape(n * T, H // n, d) for x in (q, k, v))
         window = g.window_short if layer.window == "short" else g.window_long
         y = self.attention(q, k, v, batch.cu_seqlens * n, g.max_len * n, window, g.scale).reshape(T, H, d)
-        gate = torch.sigmoid(F.linear(seen, self.attn_gate_bank[ATTN_INDEX[i]]))  # [T, H]
-        return (y * gate[..., None]).reshape(T, H * d)
+        gated = GatedHeads.apply if self.fast else gated_heads_reference
+        return gated(y, seen, self.attn_gate_bank[ATTN_INDEX[i]])
 
     def trunk(self, batch: Batch, rows: Rows, g: Geometry) -> Tensor:
         """From tokens to the normalised last hidden state [T, D]."""

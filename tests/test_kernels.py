@@ -175,6 +175,15 @@ class TestInterpreted:
         for a, b, c in zip(ours, exact, sizes, strict=True):
             self.within(a, b, c, d + 8)
 
+    @pytest.mark.parametrize("T,H,d,n", [(37, 6, 16, 12), (16, 2, 32, 16), (1, 2, 16, 5)])
+    def test_gated_heads(self, T, H, d, n):
+        inputs, dout = [torch.randn(T, H, d), torch.randn(T, 2 * n)[:, :n], torch.randn(H, n)], torch.randn(T, H * d)
+        exact = gradients(t.gated_heads_reference, to(FP64, *inputs), dout.double())
+        for a, b in zip(gradients(t.GatedHeads.apply, inputs, dout), exact, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=0, atol=(T + d + 8) * EPS * max(b.abs().max().item(), 1))
+        torch.library.opcheck(t.gated_heads, tuple(inputs))
+        torch.library.opcheck(t.gated_heads_backward, (*inputs, dout))
+
     @pytest.mark.parametrize("paired,offset,mix", KINDS)
     def test_attention_inputs_operations(self, paired, offset, mix):
         """The operations alone give what AttentionInputs gives, and empty gradients without a value embedding."""
@@ -377,6 +386,12 @@ class TestGPU:
 
         as_good(results(t.AttentionInputs.apply), results(t.attention_inputs_reference),
                 results(t.attention_inputs_reference, FP64))
+
+    @pytest.mark.parametrize("T,n", [(1001, 12), (4096, 12)])
+    def test_gated_heads(self, T, n):
+        inputs, dout = [randn(T, 6, 128), randn(T, n), randn(6, n)], randn(T, 768)
+        as_good(gradients(t.GatedHeads.apply, inputs, dout), gradients(t.gated_heads_reference, inputs, dout),
+                gradients(t.gated_heads_reference, to(FP64, *inputs), dout.double()))
 
     @pytest.mark.parametrize("T,V,count,spread,dtype", [
         (512, 50304, 3, 4, E5M2), (37, 1002, 2, 8, E5M2), (5, 50258, 1, 4, BF16), (300, 1003, 3, 4, FP32)])
