@@ -927,7 +927,7 @@ def gated_heads_backward(y: Tensor, seen: Tensor, w: Tensor, dout: Tensor) -> tu
                                              triton.next_power_of_2(n))
     return dy, dseen, dw
 
-GATED_ROWS = 16  # tokens of one program
+GATED_ROWS = 8  # tokens of one program
 gated_heads.register_fake(lambda y, *_: y.new_empty(y.size(0), y.size(1) * y.size(2)))
 gated_heads_backward.register_fake(lambda y, seen, w, _: (
     torch.empty_like(y), seen.new_empty(seen.shape), w.new_empty(-(-len(y) // GATED_ROWS), *w.shape, dtype=torch.float32)))
