@@ -6,6 +6,10 @@ cd "$(dirname "$0")"
 source tools/environment.sh
 find_python torch numpy tqdm huggingface_hub
 
+case " $* " in
+  *" --help "* | *" -h "* | *" --plan "*) exec "$PYTHON" train_gpt.py "$@" ;; # text only
+esac
+
 gpus=$("$PYTHON" -c "import torch; print(torch.cuda.device_count())")
 if [ "$gpus" -eq 0 ]; then
   if nvidia-smi -L > /dev/null 2>&1; then
@@ -32,7 +36,8 @@ esac
 for ranks in 8 4 2 1; do
   if [ "$gpus" -ge "$ranks" ]; then break; fi
 done
-# Bad arguments and bad data end here, in one line, before eight processes start
+# Bad arguments, bad data and a machine that cannot do the run end here, in a line each, before eight processes start
+"$PYTHON" tools/doctor.py --quick --quiet "$@"
 "$PYTHON" train_gpt.py --check "$@"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$ranks" train_gpt.py "$@"

@@ -36,10 +36,11 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,6 +119,9 @@ class Hyperparameters:
     device: str = "auto"  # auto, cuda or cpu
     log_dir: str = "logs"
     run_id: str = ""  # name of the log file; empty: date and time
+    save_every: int = 0  # write a checkpoint, <run id>_step<N>.pt beside the log, every so many steps; 0: never
+    save_final: bool = False  # write one after the last step
+    resume: str = ""  # continue from this checkpoint as if the run had not stopped; empty: begin
 
     @property
     def num_steps(self) -> int:
@@ -140,6 +144,9 @@ class Hyperparameters:
         return 4 * self.model_dim
 
 
+# What a run resumed from a checkpoint may change: no step's weights depend on it, but for rounding
+MAY_CHANGE = ("val_files", "val_tokens", "val_chunk", "val_every", "final_val_window", "compile", "graphs", "attention",
+              "kernels", "device", "log_dir", "run_id", "save_every", "save_final", "resume")
 PRESETS = {
     "record80": {},
     # The same topology, optimizers and schedule shape at a size that two CPU cores train in about two minutes.
@@ -358,7 +365,7 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
                 "head_dim", "bigram_ratio", "vocab_size", "muon_momentum_warmup", "muon_momentum_cooldown"]
     for key in positive:
         require(getattr(hp, key) > 0, f"--{key}={getattr(hp, key)} must be positive")
-    for key in ("num_extension_iterations", "val_every"):
+    for key in ("num_extension_iterations", "val_every", "save_every"):
         require(getattr(hp, key) >= 0, f"--{key}={getattr(hp, key)} must not be negative")
     require(hp.num_scheduled_iterations >= 3, "--num_scheduled_iterations must be at least 3, one for each stage")
     require(0 <= hp.cooldown_start < 1, f"--cooldown_start={hp.cooldown_start} must be in [0, 1)")
@@ -430,16 +437,16 @@ def on_every_rank(f: Callable) -> object:
 class Log:
     """logs/<run id>.txt and the terminal, on rank 0; on other ranks nothing happens.
 
-    The file begins with the source of this script, so that a log says by itself what was run.
+    The file begins with the source of this script, so that a log says by itself what was run; --resume appends to it.
     """
 
     def __init__(self, hp: Hyperparameters, ranks: Ranks):
         self.file = self.bar = None
         if ranks.rank == 0:
-            path = Path(hp.log_dir, (hp.run_id or time.strftime("%Y%m%d-%H%M%S")) + ".txt")
+            self.path = path = Path(hp.log_dir, (hp.run_id or time.strftime("%Y%m%d-%H%M%S")) + ".txt")
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self.file = open(path, "w", buffering=1)
+                self.file = open(path, "a" if hp.resume else "w", buffering=1)
             except OSError as e:
                 raise UserError(f"cannot write the log {path}: {e.strerror}; choose another --log_dir") from None
             self.bar = tqdm(total=hp.num_steps, unit="step", disable=not sys.stderr.isatty(), leave=False)
@@ -1858,6 +1865,14 @@ class NorMuonAdam:
             self.state["embed"][key].copy_(mine)
         self.tied = False
 
+    def tensors(self) -> Iterator[tuple[str, Tensor, str]]:
+        """All that steps change: a name, this rank's tensor, and what ranks have of it: "same", "shard" or "own"."""
+        for row in PARAMS:
+            yield row.name, self.params[row.name].data, "same"
+            for key, x in self.state[row.name].items():
+                yield f"{row.name}.{key}", x, "same" if row.reduce == "replicate" else "shard"
+            yield f"{row.name}.grad", self.gradient(row), "own"
+
 
 def wait(works: Iterable[dist.Work | None]) -> None:
     for work in works:
@@ -2016,13 +2031,13 @@ class Packer:
 
 
 class TrainLoader:
-    """Iterates over the steps in `steps`; each item, prepared in a thread, is this rank's list of A batches and, in
-    Adam's steps of SPARSE_FROM ranks or more, its TouchedRows (else None)."""
+    """Iterates over the steps in `steps` but the first `done`; each item, prepared in a thread, is this rank's list of
+    A batches and, in Adam's steps of SPARSE_FROM ranks or more, its TouchedRows (else None)."""
 
-    def __init__(self, hp: Hyperparameters, ranks: Ranks, steps: Iterable[int]):
+    def __init__(self, hp: Hyperparameters, ranks: Ranks, steps: Iterable[int], done: int = 0):
         self.files = find_shards(hp.train_files, "train_files")
         self.plans = [plan(step, hp) for step in steps]
-        self.hp, self.ranks, self.pack = hp, ranks, Packer(hp, ranks)
+        self.hp, self.ranks, self.pack, self.done = hp, ranks, Packer(hp, ranks), done
         self.touched = np.zeros((ranks.world, hp.bigram_rows), dtype=bool)  # by each rank, since Adam's last step
         self.queue: queue.Queue = queue.Queue(QUEUE_STEPS)
         self.stopped = threading.Event()
@@ -2030,12 +2045,16 @@ class TrainLoader:
 
     def batches(self) -> Iterator[tuple[list[Batch], TouchedRows | None]]:
         R, rank = self.ranks.world, self.ranks.rank
-        for (documents, segments), p in zip(walk(self.files, self.hp.bos, self.plans), self.plans):
-            step = []
+        for number, (documents, segments) in enumerate(walk(self.files, self.hp.bos, self.plans)):
+            adam, step = self.plans[number].update_adam, []
+            touched = self.touch(documents, segments, adam) if R >= SPARSE_FROM else None
+            if number < self.done:
+                self.touched |= self.touched.any(axis=0)  # a checkpoint of fewer ranks gives all of them its gradients
+                continue
             for slices in segments[rank::R]:
                 tokens = np.concatenate([documents.tokens[a:b] for a, b in slices])
                 step.append(self.pack(tokens, np.cumsum([b - a for a, b in slices])))
-            yield step, self.touch(documents, segments, p.update_adam) if R >= SPARSE_FROM else None
+            yield step, touched
 
     def touch(self, documents: Documents, segments: list[list[tuple[int, int]]], adam: bool) -> TouchedRows | None:
         """Mark the rows that a step touches on each rank; when Adam steps, return what is exchanged and start anew."""
@@ -2185,16 +2204,18 @@ def train_step(micro_step: MicroStep, batches: list[Batch], touched: TouchedRows
     return total / (len(batches[0].tokens) * sum(p.mtp_weights))
 
 
+def val_geometry(model: GPT, p: Plan, last: bool, max_len: int) -> Geometry:
+    """Windows of plan p, whose stage is set; a run's last validation widens the long one, not the rotary tables."""
+    model.set_stage(p.stage)
+    long = model.hp.final_val_window * model.hp.block if last else p.window_long
+    return Geometry(p.window_short, long, max_len, model.scale)
+
+
 @torch.no_grad()
 def evaluate(hp: Hyperparameters, ranks: Ranks, model: GPT, losses_of: Callable, tokens: np.ndarray, p: Plan,
              last: bool, limit: int | None = None) -> float:
-    """Mean loss over the val stream, or over this rank's first `limit` chunks, with the windows of plan p.
-
-    The last validation of a run widens the long window, without a change of the rotary frequencies.
-    """
-    model.set_stage(p.stage)
-    long = hp.final_val_window * hp.block if last else p.window_long
-    geometry = Geometry(p.window_short, long, longest_document(tokens, hp), model.scale)
+    """Mean loss over the val stream, or over this rank's first `limit` chunks, with the windows of plan p."""
+    geometry = val_geometry(model, p, last, longest_document(tokens, hp))
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, count
     for number, batch in enumerate(val_batches(hp, ranks, tokens)):
         if number == limit:
@@ -2229,6 +2250,70 @@ def warmup(hp: Hyperparameters, ranks: Ranks, micro_step: MicroStep, losses_of: 
     micro_step.optimizer.reset()
 
 
+def settings(hp: Hyperparameters) -> dict:
+    """What the weights of a run follow from, besides the contents of its shards; and MAY_CHANGE."""
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in GPT(hp).named_parameters()}  # without padding
+    return asdict(hp) | {"LAYERS": str(LAYERS), "STAGES": str(STAGES), "PARAMS": str(PARAMS), "shapes": shapes}
+
+
+def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> None:
+    """Write a checkpoint: tensors as one rank has them, but each rank's gradients that wait for Adam; or UserError."""
+    (rank, R, _), about, tensors = optimizer.ranks, settings(optimizer.hp), {}
+    for name, x, kind in optimizer.tensors():
+        if kind != "same":
+            part = x[None] if kind == "own" else x
+            x = part.new_empty(R * len(part), *part.shape[1:])
+            dist.all_gather_into_tensor(x.view(torch.uint8), part.view(torch.uint8))  # NCCL knows no int16
+        if rank == 0 and (kind != "own" or x.any()):
+            tensors[name] = (x if kind == "own" else x[: about["shapes"][name.split(".")[0]][0]]).cpu()
+
+    def write() -> None:
+        path = log.path.with_name(f"{log.path.stem}_step{step}.pt")
+        temporary = Path(f"{path}.tmp")
+        try:
+            torch.save({"settings": about, "step": step, "ms": ms, "tied": optimizer.tied,
+                        "adam_steps": optimizer.adam_steps, "tensors": tensors}, temporary)
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as e:  # the latter by torch's writer
+            raise UserError(f"cannot write {path}: {e}; free some space or choose another --log_dir") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    on_every_rank(write if rank == 0 else lambda: None)
+
+
+def read_checkpoint(path: str, hp: Hyperparameters | None = None) -> dict:
+    """What save_checkpoint wrote, on the CPU, with "hp"; UserError unless it is intact and a run of hp can use it."""
+    try:
+        if zipfile.ZipFile(path).testzip():  # torch.load ignores checksums
+            raise ValueError("wrong checksum")
+        saved = torch.load(path, "cpu", weights_only=True, mmap=True)
+        old = saved["settings"]
+    except Exception as e:  # zipfile and torch raise many kinds
+        cause = " ".join(f"{type(e).__name__}: {e}".split())
+        raise UserError(f"{path} is no intact checkpoint of this script ({cause}); choose another") from None
+    saved["hp"] = hp or Hyperparameters(**{f.name: old[f.name] for f in fields(Hyperparameters) if f.name in old})
+    if other := [f"{key}={old.get(key)}" if hasattr(hp, key) else key for key, value in settings(saved["hp"]).items()
+                 if key not in MAY_CHANGE and old.get(key) != value]:
+        raise UserError(f"{path} was trained with other values of what follows, use the same: {', '.join(other)}")
+    return saved
+
+
+def load_checkpoint(saved: dict, optimizer: NorMuonAdam, clock: "Clock") -> int:
+    """Bring optimizer and model from the start to where they were, on any number of ranks; returns the steps done."""
+    rank, R, _ = optimizer.ranks
+    for name, x, kind in optimizer.tensors():
+        if name in saved["tensors"]:  # else a gradient of zeros
+            y = saved["tensors"][name]
+            if kind == "own":
+                y = y[rank] if len(y) == R else y.float().mean(0)
+            y = y[rank * len(x) :][: len(x)] if kind == "shard" else y
+            x[: len(y)].copy_(y)  # the rest is padding
+    clock.before, optimizer.tied, optimizer.adam_steps = (saved[key] for key in ("ms", "tied", "adam_steps"))
+    return saved["step"]
+
+
 class Clock:
     """Training time in ms; synchronises the device when it starts and stops, so that only training is counted."""
 
@@ -2252,8 +2337,8 @@ class Clock:
         return self.before + (1000 * (time.perf_counter() - self.started) if self.started else 0.0)
 
 
-def train(hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str, log: Log) -> None:
-    """The whole run: set up, warm up, train, validate."""
+def train(hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str, log: Log, saved: dict | None) -> None:
+    """The whole run, or what a checkpoint leaves of it: set up, warm up, train, validate."""
     log_environment(log, hp, ranks, attention, kernels)
     val_tokens = read_val_tokens(hp)
     with torch.device(ranks.device):
@@ -2266,18 +2351,26 @@ def train(hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str, log: 
     if hp.compile:
         warmup(hp, ranks, micro_step, losses_of, val_tokens, log)
 
-    N, clock, recent, pending = hp.num_steps, Clock(ranks.device), 0.0, deque()
-    loader = TrainLoader(hp, ranks, range(N))
+    N, clock, optimizer, pending = hp.num_steps, Clock(ranks.device), micro_step.optimizer, deque()
+    first = load_checkpoint(saved, optimizer, clock) if saved else 0
+    recent, loader = clock.before, TrainLoader(hp, ranks, range(N), first)
+    while saved and loader.queue.empty():  # to find the place in the shards is no training
+        time.sleep(0.01)
     clock.start()
-    for step in range(N + 1):
+    for step in range(first, N + 1):
         last, p = step == N, plan(min(step, N - 1), hp)
-        if last or (hp.val_every and step % hp.val_every == 0):
+        validating = last or (hp.val_every and step % hp.val_every == 0)
+        saving = step > first and ((hp.save_every and step % hp.save_every == 0) or (last and hp.save_final))
+        if validating or saving:
             clock.stop()
             while pending:
                 recent = report(log, clock, N, *pending.popleft(), recent)
-            val_loss = evaluate(hp, ranks, model, losses_of, val_tokens, p, last)
-            average = clock.ms() / max(step, 1)
-            log(f"step:{step}/{N} val_loss:{val_loss:.4f} train_time:{clock.ms():.0f}ms step_avg:{average:.2f}ms")
+            if saving:
+                save_checkpoint(log, optimizer, step, clock.ms())
+            if validating:
+                val_loss = evaluate(hp, ranks, model, losses_of, val_tokens, p, last)
+                average = clock.ms() / max(step, 1)
+                log(f"step:{step}/{N} val_loss:{val_loss:.4f} train_time:{clock.ms():.0f}ms step_avg:{average:.2f}ms")
             if last:
                 break
             clock.start()
@@ -2313,12 +2406,14 @@ def main() -> None:
             print("\n".join(plan_csv(hp)))
             return
         if args.check:
-            return check_data(hp)
+            check_data(hp)
+            return hp.resume and read_checkpoint(hp.resume, hp)
         ranks = setup_ranks(hp)
         chosen = on_every_rank(lambda: (choose_attention(hp, ranks.device), choose_kernels(hp, ranks.device)))
         on_every_rank(lambda: check_data(hp))
+        saved = on_every_rank(lambda: read_checkpoint(hp.resume, hp) if hp.resume else None)
         log = on_every_rank(lambda: Log(hp, ranks))
-        train(hp, ranks, *chosen, log)
+        train(hp, ranks, *chosen, log, saved)
         log.close()
         dist.destroy_process_group()
     except UserError as e:  # the same on every rank: told once a machine

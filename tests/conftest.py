@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+torch.set_num_threads(1)  # threads that wait for each other take ten times as long on a busy machine
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,3 +33,21 @@ def make_shard(tmp_path):
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Checkpoints of a small model with GPT-2's vocabulary, after 3 of 4 steps and at the end, by number of steps."""
+    import train_gpt as t
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    data = {f"{kind}_files": f"{ROOT}/data/sample/fineweb_{kind}_*.bin" for kind in ("train", "val")}
+    hp = t.Hyperparameters(**t.PRESETS["demo"] | data | dict(
+        model_dim=48, head_dim=8, batch_unit=128, val_tokens=256, val_chunk=256, val_every=0,
+        num_scheduled_iterations=3, num_extension_iterations=1, save_every=3, save_final=True, run_id="run",
+        log_dir=str(folder)))
+    ranks = t.Ranks(0, 1, torch.device("cpu"))
+    log = t.Log(hp, ranks)
+    t.train(hp, ranks, "reference", "reference", log, None)
+    log.close()
+    return {step: str(folder / f"run_step{step}.pt") for step in (3, 4)}

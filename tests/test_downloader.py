@@ -235,6 +235,7 @@ def test_connection_that_breaks_halfway_is_resumed(hub, run, tmp_path):
 def test_interrupted_download_leaves_no_partial_shard(hub, command, run, tmp_path):
     hub.stall_first.add(TRAIN_1)
     out = tmp_path / "out"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and their children
     with subprocess.Popen(**command(hub.server_port, 1, "--out", out)) as process:
         assert hub.stalled.wait(30)
         process.send_signal(signal.SIGINT)

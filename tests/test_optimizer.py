@@ -33,15 +33,6 @@ TABLE = {  # beta1, beta2, lr multiplier, decay multiplier
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Many small products: on a busy machine, threads that wait for each other cost ten times what they save."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def polar(u):
     """Polar Express of one matrix."""
     x = u / (1.02 * np.sqrt((u**2).sum()) + 1e-6)

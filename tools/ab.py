@@ -1,0 +1,159 @@
+"""Runs two variants alternately, A B B A A B B A ..., on this machine, and compares them in pairs.
+
+    python tools/ab.py --pairs=4 --out=ab_lr --a="train_gpt.py" --b="train_gpt.py --muon_lr=0.025" -- --preset=demo
+
+A variant is a script with its arguments; what follows -- goes to both. Run i of A and run i of B get --seed=i. Each run
+starts in its own directory, OUT/a/i or OUT/b/i, with a link to the data directory of this one, so paths in arguments
+must be absolute or begin with data/. There it leaves its log (logs/*.txt) and its terminal output (output).
+
+The same command continues after an interruption. Runs whose log has the final validation line are kept; any other is
+moved to OUT/unfinished and run again. More --pairs may be asked for later. A changed command or script is refused,
+since it would mix variants. Exit status: 0 all pairs done, 1 a run failed, 2 bad input.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from compare import plot, table
+from runlogs import LogError, RunLog, mean_interval, read_log
+
+THREADS = "4"  # of a process under torchrun, as in run.sh
+
+
+class RunError(Exception):
+    """A run that ended without a result."""
+
+
+def finished_log(folder: Path) -> RunLog | None:
+    """The log of the finished run in a folder."""
+    files = list(folder.glob("logs/*.txt"))
+    try:
+        log = read_log(files[0]) if len(files) == 1 else None
+    except LogError:  # ended before the versions were written
+        return None
+    return log if log and not log.failure else None
+
+
+def start(command: list[str], folder: Path) -> int:
+    """Run a command in a new folder; returns its status. It ends with this process, unless that is killed outright."""
+    folder.mkdir(parents=True)
+    if Path("data").is_dir():
+        (folder / "data").symlink_to(Path("data").resolve())
+    with open(folder / "output", "w") as output:
+        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT,
+                                   env={"OMP_NUM_THREADS": THREADS} | os.environ if "--standalone" in command else None)
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+
+
+def read_variant(text: str) -> tuple[Path, list[str]]:
+    """Script and arguments of a variant; raises LogError."""
+    script, *arguments = shlex.split(text) or [""]
+    if not Path(script).is_file():
+        raise LogError(f"no script {script!r}; give --a and --b a script and its arguments")
+    return Path(script).resolve(), arguments
+
+
+def keep_command(out: Path, command: dict) -> None:
+    """Note in OUT what is run there; raises LogError if it was something else."""
+    note = out / "command.json"
+    if note.exists() and (before := json.loads(note.read_text())) != command:
+        changed = ", ".join(key for key in command if before.get(key) != command[key])
+        raise LogError(f"{out} holds runs of another command ({changed} changed); choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(command, indent=1) + "\n")
+
+
+def one_run(folder: Path, name: str, command: list[str], source: str, out: Path) -> RunLog:
+    """Run a variant, unless its log is there; raises RunError without result, LogError if the script changed."""
+    log, kept = finished_log(folder), True
+    if not log:
+        kept = False
+        if folder.exists():
+            aside = out / "unfinished"
+            aside.mkdir(exist_ok=True)
+            folder.rename(aside / f"{name.replace('/', '')}_{time.time_ns()}")
+        status = start(command, folder)
+        log = finished_log(folder)
+        if not log:
+            raise RunError(f"run {name} ended with status {status} and without a final line; {folder}/output says why, "
+                           "and the same command continues")
+    if not log.source.startswith(source):
+        raise LogError(f"{log.path} was made by another state of its script; choose another --out, and do not edit a "
+                       "script while it is run")
+    print(f"{name}: val_loss {log.loss:.4f}, {log.seconds:.3f} s{' (kept)' if kept else ''}", flush=True)
+    return log
+
+
+def paired(a: list[RunLog], b: list[RunLog]) -> str:
+    """Mean differences of the pairs with their 95 % intervals."""
+    lines = [f"paired differences, B - A, {len(a)} pairs (Student's t, two-sided):"]
+    for name, key, digits in (("final val loss", "loss", 4), ("training time, s", "seconds", 3)):
+        x = mean_interval([getattr(y, key) - getattr(x, key) for x, y in zip(a, b)])
+        lines.append(f"  {name:<17} {x.text(digits)}  p = {x.p:.3g}")
+    return "\n".join(lines)
+
+
+def interleave(args: argparse.Namespace) -> None:
+    """All runs in their order, then the comparison."""
+    variants = {name: read_variant(text) for name, text in (("a", args.a), ("b", args.b))}
+    launcher = [sys.executable]
+    if args.nproc_per_node:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc_per_node}"]
+    keep_command(args.out, {"a": args.a, "b": args.b, "both": args.both, "nproc_per_node": args.nproc_per_node,
+                            "seed": args.seed})
+    sources = {name: script.read_text(errors="replace") for name, (script, _) in variants.items()}
+    logs = {"a": [], "b": []}
+    for i in range(args.pairs):
+        for name in "ab" if i % 2 == 0 else "ba":
+            script, arguments = variants[name]
+            command = [*launcher, str(script), *arguments, *args.both, *([f"--seed={i}"] if args.seed else [])]
+            logs[name].append(one_run(args.out / name / str(i), f"{name}/{i}", command, sources[name], args.out))
+    print(f"\nA: {args.a}\nB: {args.b}\n{table(logs['a'], logs['b'])}\n\n{paired(logs['a'], logs['b'])}")
+    plot(logs["a"], logs["b"], ("A", "B"), args.out / "compare.png")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--a", required=True, metavar="'SCRIPT --key=value ...'", help="the variant to compare with")
+    parser.add_argument("--b", required=True, metavar="'SCRIPT --key=value ...'", help="the other variant")
+    parser.add_argument("--out", required=True, type=Path, help="directory of the runs")
+    parser.add_argument("--pairs", type=int, default=4, help="runs of each variant (default: %(default)s)")
+    parser.add_argument("--nproc_per_node", type=int, default=0, metavar="N",
+                        help="start N processes with torchrun; 0: python alone (default)")
+    parser.add_argument("--no_seed", dest="seed", action="store_false", help="for scripts that do not know --seed")
+    parser.add_argument("both", nargs="*", metavar="-- ARGUMENT", help="arguments of both variants")
+    args = parser.parse_args(argv)
+    if args.pairs < 1 or args.nproc_per_node < 0:
+        parser.error("--pairs must be positive, --nproc_per_node not negative")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated; the same command continues"))
+    try:
+        interleave(args)
+    except LogError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: cannot write below {args.out}: {error}; choose another --out", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

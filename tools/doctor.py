@@ -1,0 +1,329 @@
+"""Checks before a costly run: a line each, with ok, warn or fail, and what to do about it.
+
+    python tools/doctor.py                     # everything, in about a minute
+    python tools/doctor.py --quick --quiet     # what takes seconds, and only warnings and failures: run.sh begins so
+    python tools/doctor.py --train_files='data/mine/fineweb_train_*.bin' --val_files='data/mine/fineweb_val_*.bin'
+
+Every other argument is one of train_gpt.py: the checks are for the run that it would make with them. Exit status: 0 if
+nothing failed, 1 if something did, 2 for a bad argument.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from packaging.requirements import Requirement
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cached_fineweb10B as downloader
+
+import train_gpt as t
+
+ROOT = Path(__file__).resolve().parents[1]
+
+MIN_PYTHON = (3, 11)  # numpy's pinned version asks for it
+MIN_DRIVER = {"12": 525, "13": 580}  # by the major version of the CUDA that torch was built with
+FP8_CAPABILITY = (8, 9)
+RUN_MEMORY = 32 * 2**30  # bytes; a run of the record allocated 30,376 MiB on one H200
+RUN_PACKAGES = ("torch", "triton", "numpy", "tqdm")
+RUN_SHARDS = 9  # train shards that run.sh downloads
+SHARD_BYTES = 200_001_024  # a downloaded shard: 100M tokens
+LOG_BYTES = 10 * 2**20  # more than a log takes
+SMI_SECONDS, HUB_SECONDS, NCCL_SECONDS = 20, 5, 120  # patience
+REDUCED = 2**20  # floats that every GPU brings to the all-reduce
+
+
+class Case(NamedTuple):  # what is checked
+    hp: t.Hyperparameters
+    device: torch.device
+    quick: bool
+
+
+class Line(NamedTuple):
+    status: str
+    text: str
+    remedy: str = ""  # empty: the check's own, from CHECKS
+
+
+def nvidia_smi(*args: str) -> str:
+    """What nvidia-smi prints, or nothing where it is missing, fails or hangs."""
+    try:
+        return subprocess.run(["nvidia-smi", *args], capture_output=True, text=True, timeout=SMI_SECONDS,
+                              check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def check_gpus(case: Case) -> Line:
+    if case.hp.device == "cpu":
+        if torch.cuda.is_available():
+            return Line("ok", "not used: --device=cpu")
+        return Line("warn", "no NVIDIA GPU here: only the demo runs", "./run.sh starts it, on the CPU")
+    if case.device.type == "cpu":
+        return Line("fail", f"torch {torch.__version__} cannot use a GPU here", "install a CUDA build of torch and a "
+                    "driver that fits it, or look at CUDA_VISIBLE_DEVICES; --preset=demo trains on the CPU")
+    count = torch.cuda.device_count()
+    names = Counter("{} (capability {}.{})".format(torch.cuda.get_device_name(i), *torch.cuda.get_device_capability(i))
+                    for i in range(count))
+    free = min(torch.cuda.mem_get_info(i)[0] for i in range(count))
+    text = f"{', '.join(f'{n}x {name}' for name, n in names.items())}, {free / 2**30:.0f} GiB or more free on each"
+    if t.SEGMENTS % count:
+        return Line("warn", text, f"a run takes 1, 2, 4 or 8 GPUs, and run.sh the first of these {count}; choose them "
+                    "with CUDA_VISIBLE_DEVICES")
+    if free < RUN_MEMORY:
+        return Line("warn", text, f"a run takes about {RUN_MEMORY / 2**30:.0f} GiB; nvidia-smi lists who uses the rest")
+    return Line("ok", text)
+
+
+def check_driver(case: Case) -> Line:
+    if case.hp.device == "cpu":
+        return Line("ok", "not needed on the CPU")
+    version = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
+    if not version:
+        return Line("warn", "nvidia-smi does not answer", "without it a log cannot say what the machine was")
+    least = MIN_DRIVER.get((torch.version.cuda or "").partition(".")[0], 0)
+    text = f"{version}; CUDA {torch.version.cuda} needs {least} or newer"
+    return Line("ok" if int(version.partition(".")[0]) >= least else "fail", text)
+
+
+def check_versions(case: Case) -> Line:
+    python = platform.python_version()
+    if sys.version_info < MIN_PYTHON:
+        return Line("fail", f"Python {python}", "use Python {}.{} or newer".format(*MIN_PYTHON))
+    differences = []
+    for file in ("requirements.txt", "requirements-gpu.txt"):
+        for line in (ROOT / file).read_text().splitlines():
+            if not line or line.startswith("#"):
+                continue
+            pin = Requirement(line)
+            needed = pin.name in RUN_PACKAGES and (pin.marker is None or pin.marker.evaluate())
+            try:
+                version = importlib.metadata.version(pin.name)
+            except importlib.metadata.PackageNotFoundError:
+                if needed:
+                    differences.append(f"{pin.name} is missing (pinned: {pin.specifier})")
+                continue
+            if (needed or "gpu" in file) and not pin.specifier.contains(version, prereleases=True):
+                differences.append(f"{pin.name} {version} (pinned: {pin.specifier})")
+    if differences:
+        return Line("warn", f"Python {python}, {', '.join(differences)}")
+    return Line("ok", f"Python {python}, torch {torch.__version__}, CUDA {torch.version.cuda}; the others as pinned")
+
+
+def choice(case: Case, key: str, names: Iterable[str], choose: Callable) -> Line:
+    """What `choose` takes for this run, of the names in order of speed, and which others could be asked for."""
+    usable = []
+    for name in names:
+        try:
+            usable.append(choose(replace(case.hp, **{key: name}), case.device))
+        except t.UserError:
+            pass
+    chosen = choose(case.hp, case.device)
+    text = f"{chosen} (usable here: {', '.join(usable)})"
+    if case.device.type == "cpu" or getattr(case.hp, key) != "auto" or chosen == next(iter(names)):
+        return Line("ok", text)
+    return Line("warn", text, "" if t.is_hopper(case.device) else "faster ones need a Hopper or newer GPU")
+
+
+def check_attention(case: Case) -> Line:
+    return choice(case, "attention", t.ATTENTION_BACKENDS, t.choose_attention)
+
+
+def check_kernels(case: Case) -> Line:
+    if t.choose_kernels(case.hp, case.device) == "quack":
+        t.quack_products()  # a package that is there may still fail to import
+    return choice(case, "kernels", t.KERNELS, t.choose_kernels)
+
+
+def fp8_error(device: torch.device) -> float:
+    """The largest error of a small FP8 product whose numbers FP8 and bf16 hold exactly."""
+    a, b = (torch.full((64, 64), value, device=device).to(torch.float8_e4m3fn) for value in (1.5, 2.0))
+    product = t.fp8_product(a, b.t(), torch.tensor(0.5, device=device), torch.bfloat16)
+    return (product.float() - 0.5 * 64 * 1.5 * 2.0).abs().max().item()
+
+
+def check_fp8(case: Case) -> Line:
+    if not case.hp.fp8_head:
+        return Line("ok", "not used: --fp8_head=false")
+    if case.device.type == "cpu":
+        return Line("fail", "the head's products need a GPU")
+    capability = torch.cuda.get_device_capability()
+    if capability < FP8_CAPABILITY:
+        return Line("fail", "capability {}.{}, but FP8 begins with {}.{}".format(*capability, *FP8_CAPABILITY))
+    error = fp8_error(case.device)
+    return Line("fail" if error else "ok", f"a small product on the GPU is off by {error}")
+
+
+def check_nvlink(case: Case) -> Line:
+    if case.device.type == "cpu" or torch.cuda.device_count() == 1:
+        return Line("ok", "not needed: no second GPU")
+    rows = [line.split()[1:] for line in nvidia_smi("topo", "-m").splitlines() if line.startswith("GPU")]
+    links = {link for row in rows for link in row[: len(rows)]} - {"X"}
+    if not links:
+        return Line("warn", "nvidia-smi topo -m does not say how the GPUs are linked")
+    return Line("ok" if all(link.startswith("NV") for link in links) else "warn",
+                f"the GPUs are linked by {', '.join(sorted(links))}")
+
+
+def reduce_once(rank: int, world: int, kind: str, store: str) -> None:
+    """One process of all_reduce."""
+    device = torch.device(kind, rank if kind == "cuda" else 0)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", init_method=f"file://{store}", rank=rank,
+                            world_size=world)
+    x = torch.full((REDUCED,), rank + 1.0, device=device)
+    dist.all_reduce(x)
+    if not (x == world * (world + 1) / 2).all():
+        raise RuntimeError(f"rank {rank} holds a wrong sum")
+    dist.destroy_process_group()
+
+
+def all_reduce(world: int, kind: str) -> None:
+    """Sum a small tensor over `world` processes, on a device of that kind each; raises what went wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes = torch.multiprocessing.spawn(reduce_once, (world, kind, f"{folder}/store"), world, join=False)
+        end = time.monotonic() + NCCL_SECONDS
+        try:
+            while not processes.join(end - time.monotonic()):
+                if time.monotonic() > end:
+                    raise TimeoutError(f"no sum over {world} processes within {NCCL_SECONDS} s")
+        finally:
+            for process in processes.processes:
+                process.kill()
+                process.join()
+
+
+def check_nccl(case: Case) -> Line:
+    if case.device.type == "cpu":
+        return Line("ok", "not needed on the CPU")
+    count, start = torch.cuda.device_count(), time.monotonic()
+    all_reduce(count, "cuda")
+    return Line("ok", f"the sum over {count} GPUs is right, after {time.monotonic() - start:.0f} s")
+
+
+def missing_shards(hp: t.Hyperparameters) -> list[Path]:
+    """The shards that run.sh would download; none if the run reads other files."""
+    if hp.train_files != t.Hyperparameters.train_files:
+        return []
+    paths = [Path(hp.train_files).with_name(downloader.shard_name("fineweb", i)) for i in range(RUN_SHARDS + 1)]
+    return [path for path in paths if not downloader.intact(path)]
+
+
+def check_disk(case: Case) -> Line:
+    needs = [(Path(case.hp.log_dir), LOG_BYTES, "--log_dir")]
+    if missing := missing_shards(case.hp):
+        needs.append((missing[0].parent, len(missing) * SHARD_BYTES, "--train_files"))
+    texts = []
+    for folder, need, key in needs:
+        there = next(f for f in (folder.absolute(), *folder.absolute().parents) if f.exists())
+        if not os.access(there, os.W_OK):
+            return Line("fail", f"{there} cannot be written", f"make it writable, or choose another place with {key}")
+        free = shutil.disk_usage(there).free
+        texts.append(f"{free / 1e9:.1f} GB free for {folder}, which needs {need / 1e9:.2f}")
+        if free < need:
+            return Line("fail", texts[-1], f"free some space, or choose another place with {key}")
+    return Line("ok", "; ".join(texts))
+
+
+def check_shards(case: Case) -> Line:
+    hp = case.hp
+    files = t.find_shards(hp.train_files, "train_files")
+    held = sum(t.read_header(path) for path in files)
+    needed = sum(t.plan(step, hp).batch_tokens for step in range(hp.num_steps))
+    if held < needed:
+        return Line("fail", f"{len(files)} train shards of {held:,} tokens; the schedule reads {needed:,}")
+    t.read_val_tokens(hp)
+    if case.quick:
+        return Line("ok", f"{len(files)} train shards of {held:,} tokens for {needed:,} or more; val tokens are there")
+    t.check_data(hp)
+    return Line("ok", f"{len(files)} train shards last all {hp.num_steps} steps; val tokens are there")
+
+
+def check_hub(case: Case) -> Line:
+    missing = missing_shards(case.hp)
+    if not missing:
+        return Line("ok", "not needed: nothing to download")
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    repo, name = downloader.DATASETS["fineweb10B"][0], missing[0].name
+    with downloader.hub_errors(repo, name):
+        get_hf_file_metadata(hf_hub_url(repo, name, repo_type="dataset"), timeout=HUB_SECONDS)
+    return Line("ok", f"answers; run.sh will download {len(missing)} shards")
+
+
+class Check(NamedTuple):
+    name: str
+    run: Callable[[Case], Line]
+    remedy: str = ""  # where the check's line has none, or the check raises
+    slow: bool = False  # left out by --quick
+
+
+CHECKS = (
+    Check("GPUs", check_gpus, "look at nvidia-smi"),
+    Check("driver", check_driver, "update the driver, or install a torch for an older CUDA"),
+    Check("versions", check_versions, "pip install -r requirements.txt (and requirements-gpu.txt on Hopper)"),
+    Check("attention", check_attention, "pip install -r requirements-gpu.txt, or ask for --attention=torch"),
+    Check("kernels", check_kernels, "pip install -r requirements-gpu.txt, or ask for --kernels=triton"),
+    Check("FP8", check_fp8, "--fp8_head=false computes the head in the weights' type, which is slower"),
+    Check("NVLink", check_nvlink, "gradients travel slower without NVLink: expect longer steps"),
+    Check("NCCL", check_nccl, "run again with NCCL_DEBUG=INFO to see where it stops; a container needs --shm-size=8g",
+          slow=True),
+    Check("disk", check_disk),
+    Check("shards", check_shards, "data/cached_fineweb10B.py downloads more, or lower --num_scheduled_iterations"),
+    Check("hub", check_hub, slow=True),
+)
+
+
+def examine(check: Check, case: Case) -> Line:
+    """The check's line; whatever it raises is a failure."""
+    try:
+        line = check.run(case)
+    except (t.UserError, downloader.DataError) as e:  # they tell the remedy themselves
+        return Line("fail", str(e))
+    except Exception as e:  # a broken driver or package may raise anything, and to tell it is the purpose
+        return Line("fail", f"{type(e).__name__}: {(str(e).splitlines() or [''])[-1]}", check.remedy)
+    return line if line.remedy or line.status == "ok" else line._replace(remedy=check.remedy)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="leave out NCCL, the hub, and the walk over all documents")
+    parser.add_argument("--quiet", action="store_true", help="print warnings and failures only")
+    args, rest = parser.parse_known_args()
+    try:
+        hp, _ = t.parse_args(rest)
+        cuda = torch.cuda.is_available()
+        if hp.device == "auto" and not cuda and not nvidia_smi("-L"):
+            hp, _ = t.parse_args(["--preset=demo", *rest])  # as run.sh does
+    except t.UserError as e:
+        parser.exit(2, f"error: {e}\n")
+    case = Case(hp, torch.device("cuda" if cuda and hp.device != "cpu" else "cpu"), args.quick)
+    failed = False
+    for check in CHECKS:
+        if check.slow and args.quick:
+            continue
+        line = examine(check, case)
+        failed |= line.status == "fail"
+        if line.status != "ok" or not args.quiet:
+            print(f"{line.status:5} {check.name:10} {line.text}{line.remedy and '; ' + line.remedy}", flush=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Samples text from a checkpoint of train_gpt.py, on the GPU if there is one.
+
+    python tools/generate.py logs/RUN_step1480.pt --prompt "The capital of France is" --tokens 100 --temperature 0.8
+
+The prompt begins a document, and sampling stops where the model ends it. Each token is a run of the model over the text
+so far, or over as much of its end as a document of training had.
+"""
+
+import argparse
+import codecs
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
+from fineweb import tokenizer
+from shards import DataError
+
+import train_gpt as t
+
+
+def load_model(path: str) -> tuple[t.GPT, t.Geometry]:
+    """A checkpoint's model, uncompiled and with reference kernels, and the windows that it would validate with."""
+    saved = t.read_checkpoint(path)
+    hp, step = replace(saved["hp"], attention="auto"), saved["step"]
+    if hp.vocab_size != tokenizer().n_vocab:
+        raise t.UserError(f"{path}: trained on {hp.vocab_size} tokens, GPT-2 has {tokenizer().n_vocab}; choose another")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.device(device):
+        model = t.GPT(hp).requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.copy_(saved["tensors"][name])
+    model.use(t.choose_attention(hp, device), "reference")
+    last = step == hp.num_steps
+    return model, t.val_geometry(model, t.plan(step - last, hp), last, 0)
+
+
+def pack(model: t.GPT, tokens: list[int], ends: list[int]) -> t.Batch:
+    """Tokens [T] and the ends of their documents as a batch; the last target is 0."""
+    packer = t.Packer(model.hp, t.Ranks(0, 1, model.cos.device))
+    packer.warned = True  # nothing is compiled here, so documents may be many
+    return t.Batch(*(x.to(model.cos.device) for x in packer(np.array([*tokens, 0]), np.array(ends))))
+
+
+def next_logits(model: t.GPT, geometry: t.Geometry, tokens: list[int]) -> torch.Tensor:
+    """Logits [vocab_size], fp32 on the CPU, of the token after these of one document."""
+    tokens = tokens[-min(t.STAGES[-1].max_doc * model.hp.block, len(model.cos) // 2) :]
+    batch = pack(model, tokens, [len(tokens)])
+    x = model.trunk(batch, model.lookup(batch), geometry._replace(max_len=len(tokens)))
+    return t.softcap(x[-1] @ model.lm_head)[: model.hp.vocab_size].cpu()
+
+
+def sample(model: t.GPT, geometry: t.Geometry, tokens: list[int], count: int, temperature: float, top_k: int,
+           seed: int) -> Iterator[int]:
+    """Up to `count` tokens that follow; temperature 0 takes the likeliest, top_k 0 draws from all."""
+    generator, V = torch.Generator().manual_seed(seed), model.hp.vocab_size
+    for _ in range(count):
+        values, ids = next_logits(model, geometry, tokens).topk(min(top_k or V, V) if temperature else 1)
+        drawn = torch.multinomial((values / (temperature or 1)).softmax(0), 1, generator=generator)
+        tokens = [*tokens, ids[drawn].item()]
+        if tokens[-1] == model.hp.bos:
+            return
+        yield tokens[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage=argparse.SUPPRESS)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--prompt", default="", help="what the text begins with (default: nothing)")
+    parser.add_argument("--tokens", type=int, default=100, help="sample at most so many (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest (default: %(default)s)")
+    parser.add_argument("--top_k", type=int, default=50, help="draw from so many; 0: from all (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    args = parser.parse_args()
+    if args.tokens < 1 or not 0 <= args.temperature < float("inf") or args.top_k < 0:
+        parser.error("--tokens must be positive, --temperature and --top_k must not be negative")
+    try:
+        model, geometry = load_model(args.checkpoint)
+    except (t.UserError, DataError) as error:
+        parser.exit(2, f"error: {error}\n")
+    tokens = [model.hp.bos, *tokenizer().encode_ordinary(args.prompt)]
+    characters = codecs.getincrementaldecoder("utf-8")("replace")  # one may come as several tokens
+    print(args.prompt, end="", flush=True)
+    for token in sample(model, geometry, tokens, args.tokens, args.temperature, args.top_k, args.seed):
+        print(characters.decode(tokenizer().decode_single_token_bytes(token)), end="", flush=True)
+    print(characters.decode(b"", final=True))
+
+
+if __name__ == "__main__":
+    main()
