@@ -584,13 +584,18 @@ def quack_products() -> dict[str, Callable]:
         y = acc + s0 * c + s1 * c1 + s2 * c2
         return {"D": y, "squares": (y, y)}
 
+    def scaled(acc, scale):
+        return {"D": acc * scale}
+
     rows, columns = PRODUCT_TILE
     config = GemmConfig(tile_m=rows, tile_n=columns, pingpong=True, cluster_m=2, is_dynamic_persistent=False)
     plain = gemm_epilogue()
-    scaled = gemm_epilogue(ops={"r": ColVecLoad("r")})
+    by_row = gemm_epilogue(ops={"r": ColVecLoad("r")})
     summed = gemm_epilogue(reduces={"squares": ColVecReduce("squares", scaled=True)})
-    kinds = {none: plain, relu_square: scaled, root: scaled, sum1: summed, sum2: summed, sum3: summed}
-    return {f.__name__: partial(kind(f), config=config, tuned=False) for f, kind in kinds.items()}
+    kinds = {none: plain, relu_square: by_row, root: by_row, sum1: summed, sum2: summed, sum3: summed}
+    fp8 = partial(plain(scaled).gemm, tile_M=rows, tile_N=columns, pingpong=True, cluster_M=2, b_kn=True,
+                  post_init_attrs=(("fp8_slow_accum", False),))  # its sums stay in the tensor cores
+    return {f.__name__: partial(kind(f), config=config, tuned=False) for f, kind in kinds.items()} | {"scaled": fp8}
 
 
 @custom_op("speedrun::product", mutates_args=(), device_types="cuda")
@@ -1163,6 +1168,16 @@ def fp8_product(a: Tensor, b: Tensor, scale: Tensor, out: torch.dtype, quick: bo
     return torch._scaled_mm(a, b, scale_a=scale, scale_b=torch.ones_like(scale), out_dtype=out, use_fast_accum=quick)
 
 
+@custom_op("speedrun::quick_fp8_product", mutates_args=(), device_types="cuda")
+def quick_fp8_product(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """fp8_product, quick and to bf16, whose result is stored while the next tile is computed."""
+    y = a.new_empty(a.size(0), b.size(1), dtype=torch.bfloat16)
+    quack_products()["scaled"](a, b, y, epi_args={"scale": scale})
+    return y
+
+quick_fp8_product.register_fake(lambda a, b, _: a.new_empty(a.size(0), b.size(1), dtype=torch.bfloat16))
+
+
 class HeadLoss(torch.autograd.Function):
     """sum over positions of softcapped_mtp_loss(x w): head product, loss and gradient without keeping the logits.
 
@@ -1171,13 +1186,16 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, fp8: bool, grad_unit: float, fast: bool):
+    def forward(ctx, x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, fp8: bool, grad_unit: float, kernels: str):
+        fast = kernels != "reference"
         loss_of = softcapped_mtp_loss if fast else softcapped_mtp_loss_reference
         if fp8:
             x8 = (x / X_SCALE).to(torch.float8_e4m3fn)
             w8 = (w.float() / W_SCALE).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
             scale = x.new_full((), X_SCALE * W_SCALE, dtype=torch.float32)
-            logits = fp8_product(x8, w8.T.contiguous().T, scale, torch.bfloat16, quick=True)  # [T, V]
+            turned = w8.T.contiguous().T
+            logits = (quick_fp8_product(x8, turned, scale) if kernels == "quack" else
+                      fp8_product(x8, turned, scale, torch.bfloat16, quick=True))  # [T, V]
             grad_scale = GRAD_SCALE * grad_unit
             loss, grad = loss_of(logits, targets, weights, torch.float8_e5m2, grad_scale)
             ctx.save_for_backward(x8, w8, grad)
@@ -1512,7 +1530,7 @@ class GPT(nn.Module):
     def use(self, attention: str, kernels: str) -> None:
         """Compute with this one of ATTENTION_BACKENDS and this one of KERNELS."""
         self.attention = ATTENTION_BACKENDS[attention]()
-        self.fast, self.fused = kernels != "reference", kernels == "quack"
+        self.kernels, self.fast, self.fused = kernels, kernels != "reference", kernels == "quack"
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
@@ -1626,7 +1644,7 @@ class GPT(nn.Module):
     def forward(self, batch: Batch, rows: Rows, g: Geometry, mtp_weights: Tensor, grad_unit: float) -> Tensor:
         """Training loss, summed over positions; mtp_weights [k] include 1/A, and grad_unit is 1/A."""
         x = self.trunk(batch, rows, g)
-        return HeadLoss.apply(x, self.lm_head, batch.targets, mtp_weights, self.hp.fp8_head, grad_unit, self.fast)
+        return HeadLoss.apply(x, self.lm_head, batch.targets, mtp_weights, self.hp.fp8_head, grad_unit, self.kernels)
 
     def token_losses(self, batch: Batch, rows: Rows, g: Geometry) -> Tensor:
         """Validation loss of each position [T]."""

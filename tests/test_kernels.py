@@ -456,16 +456,18 @@ class TestGPU:
         x = randn(*shape)
         as_good(*([t.polar_express(y, fast)] for y, fast in ((x, True), (x, False), (x.double(), False))))
 
-    @pytest.mark.parametrize("fp8", [True, False])
-    def test_head(self, fp8):
+    @pytest.mark.parametrize("fp8,kernels", [
+        (True, pytest.param("quack", marks=needs_quack)), (True, "triton"), (False, "triton")])
+    def test_head(self, fp8, kernels):
         """Loss as with the reference to the loss kernel's bound; gradients no less exact than the reference's."""
         T, D, V = 512, 768, 50304
         x, w, targets = randn(T, D), randn(D, V) * 0.03, torch.randint(0, V, (T,), device="cuda")
         weights = torch.tensor([1.0, 0.5, 0.25], device="cuda") / 8
         one = torch.ones((), device="cuda")
         (loss, *ours), (reference, *plain) = (
-            gradients(lambda a, b, fast=fast: t.HeadLoss.apply(a, b, targets, weights, fp8, 1 / 8, fast), (x, w), one)
-            for fast in (True, False))
+            gradients(lambda a, b, kernels=kernels: t.HeadLoss.apply(a, b, targets, weights, fp8, 1 / 8, kernels),
+                      (x, w), one)
+            for kernels in (kernels, "reference"))
         relative = ROUNDING + (1.01 * t.CAP / 2 * TANH_ERROR if fp8 else 0)
         assert (loss - reference).abs() <= T * weights.sum() * relative
         logits = x.double() @ w.double()
