@@ -524,103 +524,198 @@ def softcap(logits: Tensor) -> Tensor:
     return CAP * torch.sigmoid((logits.float() + CAP_SHIFT) / CAP_WIDTH)
 
 
-# --- Matrix products, with elementwise work done before their result leaves the chip
+# --- Matrix products that do elementwise work before their result leaves the chip
+# An RMSNorm before a product costs no pass of its own: norm(x) = r x with r = 1 / rms(x) of each row, and r multiplies
+# what the product makes of x. r is no variable of differentiation: the classes below put its share into x's gradient.
 
-def product_reference(a: Tensor, b: Tensor, epilogue: str = "none", c: Tensor | None = None,
-                      scale: Tensor | None = None) -> Tensor:
-    """a b [m, n] for a [m, k], b [k, n], after one of these, with c [m, n] and scale 0-dim fp32."""
+PRODUCT_TILE = (128, 192)  # rows, columns; tuned (H200)
+
+
+def product_reference(a: Tensor, b: Tensor, epilogue: str = "none", r: Tensor | None = None,
+                      c: Tensor | None = None) -> Tensor:
+    """a b [m, n] for a [m, k], b [k, n], after one of these, with r [m] fp32 and c [m, n]."""
     y = a @ b
     match epilogue:
         case "none":
             return y
-        case "residual":
-            return y + scale * c
         case "relu_square":
-            return F.relu(y).square()
-        case "root":  # the gradient before that square, where c is the square
-            return 2 * c.sqrt() * y
+            return F.relu(r[:, None] * y).square().to(y.dtype)
+        case "root":  # r times the gradient before that square, where c is the square
+            return (2 * c.sqrt() * r[:, None] * y).to(y.dtype)
+
+
+def product_sum_reference(a: Tensor, b: Tensor, terms: list[Tensor], scales: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """y = a b + scales[0] terms[0] + ... [m, n], scales 0-dim fp32; and of each row of y the sums of squares of each
+    PRODUCT_TILE[1] columns [m, tiles] fp32."""
+    y = a @ b
+    for term, scale in zip(terms, scales):
+        y = y + scale * term
+    columns = PRODUCT_TILE[1]
+    return y, F.pad(y.float().square(), (0, -y.size(1) % columns)).view(len(y), -1, columns).sum(2)
 
 
 @cache
 def quack_products() -> dict[str, Callable]:
-    """product's kernels by epilogue; quack (Guo, Dao et al., package quack-kernels) builds them around these lines."""
+    """The kernels by epilogue; quack (Guo, Dao et al., package quack-kernels) builds them around these lines."""
     import cutlass.cute as cute
     from quack.epilogue.frontend import gemm_epilogue
+    from quack.epilogue.ops import ColVecLoad, ColVecReduce
     from quack.gemm_config import GemmConfig
 
     def none(acc):
         return {"D": acc}
 
-    def residual(acc, c, scale):
-        return {"D": acc + scale * c}
-
-    def relu_square(acc):
-        positive = cute.arch.fmax(acc, 0.0)
+    def relu_square(acc, r):
+        positive = cute.arch.fmax(acc * r, 0.0)
         return {"D": positive * positive}
 
-    def root(acc, c):
-        return {"D": 2.0 * cute.math.sqrt(c, fastmath=True) * acc}
+    def root(acc, c, r):
+        return {"D": 2.0 * cute.math.sqrt(c, fastmath=True) * r * acc}
 
-    config = GemmConfig(tile_m=128, tile_n=192, pingpong=True, cluster_m=2, is_dynamic_persistent=False)  # tuned (H200)
-    return {f.__name__: partial(gemm_epilogue()(f), config=config, tuned=False)
-            for f in (none, residual, relu_square, root)}
+    def sum1(acc, c, s0):
+        y = acc + s0 * c
+        return {"D": y, "squares": (y, y)}
+
+    def sum2(acc, c, s0, c1, s1):
+        y = acc + s0 * c + s1 * c1
+        return {"D": y, "squares": (y, y)}
+
+    def sum3(acc, c, s0, c1, s1, c2, s2):
+        y = acc + s0 * c + s1 * c1 + s2 * c2
+        return {"D": y, "squares": (y, y)}
+
+    def scaled(acc, scale):
+        return {"D": acc * scale}
+
+    rows, columns = PRODUCT_TILE
+    config = GemmConfig(tile_m=rows, tile_n=columns, pingpong=True, cluster_m=2, is_dynamic_persistent=False)
+    plain = gemm_epilogue()
+    by_row = gemm_epilogue(ops={"r": ColVecLoad("r")})
+    summed = gemm_epilogue(reduces={"squares": ColVecReduce("squares", scaled=True)})
+    kinds = {none: plain, relu_square: by_row, root: by_row, sum1: summed, sum2: summed, sum3: summed}
+    fp8 = partial(plain(scaled).gemm, tile_M=rows, tile_N=columns, pingpong=True, cluster_M=2, b_kn=True,
+                  post_init_attrs=(("fp8_slow_accum", False),))  # its sums stay in the tensor cores
+    return {f.__name__: partial(kind(f), config=config, tuned=False) for f, kind in kinds.items()} | {"scaled": fp8}
 
 
 @custom_op("speedrun::product", mutates_args=(), device_types="cuda")
-def product(a: Tensor, b: Tensor, epilogue: str = "none", c: Tensor | None = None,
-            scale: Tensor | None = None) -> Tensor:
-    return quack_products()[epilogue](a, b, c, **({} if scale is None else {"scale": scale}))["D"]
+def product(a: Tensor, b: Tensor, epilogue: str = "none", r: Tensor | None = None, c: Tensor | None = None) -> Tensor:
+    return quack_products()[epilogue](a, b, c, **({} if r is None else {"r": r[None]}))["D"]
+
+
+@custom_op("speedrun::product_sum", mutates_args=(), device_types="cuda")
+def product_sum(a: Tensor, b: Tensor, terms: list[Tensor], scales: list[Tensor]) -> tuple[Tensor, Tensor]:
+    more = {f"c{i}": c for i, c in enumerate(terms) if i} | {f"s{i}": scale for i, scale in enumerate(scales)}
+    squares = scales[0].new_empty(a.size(0), -(-b.size(1) // PRODUCT_TILE[1]))
+    return quack_products()[f"sum{len(terms)}"](a, b, terms[0], squares=squares, **more)["D"], squares
 
 product.register_kernel("cpu")(product_reference)
 product.register_fake(lambda a, b, *_: a.new_empty(a.size(0), b.size(1)))
+product_sum.register_kernel("cpu")(product_sum_reference)
+product_sum.register_fake(lambda a, b, terms, scales: (
+    a.new_empty(a.size(0), b.size(1)), scales[0].new_empty(a.size(0), -(-b.size(1) // PRODUCT_TILE[1]))))
 
 
-def linear_reference(x: Tensor, w: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
-    """x w^T + scale * residual, the latter if given, for x [T, n], w [m, n], residual [T, m], scale 0-dim fp32."""
+WEIGHT_GRAD_ROWS = 1536  # tuned (H200): cuBLAS makes 2,304 x 768 in 0.259 ms, as 1,536 + 768 rows in 0.242
+
+
+@custom_op("speedrun::weight_grad", mutates_args=(), device_types="cuda")
+def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
+    dw = dy.new_empty(dy.size(1), x.size(1))
+    for part, out in zip(dy.mT.split(WEIGHT_GRAD_ROWS), dw.split(WEIGHT_GRAD_ROWS)):
+        torch.mm(part, x, out=out)
+    return dw
+
+weight_grad.register_kernel("cpu")(lambda dy, x: dy.mT @ x)
+weight_grad.register_fake(lambda dy, x: dy.new_empty(dy.size(1), x.size(1)))
+
+
+def inverse_rms(squares: Tensor, n: int) -> Tensor:
+    """r [T] fp32 from sums of squares [T, parts] over rows of n numbers."""
+    return torch.rsqrt(squares.sum(1) / n + FP32_EPS)
+
+
+def norm_grad(g: Tensor, x: Tensor, r: Tensor) -> Tensor:
+    """Gradient of x [T, n] from g, which is r [T] times the gradient of norm(x) = r x; fp32."""
+    g, x = g.float(), x.float()
+    return g - x * (r.square() * (g * x).mean(1))[:, None]
+
+
+def normed_linear_reference(x: Tensor, r: None, w: Tensor) -> tuple[Tensor, Tensor]:
+    """norm(x) w^T and the first GATE_INPUTS channels of norm(x), for x [T, D], w [n, D]."""
+    h = norm(x)
+    return F.linear(h, w), h[:, :GATE_INPUTS]
+
+
+class NormedLinear(torch.autograd.Function):
+    """normed_linear_reference, but for the factor r [T], which its first result still lacks."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, r, w)
+        return product(x, w.mT), (r[:, None] * x[:, :GATE_INPUTS]).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, du: Tensor, dseen: Tensor):
+        x, r, w = ctx.saved_tensors
+        dw = weight_grad(du, x)  # first: cuBLAS gives autograd's thread the CUDA context that tensor descriptors need
+        g = product(du, w) + F.pad(r[:, None] * dseen, (0, x.size(1) - dseen.size(1)))
+        return norm_grad(g, x, r).to(x.dtype), None, dw
+
+
+def linear_sum_reference(x: Tensor, w: Tensor, *terms: Tensor) -> tuple[Tensor, None]:
+    """y = x w^T + s c + ... for x [T, k], w [n, k] and terms (c [T, n], s 0-dim fp32), ..."""
     y = F.linear(x, w)
-    return y if residual is None else y + scale * residual
+    for c, s in zip(terms[::2], terms[1::2]):
+        y = y + s * c
+    return y, None
 
 
-class Linear(torch.autograd.Function):
-    """linear_reference by fused products."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, w, residual, scale)
-        return product(x, w.mT, "none" if residual is None else "residual", residual, scale)
+class LinearSum(torch.autograd.Function):
+    """linear_sum_reference, and r [T] of the result, in place of None."""
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
-        x, w, residual, scale = ctx.saved_tensors
-        dw = dy.mT @ x  # first: cuBLAS gives autograd's thread the CUDA context that tensor descriptors need
-        return product(dy, w), dw, *residual_grads(dy, residual, scale)
+    def forward(ctx, x: Tensor, w: Tensor, *terms: Tensor) -> tuple[Tensor, Tensor]:
+        y, squares = product_sum(x, w.mT, list(terms[::2]), list(terms[1::2]))
+        r = inverse_rms(squares, y.size(1))
+        ctx.mark_non_differentiable(r)
+        ctx.save_for_backward(x, w, *terms)
+        return y, r
+
+    @staticmethod
+    def backward(ctx, dy: Tensor, _):
+        x, w, *terms = ctx.saved_tensors
+        dw, grads = dy.mT @ x, []
+        for c, s in zip(terms[::2], terms[1::2]):
+            grads += [s * dy, (dy.float() * c.float()).sum()]
+        return product(dy, w), dw, *grads
 
 
-def residual_grads(dy: Tensor, residual: Tensor | None, scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if residual is None else (scale * dy, (dy.float() * residual.float()).sum())
+# --- MLP: relu(norm(x) up^T)^2 down + scale x (So et al., Primer, arXiv 2109.08668)
 
-
-# --- MLP: relu(x up^T)^2 down (So et al., Primer, arXiv 2109.08668)
-
-def mlp_reference(x: Tensor, up: Tensor, down: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
-    return F.relu(F.linear(x, up)).square() @ down + scale * residual
+def mlp_reference(x: Tensor, r: None, up: Tensor, down: Tensor, scale: Tensor) -> tuple[Tensor, None]:
+    return F.relu(F.linear(norm(x), up)).square() @ down + scale * x, None
 
 
 class ReluSquareMLP(torch.autograd.Function):
-    """mlp_reference by fused products; keeps the hidden layer h [T, F], whose root is the derivative of the square."""
+    """mlp_reference, and r [T] of the result; keeps the hidden layer h [T, F], whose root gives the square's slope."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, up: Tensor, down: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
-        h = product(x, up.mT, "relu_square")
-        ctx.save_for_backward(x, up, down, h, residual, scale)
-        return product(h, down, "residual", residual, scale)
+    def forward(ctx, x: Tensor, r: Tensor, up: Tensor, down: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        h = product(x, up.mT, "relu_square", r)
+        y, squares = product_sum(h, down, [x], [scale])
+        new_r = inverse_rms(squares, y.size(1))
+        ctx.mark_non_differentiable(new_r)
+        ctx.save_for_backward(x, r, up, down, scale, h)
+        return y, new_r
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
-        x, up, down, h, residual, scale = ctx.saved_tensors
+    def backward(ctx, dy: Tensor, _):
+        x, r, up, down, scale, h = ctx.saved_tensors
         d_down = h.mT @ dy
-        dpre = product(dy, down.mT, "root", h)  # [T, F]
-        return product(dpre, up), dpre.mT @ x, d_down, *residual_grads(dy, residual, scale)
+        dpre = product(dy, down.mT, "root", r, h)  # [T, F], times r
+        dx = scale * dy.float() + norm_grad(product(dpre, up), x, r)
+        return dx.to(x.dtype), None, dpre.mT @ x, d_down, (dy.float() * x.float()).sum()
 
 
 # --- What attention reads: QK norm, rotary embedding, key offset, value-embedding mix
@@ -632,9 +727,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([torch.stack([a * cos + b * sin, b * cos - a * sin], dim=-1).flatten(-2), rest], dim=-1)
 
 
-def attention_inputs_reference(qkv: Tensor, ve: Tensor | None, gate: Tensor | None, cos: Tensor, sin: Tensor,
-                               paired: bool, key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v [T, H, d] from the projection qkv [T, 3, H, d].
+def attention_inputs_reference(qkv: Tensor, r: Tensor | None, ve: Tensor | None, gate: Tensor | None, cos: Tensor,
+                               sin: Tensor, paired: bool, key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [T, H, d] from the projection qkv [T, 3, H, d], which lacks the factor r [T] if there is one.
 
     q and k are normalised and rotated by cos, sin [positions, d/4]: by position t, or on paired layers head 2m by 2t
     and head 2m+1 by 2t+1. key_offset moves the un-rotated half of each key one position ahead, across documents;
@@ -651,6 +746,7 @@ def attention_inputs_reference(qkv: Tensor, ve: Tensor | None, gate: Tensor | No
     if key_offset:
         still = k[..., d // 2 :]
         k = torch.cat([k[..., : d // 2], torch.cat([still[:1], still[:-1]])], dim=-1)
+    v = v if r is None else (r[:, None, None] * v).to(v.dtype)  # q and k are normalised
     return q, k, v if ve is None else v + gate[..., None] * ve.view(T, H, d)
 
 
@@ -673,8 +769,9 @@ def normalised(x, mask, D: tl.constexpr, EPS: tl.constexpr):
 
 
 @jit
-def attention_inputs_kernel(qkv, ve, gate, cos, sin, q, k, v, T, EPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-                            PAIRED: tl.constexpr, OFFSET: tl.constexpr, MIX: tl.constexpr, ROWS: tl.constexpr):
+def attention_inputs_kernel(qkv, r, ve, gate, cos, sin, q, k, v, T, EPS: tl.constexpr, H: tl.constexpr,
+                            D: tl.constexpr, PAIRED: tl.constexpr, OFFSET: tl.constexpr, SCALED: tl.constexpr,
+                            MIX: tl.constexpr, ROWS: tl.constexpr):
     """One program: ROWS tokens of one head, whose width is D here."""
     head, rows = tl.program_id(0), tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside, half = rows < T, tl.arange(0, D // 2)[None, :]
@@ -695,6 +792,8 @@ def attention_inputs_kernel(qkv, ve, gate, cos, sin, q, k, v, T, EPS: tl.constex
             tl.store(out + to + D // 2, back, mask=mask)
     wide = tl.arange(0, D)[None, :]
     value = tl.load(qkv + rows[:, None] * (3 * H * D) + (2 * H + head) * D + wide, mask=mask, other=0.0)
+    if SCALED:
+        value = value.to(tl.float32) * tl.load(r + rows, mask=inside, other=0.0)[:, None]
     to = rows[:, None] * (H * D) + head * D + wide
     if MIX:
         g = tl.load(gate + rows * H + head, mask=inside, other=0.0).to(tl.float32)[:, None]
@@ -703,9 +802,9 @@ def attention_inputs_kernel(qkv, ve, gate, cos, sin, q, k, v, T, EPS: tl.constex
 
 
 @jit
-def attention_inputs_backward_kernel(qkv, ve, gate, cos, sin, dq, dk, dv, dqkv, dve, dgate, T, EPS: tl.constexpr,
+def attention_inputs_backward_kernel(qkv, r, ve, gate, cos, sin, dq, dk, dv, dqkv, dve, dgate, T, EPS: tl.constexpr,
                                      H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, OFFSET: tl.constexpr,
-                                     MIX: tl.constexpr, ROWS: tl.constexpr):
+                                     SCALED: tl.constexpr, MIX: tl.constexpr, ROWS: tl.constexpr):
     head, rows = tl.program_id(0), tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside, half = rows < T, tl.arange(0, D // 2)[None, :]
     mask = inside[:, None]
@@ -713,7 +812,7 @@ def attention_inputs_backward_kernel(qkv, ve, gate, cos, sin, dq, dk, dv, dqkv, 
     at = rows[:, None] * (H * D) + head * D + half
     for part in tl.static_range(2):  # q, k
         here = rows[:, None] * (3 * H * D) + (part * H + head) * D + half
-        front, back, r = normalised(qkv + here, mask, D, EPS)
+        front, back, own = normalised(qkv + here, mask, D, EPS)
         grad = dq if part == 0 else dk
         a, b = tl.split(tl.load(grad + at, mask=mask, other=0.0).to(tl.float32).reshape(ROWS, D // 4, 2))
         dfront = tl.join(a * c - b * s, a * s + b * c).reshape(ROWS, D // 2)
@@ -722,18 +821,21 @@ def attention_inputs_backward_kernel(qkv, ve, gate, cos, sin, dq, dk, dv, dqkv, 
             dback += tl.load(grad + at + D // 2, mask=(rows == 0)[:, None], other=0.0).to(tl.float32)
         else:
             dback = tl.load(grad + at + D // 2, mask=mask, other=0.0).to(tl.float32)
-        # y = r x: dx = r (dy - y mean(dy y))
+        # y = own x: dx = own (dy - y mean(dy y))
         mean = ((tl.sum(dfront * front, 1) + tl.sum(dback * back, 1)) / D)[:, None]
-        tl.store(dqkv + here, (r * (dfront - front * mean)).to(dqkv.dtype.element_ty), mask=mask)
-        tl.store(dqkv + here + D // 2, (r * (dback - back * mean)).to(dqkv.dtype.element_ty), mask=mask)
+        tl.store(dqkv + here, (own * (dfront - front * mean)).to(dqkv.dtype.element_ty), mask=mask)
+        tl.store(dqkv + here + D // 2, (own * (dback - back * mean)).to(dqkv.dtype.element_ty), mask=mask)
     wide = tl.arange(0, D)[None, :]
     at = rows[:, None] * (H * D) + head * D + wide
-    dvalue = tl.load(dv + at, mask=mask, other=0.0)
-    tl.store(dqkv + rows[:, None] * (3 * H * D) + (2 * H + head) * D + wide, dvalue, mask=mask)
+    dvalue = tl.load(dv + at, mask=mask, other=0.0).to(tl.float32)
+    scaled = dvalue
+    if SCALED:
+        scaled = dvalue * tl.load(r + rows, mask=inside, other=0.0)[:, None]
+    to = dqkv + rows[:, None] * (3 * H * D) + (2 * H + head) * D + wide
+    tl.store(to, scaled.to(dqkv.dtype.element_ty), mask=mask)
     if MIX:
         g = tl.load(gate + rows * H + head, mask=inside, other=0.0).to(tl.float32)[:, None]
         embedded = tl.load(ve + at, mask=mask, other=0.0).to(tl.float32)
-        dvalue = dvalue.to(tl.float32)
         tl.store(dve + at, (g * dvalue).to(dve.dtype.element_ty), mask=mask)
         tl.store(dgate + rows * H + head, tl.sum(embedded * dvalue, 1).to(dgate.dtype.element_ty), mask=inside)
 
@@ -742,49 +844,134 @@ ATTENTION_INPUT_ROWS = 16  # tokens of one program
 
 
 @custom_op("speedrun::attention_inputs", mutates_args=())
-def attention_inputs_forward(qkv: Tensor, ve: Tensor | None, gate: Tensor | None, cos: Tensor, sin: Tensor,
-                             paired: bool, key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
+def attention_inputs_forward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, gate: Tensor | None, cos: Tensor,
+                             sin: Tensor, paired: bool, key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
     T, _, H, d = qkv.shape
     q, k, v = (qkv.new_empty(T, H, d) for _ in range(3))
     attention_inputs_kernel[(H, triton.cdiv(T, ATTENTION_INPUT_ROWS))](
-        qkv, ve, gate, cos, sin, q, k, v, T, FP32_EPS, H, d, paired, key_offset, ve is not None, ATTENTION_INPUT_ROWS)
+        qkv, r, ve, gate, cos, sin, q, k, v, T, FP32_EPS, H, d, paired, key_offset, r is not None, ve is not None,
+        ATTENTION_INPUT_ROWS)
     return q, k, v
 
 
 @custom_op("speedrun::attention_inputs_backward", mutates_args=())
-def attention_inputs_backward(qkv: Tensor, ve: Tensor | None, gate: Tensor | None, cos: Tensor, sin: Tensor, dq: Tensor,
-                              dk: Tensor, dv: Tensor, paired: bool,
+def attention_inputs_backward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, gate: Tensor | None, cos: Tensor,
+                              sin: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, paired: bool,
                               key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of qkv, ve and gate; the last two are empty without a value embedding."""
     (T, _, H, d), mix = qkv.shape, ve is not None
     dqkv, dve, dgate = torch.empty_like(qkv), qkv.new_empty(T if mix else 0, H * d), qkv.new_empty(T if mix else 0, H)
     dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
     attention_inputs_backward_kernel[(H, triton.cdiv(T, ATTENTION_INPUT_ROWS))](
-        qkv, ve, gate, cos, sin, dq, dk, dv, dqkv, dve, dgate, T, FP32_EPS, H, d, paired, key_offset, mix,
-        ATTENTION_INPUT_ROWS)
+        qkv, r, ve, gate, cos, sin, dq, dk, dv, dqkv, dve, dgate, T, FP32_EPS, H, d, paired, key_offset,
+        r is not None, mix, ATTENTION_INPUT_ROWS)
     return dqkv, dve, dgate
 
 attention_inputs_forward.register_fake(lambda qkv, *_: tuple(
     qkv.new_empty(qkv.size(0), *qkv.shape[2:]) for _ in range(3)))
-attention_inputs_backward.register_fake(lambda qkv, ve, *_: (
+attention_inputs_backward.register_fake(lambda qkv, _r, ve, *_: (
     torch.empty_like(qkv), qkv.new_empty(0 if ve is None else qkv.size(0), qkv.shape[2:].numel()),
     qkv.new_empty(0 if ve is None else qkv.size(0), qkv.size(2))))
 
 
 class AttentionInputs(torch.autograd.Function):
-    """attention_inputs_reference, forward and backward in one kernel each."""
+    """attention_inputs_reference, forward and backward in one kernel each; r counts as a constant."""
 
     @staticmethod
-    def forward(ctx, qkv, ve, gate, cos, sin, paired, key_offset):
-        ctx.save_for_backward(qkv, ve, gate, cos, sin)
+    def forward(ctx, qkv, r, ve, gate, cos, sin, paired, key_offset):
+        ctx.save_for_backward(qkv, r, ve, gate, cos, sin)
         ctx.options = paired, key_offset
-        return attention_inputs_forward(qkv, ve, gate, cos, sin, paired, key_offset)
+        return attention_inputs_forward(qkv, r, ve, gate, cos, sin, paired, key_offset)
 
     @staticmethod
     def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
-        qkv, ve, *rest = ctx.saved_tensors
-        dqkv, dve, dgate = attention_inputs_backward(qkv, ve, *rest, dq, dk, dv, *ctx.options)
-        return (dqkv, *((dve, dgate) if ve is not None else (None, None)), None, None, None, None)
+        qkv, r, ve, *rest = ctx.saved_tensors
+        dqkv, dve, dgate = attention_inputs_backward(qkv, r, ve, *rest, dq, dk, dv, *ctx.options)
+        return (dqkv, None, *((dve, dgate) if ve is not None else (None, None)), None, None, None, None)
+
+
+# --- What attention gives: each head is scaled by its gate
+
+def gated_heads_reference(y: Tensor, seen: Tensor, w: Tensor) -> Tensor:
+    """y [T, H, d] times sigmoid(seen w^T), for seen [T, n], w [H, n]; as [T, H * d]."""
+    return (y * torch.sigmoid(F.linear(seen, w))[..., None]).flatten(1)
+
+
+@jit
+def gate_values(seen, w, rows, head, columns, inside, N: tl.constexpr):
+    s = tl.load(seen + rows[:, None] * N + columns[None, :], mask=inside[:, None] & (columns < N)[None, :], other=0.0)
+    weight = tl.load(w + head * N + columns, mask=columns < N, other=0.0).to(tl.float32)
+    s = s.to(tl.float32)
+    return s, weight, tl.sigmoid(tl.sum(s * weight[None, :], 1))[:, None]
+
+
+@jit
+def gated_heads_kernel(y, seen, w, out, T, H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+                       COLUMNS: tl.constexpr):
+    """One program: ROWS tokens of one head."""
+    head, rows = tl.program_id(0), tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = rows < T
+    _, _, g = gate_values(seen, w, rows, head, tl.arange(0, COLUMNS), inside, N)
+    at = rows[:, None] * (H * D) + head * D + tl.arange(0, D)[None, :]
+    x = tl.load(y + at, mask=inside[:, None], other=0.0).to(tl.float32)
+    tl.store(out + at, (x * g).to(out.dtype.element_ty), mask=inside[:, None])
+
+
+@jit
+def gated_heads_backward_kernel(y, seen, w, dout, dy, dseen, dw, T, H: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+                                ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """One program: ROWS tokens, whose part of w's gradient it stores."""
+    rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    inside, sums = rows < T, tl.zeros([ROWS, COLUMNS], tl.float32)
+    for head in tl.static_range(H):
+        s, weight, g = gate_values(seen, w, rows, head, columns, inside, N)
+        at = rows[:, None] * (H * D) + head * D + tl.arange(0, D)[None, :]
+        grad = tl.load(dout + at, mask=inside[:, None], other=0.0).to(tl.float32)
+        x = tl.load(y + at, mask=inside[:, None], other=0.0).to(tl.float32)
+        tl.store(dy + at, (grad * g).to(dy.dtype.element_ty), mask=inside[:, None])
+        dlogit = tl.sum(grad * x, 1)[:, None] * g * (1.0 - g)
+        sums += dlogit * weight[None, :]
+        tl.store(dw + (tl.program_id(0) * H + head) * N + columns, tl.sum(dlogit * s, 0), mask=columns < N)
+    at = rows[:, None] * N + columns[None, :]
+    tl.store(dseen + at, sums.to(dseen.dtype.element_ty), mask=inside[:, None] & (columns < N)[None, :])
+
+
+@custom_op("speedrun::gated_heads", mutates_args=())
+def gated_heads(y: Tensor, seen: Tensor, w: Tensor) -> Tensor:
+    (T, H, d), n, out = y.shape, w.size(1), y.new_empty(y.size(0), y.size(1) * y.size(2))
+    gated_heads_kernel[(H, triton.cdiv(T, GATED_ROWS))](y, seen.contiguous(), w, out, T, H, d, n, GATED_ROWS,
+                                                        triton.next_power_of_2(n))
+    return out
+
+
+@custom_op("speedrun::gated_heads_backward", mutates_args=())
+def gated_heads_backward(y: Tensor, seen: Tensor, w: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of y, of seen, and of w in parts [programs, H, n] fp32."""
+    (T, H, d), n, programs = y.shape, w.size(1), triton.cdiv(len(y), GATED_ROWS)
+    dy, dseen, dw = torch.empty_like(y), seen.new_empty(T, n), w.new_empty(programs, H, n, dtype=torch.float32)
+    gated_heads_backward_kernel[(programs,)](y, seen.contiguous(), w, dout.contiguous(), dy, dseen, dw, T, H, d, n,
+                                             GATED_ROWS, triton.next_power_of_2(n))
+    return dy, dseen, dw
+
+GATED_ROWS = 8  # tokens of one program
+gated_heads.register_fake(lambda y, *_: y.new_empty(y.size(0), y.size(1) * y.size(2)))
+gated_heads_backward.register_fake(lambda y, seen, w, _: (
+    torch.empty_like(y), seen.new_empty(seen.shape),
+    w.new_empty(-(-len(y) // GATED_ROWS), *w.shape, dtype=torch.float32)))
+
+
+class GatedHeads(torch.autograd.Function):
+    """gated_heads_reference, forward and backward in one kernel each."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, seen: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(y, seen, w)
+        return gated_heads(y, seen, w)
+
+    @staticmethod
+    def backward(ctx, dout: Tensor):
+        dy, dseen, dw = gated_heads_backward(*ctx.saved_tensors, dout)
+        return dy, dseen, dw.sum(0).to(ctx.saved_tensors[2].dtype)
 
 
 # --- Loss of the head
@@ -981,6 +1168,16 @@ def fp8_product(a: Tensor, b: Tensor, scale: Tensor, out: torch.dtype, quick: bo
     return torch._scaled_mm(a, b, scale_a=scale, scale_b=torch.ones_like(scale), out_dtype=out, use_fast_accum=quick)
 
 
+@custom_op("speedrun::quick_fp8_product", mutates_args=(), device_types="cuda")
+def quick_fp8_product(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """fp8_product, quick and to bf16, whose result is stored while the next tile is computed."""
+    y = a.new_empty(a.size(0), b.size(1), dtype=torch.bfloat16)
+    quack_products()["scaled"](a, b, y, epi_args={"scale": scale})
+    return y
+
+quick_fp8_product.register_fake(lambda a, b, _: a.new_empty(a.size(0), b.size(1), dtype=torch.bfloat16))
+
+
 class HeadLoss(torch.autograd.Function):
     """sum over positions of softcapped_mtp_loss(x w): head product, loss and gradient without keeping the logits.
 
@@ -989,13 +1186,16 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, fp8: bool, grad_unit: float, fast: bool):
+    def forward(ctx, x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, fp8: bool, grad_unit: float, kernels: str):
+        fast = kernels != "reference"
         loss_of = softcapped_mtp_loss if fast else softcapped_mtp_loss_reference
         if fp8:
             x8 = (x / X_SCALE).to(torch.float8_e4m3fn)
             w8 = (w.float() / W_SCALE).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
             scale = x.new_full((), X_SCALE * W_SCALE, dtype=torch.float32)
-            logits = fp8_product(x8, w8.T.contiguous().T, scale, torch.bfloat16, quick=True)  # [T, V]
+            turned = w8.T.contiguous().T
+            logits = (quick_fp8_product(x8, turned, scale) if kernels == "quack" else
+                      fp8_product(x8, turned, scale, torch.bfloat16, quick=True))  # [T, V]
             grad_scale = GRAD_SCALE * grad_unit
             loss, grad = loss_of(logits, targets, weights, torch.float8_e5m2, grad_scale)
             ctx.save_for_backward(x8, w8, grad)
@@ -1330,7 +1530,7 @@ class GPT(nn.Module):
     def use(self, attention: str, kernels: str) -> None:
         """Compute with this one of ATTENTION_BACKENDS and this one of KERNELS."""
         self.attention = ATTENTION_BACKENDS[attention]()
-        self.fast, self.fused = kernels != "reference", kernels == "quack"
+        self.kernels, self.fast, self.fused = kernels, kernels != "reference", kernels == "quack"
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
@@ -1378,31 +1578,35 @@ class GPT(nn.Module):
         gate = self.scalars[2 * len(LAYERS)] * torch.sigmoid(F.linear(e[1:, :GATE_INPUTS], self.smear_gate))  # [T-1, 1]
         return torch.cat([e[:1], e[1:] + gate * e[:-1]])
 
-    def attend(self, i: int, h: Tensor, qkv: Tensor, ve: Tensor | None, batch: Batch, g: Geometry) -> Tensor:
-        """Gated attention of layer i on its normalised input h [T, D] with weights qkv [3D, D], before O; [T, D]."""
-        layer, T, H, d = LAYERS[i], h.size(0), self.hp.num_heads, self.hp.head_dim
+    def inverse_rms(self, x: Tensor) -> Tensor | None:
+        """r [T] of x [T, D], which fused products take in place of norms."""
+        return inverse_rms(x.detach().float().square(), x.size(1)) if self.fused else None
+
+    def attend(self, i: int, x: Tensor, r: Tensor | None, qkv: Tensor, ve: Tensor | None, batch: Batch,
+               g: Geometry) -> Tensor:
+        """Gated attention of layer i on norm(x [T, D]) with weights qkv [3D, D], before O; [T, D]."""
+        layer, T, H, d = LAYERS[i], x.size(0), self.hp.num_heads, self.hp.head_dim
+        qkv, seen = (NormedLinear.apply if self.fused else normed_linear_reference)(x, r, qkv)
         gate = None
         if ve is not None:
-            seen = h[:, :GATE_INPUTS]
-            if not layer.paired:
-                seen = torch.cat([h[:, : GATE_INPUTS // 2], ve[:, : GATE_INPUTS // 2]], dim=-1)
-            gate = 2 * torch.sigmoid(F.linear(seen, self.ve_gate_bank[layer.value_table]))  # [T, H]
+            half = GATE_INPUTS // 2
+            mixed = seen if layer.paired else torch.cat([seen[:, :half], ve[:, :half]], dim=-1)
+            gate = 2 * torch.sigmoid(F.linear(mixed, self.ve_gate_bank[layer.value_table]))  # [T, H]
         inputs = AttentionInputs.apply if self.fast else attention_inputs_reference
-        linear = Linear.apply if self.fused else linear_reference
-        qkv = linear(h, qkv, None, None).view(T, 3, H, d)
-        q, k, v = inputs(qkv, ve, gate, self.cos, self.sin, layer.paired, layer.key_offset)  # [T, H, d] each
+        q, k, v = inputs(qkv.view(T, 3, H, d), r, ve, gate, self.cos, self.sin, layer.paired, layer.key_offset)
         # A paired token becomes two, heads 0..H/2-1 and then the rest: the same memory seen as [2T, H/2, d]
         n = 2 if layer.paired else 1
         q, k, v = (x.reshape(n * T, H // n, d) for x in (q, k, v))
         window = g.window_short if layer.window == "short" else g.window_long
         y = self.attention(q, k, v, batch.cu_seqlens * n, g.max_len * n, window, g.scale).reshape(T, H, d)
-        gate = torch.sigmoid(F.linear(h[:, :GATE_INPUTS], self.attn_gate_bank[ATTN_INDEX[i]]))  # [T, H]
-        return (y * gate[..., None]).reshape(T, H * d)
+        gated = GatedHeads.apply if self.fast else gated_heads_reference
+        return gated(y, seen, self.attn_gate_bank[ATTN_INDEX[i]])
 
     def trunk(self, batch: Batch, rows: Rows, g: Geometry) -> Tensor:
         """From tokens to the normalised last hidden state [T, D]."""
         hp, L, D = self.hp, len(LAYERS), self.hp.model_dim
-        linear, mlp = (Linear.apply, ReluSquareMLP.apply) if self.fused else (linear_reference, mlp_reference)
+        linear_sum = LinearSum.apply if self.fused else linear_sum_reference
+        mlp = ReluSquareMLP.apply if self.fused else mlp_reference
         *sa, _, backout_lambda, skip_lambda = self.scalars.unbind()
         resid, post, x0_lambda, bigram_lambda = (  # flat: [2i] for attention and [2i+1] for the MLP, or [i]
             p.bfloat16().float().flatten().unbind()
@@ -1416,30 +1620,31 @@ class GPT(nn.Module):
 
         x0 = norm(self.smear(rows.embed))
         x = x0 + bigram_lambda[0] * rows.bigram
-        after, normed = {}, {-1: norm(x)}  # layer -> the stream after it, and its norm, which several layers read
+        r = self.inverse_rms(x)
+        after = {-1: (x, r)}  # layer -> the stream after it
         for i, layer in enumerate(LAYERS):
             if layer.skip_from is not None:
                 gate = torch.sigmoid(skip_lambda) * 2 * torch.sigmoid(F.linear(x0[:, :GATE_INPUTS], self.skip_gate))
-                x = x + gate * after[layer.skip_from]
+                x = x + gate * after[layer.skip_from][0]
+                r = self.inverse_rms(x)
             else:
                 j, table = ATTN_INDEX[i], layer.value_table
                 v, o = vo[j].unbind()
                 # scalars multiply weights where they can: these are smaller, and no activation is read for gradients
                 qkv, o = sa[2 * i] * torch.cat([qk[j], v]), sa[2 * i + 1] * post[2 * i] * o
-                h = normed[i - 1 if layer.reads is None else layer.reads]
-                y = self.attend(i, h, qkv, None if table is None else rows.value[table], batch, g)
-                x = linear(y, o, x, resid[2 * i]) + x0_lambda[i] * x0
-                if i > 0:
-                    x = x + bigram_lambda[i] * rows.bigram
+                y = self.attend(i, *after[i - 1 if layer.reads is None else layer.reads], qkv,
+                                None if table is None else rows.value[table], batch, g)
+                terms = x, resid[2 * i], x0, x0_lambda[i], rows.bigram, bigram_lambda[i]
+                x, r = linear_sum(y, o, *(terms if i > 0 else terms[:4]))
             up, down = up_down[i].unbind()
-            x = mlp(norm(x), up, post[2 * i + 1] * down, x, resid[2 * i + 1])
-            after[i], normed[i] = x, norm(x)
-        return norm(x - backout_lambda * after[BACKOUT_LAYER])
+            x, r = mlp(x, r, up, post[2 * i + 1] * down, resid[2 * i + 1])
+            after[i] = x, r
+        return norm(x - backout_lambda * after[BACKOUT_LAYER][0])
 
     def forward(self, batch: Batch, rows: Rows, g: Geometry, mtp_weights: Tensor, grad_unit: float) -> Tensor:
         """Training loss, summed over positions; mtp_weights [k] include 1/A, and grad_unit is 1/A."""
         x = self.trunk(batch, rows, g)
-        return HeadLoss.apply(x, self.lm_head, batch.targets, mtp_weights, self.hp.fp8_head, grad_unit, self.fast)
+        return HeadLoss.apply(x, self.lm_head, batch.targets, mtp_weights, self.hp.fp8_head, grad_unit, self.kernels)
 
     def token_losses(self, batch: Batch, rows: Rows, g: Geometry) -> Tensor:
         """Validation loss of each position [T]."""
