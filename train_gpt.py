@@ -506,7 +506,8 @@ class Watch:
 
     def __init__(self, ranks: Ranks, log: Log):
         self.rank, self.world, self.log = ranks.rank, ranks.world, log
-        self.clock = self.stop_from = self.stop_before = None  # of the training loop; steps
+        self.clock = self.micro_step = None  # of the training loop
+        self.stop_from = self.stop_before = None  # steps
         self.step, self.wish, self.why, self.error = -1, "", "", ""  # wish: why this rank wants all to stop
         self.states, self.beat, self.quiet = [{}] * ranks.world, 0, [0] * ranks.world
         self.stalled = self.failing = 0
@@ -546,8 +547,9 @@ class Watch:
         self.beat += 1
         frame = sys._current_frames()[threading.main_thread().ident]
         place = f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
-        state = {"beat": self.beat, "step": self.step, "timed": bool(self.clock and self.clock.started), "at": place,
-                 "stop": self.stop_from, "why": self.why, "error": self.error, "log": str(self.log.path)}
+        timed = bool(self.clock and self.clock.started and not self.micro_step.compiling)
+        state = {"beat": self.beat, "step": self.step, "timed": timed, "at": place, "stop": self.stop_from,
+                 "why": self.why, "error": self.error, "log": str(self.log.path)}
         self.store.set(self.keys[self.rank], json.dumps(state))
 
     def work(self) -> None:
@@ -2117,10 +2119,11 @@ class MicroStep:
 
     def __init__(self, model: GPT, optimizer: NorMuonAdam, hp: Hyperparameters, ranks: Ranks):
         self.model, self.optimizer = model, optimizer
-        self.loss_of = compiled(model.forward) if hp.compile else model.forward
+        self.loss_of, self.compiles = compiled(model.forward) if hp.compile else model.forward, hp.compile
         self.graphs = hp.graphs and hp.compile and ranks.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None  # graphs run one at a time: one memory
         self.replays: dict[tuple, Callable | None] = {}
+        self.compiling = False  # during the first call of a kind; then it takes long
 
     def run(self, batch: Batch, geometry: Geometry, weights: Tensor, grad_unit: float) -> Tensor:
         """Add the micro-batch's gradients to the optimizer's; returns the loss, 0-dim fp32."""
@@ -2150,6 +2153,7 @@ class MicroStep:
 
     def __call__(self, batch: Batch, geometry: Geometry, weights: Tensor, grad_unit: float) -> Tensor:
         kind = (geometry, grad_unit, *(t.shape for t in (*batch, weights)))
+        self.compiling = self.compiles and kind not in self.replays
         if not self.graphs or kind not in self.replays:
             self.replays[kind] = None
             return self.run(batch, geometry, weights, grad_unit)
@@ -2399,7 +2403,7 @@ def train(hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str, log: 
     recent, loader = clock.before, TrainLoader(hp, ranks, range(N), first)
     while saved and loader.queue.empty():  # to find the place in the shards is no training
         time.sleep(0.01)
-    watch.clock, rewind = clock, Rewind(optimizer, first)
+    watch.clock, watch.micro_step, rewind = clock, micro_step, Rewind(optimizer, first)
     clock.start()
     for step in range(first, N + 1):
         stop, last, p = watch.stops(step), step == N, plan(min(step, N - 1), hp)

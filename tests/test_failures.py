@@ -215,6 +215,17 @@ def test_slow_is_not_dead(watch):
     assert watch.ended == []
 
 
+def test_new_shape_compiles(base):
+    """A step whose shapes are new has no deadline, as the compiler works."""
+    micro_step = t.MicroStep(t.GPT(base), SimpleNamespace(), base, ONE)
+    micro_step.compiles, micro_step.run = True, lambda *_: None
+    seen = []
+    for n in (5, 5, 7, 5):
+        micro_step((torch.zeros(n),), None, torch.zeros(1), 1.0)
+        seen.append(micro_step.compiling)
+    assert seen == [True, False, True, False]
+
+
 def test_compiler_may_keep_threads_waiting(watch):
     watch.step = -1
     for beat in range(t.SILENT + 3):
