@@ -468,9 +468,8 @@ class Log:
             except OSError as e:
                 with contextlib.suppress(OSError):  # it tries once more to write
                     self.file.close()
-                self.file, self.lost = None, f"{self.path} is incomplete from here on ({e.strerror})"
-                self.bar.write(f"warning: the log {self.lost}; training goes on, copy what you need from the terminal",
-                               file=sys.stderr)
+                self.file, self.lost = None, f"warning: the log {self.path} is incomplete ({e.strerror})"
+                self.bar.write(f"{self.lost}; training goes on, copy what you need from the terminal", file=sys.stderr)
         if self.bar and show:
             self.bar.write(text)
 
@@ -487,7 +486,7 @@ class Log:
         if self.file:
             self.file.close()
         if self.lost:
-            print(f"warning: the log {self.lost.replace(' from here on', '')}", file=sys.stderr)
+            print(self.lost, file=sys.stderr)
 
 
 LOOK_EVERY = 1.0  # seconds; the limits below count looks, so that a process that was asleep blames no other

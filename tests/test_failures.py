@@ -92,10 +92,11 @@ class Faulty:
         with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
             process = subprocess.Popen([*launcher, script, *args], stdout=out, stderr=err,
                                        env=os.environ | {"OMP_NUM_THREADS": "1", "FAULT": fault})
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
             while "SIGSTOP" in fault and process.poll() is None:  # torchrun takes 30 s more to end a stopped rank
-                left = [pid for pid in processes(str(script)) if pid != process.pid]
+                left = children.read_text().split()
                 if len(left) == 1 and (folder / "err").read_text():
-                    os.kill(left[0], signal.SIGKILL)
+                    os.kill(int(left[0]), signal.SIGKILL)
                 time.sleep(0.1)
             self.status = process.wait(timeout=60)
         self.left = processes(str(script))
