@@ -18,15 +18,17 @@ Dimension letters, used in shape comments:
 
 Map of the file; a token's way is 8 -> 6 (with 5 and 4 inside) -> 7:
     1 this text          2 configuration: Hyperparameters, LAYERS, STAGES and plan(), PARAMS
-    3 errors, command line, ranks, log          4 kernels, each with its reference        5 attention
+    3 errors, command line, ranks, log, watch   4 kernels, each with its reference        5 attention
     6 model              7 optimizer            8 data          9 train_step, evaluate, warmup, main
 """
 
 import argparse
+import contextlib
 import ctypes
 import difflib
 import glob
 import importlib.util
+import json
 import math
 import os
 import queue
@@ -35,6 +37,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import warnings
 import zipfile
 from collections import deque
@@ -52,6 +55,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.library import custom_op
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 try:
@@ -438,37 +443,168 @@ class Log:
     """logs/<run id>.txt and the terminal, on rank 0; on other ranks nothing happens.
 
     The file begins with the source of this script, so that a log says by itself what was run; --resume appends to it.
+    If it cannot be written at first, that is an error; later, training goes on with one warning.
     """
 
     def __init__(self, hp: Hyperparameters, ranks: Ranks):
-        self.file = self.bar = None
+        self.file = self.bar = self.path = self.lost = None
         if ranks.rank == 0:
             self.path = path = Path(hp.log_dir, (hp.run_id or time.strftime("%Y%m%d-%H%M%S")) + ".txt")
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self.file = open(path, "a" if hp.resume else "w", buffering=1)
+                print(Path(__file__).read_text() + "=" * 100, file=self.file)
             except OSError as e:
-                raise UserError(f"cannot write the log {path}: {e.strerror}; choose another --log_dir") from None
+                raise UserError(f"cannot write the log {path}: {e.strerror}; free some space or choose another "
+                                "--log_dir") from None
             self.bar = tqdm(total=hp.num_steps, unit="step", disable=not sys.stderr.isatty(), leave=False)
-            self(Path(__file__).read_text() + "=" * 100, show=False)
 
     def __call__(self, text: str, show: bool = True) -> None:
         if self.file:
-            print(text, file=self.file)
-            if show:
-                self.bar.write(text)
+            try:
+                if os.fstat(self.file.fileno()).st_nlink == 0:
+                    raise FileNotFoundError(0, "it was deleted")
+                print(text, file=self.file)
+            except OSError as e:
+                with contextlib.suppress(OSError):  # it tries once more to write
+                    self.file.close()
+                self.file, self.lost = None, f"warning: the log {self.path} is incomplete ({e.strerror})"
+                self.bar.write(f"{self.lost}; training goes on, copy what you need from the terminal", file=sys.stderr)
+        if self.bar and show:
+            self.bar.write(text)
 
     def step(self, line: str, done: int, **postfix: str) -> None:
         """A step's line: to the file, and to the terminal as a moving bar, or as a plain line in a pipe."""
-        if self.file:
+        if self.bar:
             self(line, show=self.bar.disable)
             self.bar.set_postfix(postfix, refresh=False)
             self.bar.update(done - self.bar.n)
 
     def close(self) -> None:
-        if self.file:
+        if self.bar:
             self.bar.close()
+        if self.file:
             self.file.close()
+        if self.lost:
+            print(self.lost, file=sys.stderr)
+
+
+LOOK_EVERY = 1.0  # seconds; the limits below count looks, so that a process that was asleep blames no other
+SILENT = 15  # looks without a sign of life: found before torchrun kills all, 30 s after a rank died
+SILENT_COMPILING = 45  # the same before the first step, as a compiler may keep other threads from running
+STALLED = 45  # looks without progress while the clock runs
+
+
+class Watch:
+    """The context of a run: on every rank a thread ends the process soon after a rank died, hangs or raised, and agrees
+    with the others on a step before which all stop.
+
+    It publishes its rank's state in torchrun's store and reads the others', without the device: NCCL's own watchdog
+    does not see collectives inside CUDA graphs, and the training clock shall not pay.
+    """
+
+    def __init__(self, ranks: Ranks, log: Log):
+        self.rank, self.world, self.log = ranks.rank, ranks.world, log
+        self.clock = self.micro_step = None  # of the training loop
+        self.stop_from = self.stop_before = None  # steps
+        self.step, self.wish, self.why, self.error = -1, "", "", ""  # wish: why this rank wants all to stop
+        self.states, self.beat, self.quiet = [{}] * ranks.world, 0, [0] * ranks.world
+        self.stalled = self.failing = 0
+
+    def __enter__(self) -> "Watch":
+        self.store = dist.HashStore()
+        if self.world > 1:  # a connection of its own, as others may keep theirs busy
+            self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        self.keys = [f"watch {os.environ.get('TORCHELASTIC_RESTART_COUNT')} {rank}" for rank in range(self.world)]
+        self.publish()
+        dist.barrier()
+        self.handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.leaving, self.thread = threading.Event(), threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
+        if error is None:
+            self.leaving.set()
+        elif isinstance(error, UserError):
+            self.error = f"error: {error}"
+        else:
+            trace = "".join(traceback.format_exception(error))
+            self.error = f"{trace}error: rank {self.rank}, step {self.step + 1}: {kind.__name__}: {error}"
+        self.publish()
+        self.thread.join()  # after an error it ends the process; till then no lost connection confuses the others
+        dist.barrier()  # nobody leaves while others watch
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def on_signal(self, number: int, frame) -> None:
+        if self.world == 1:  # a second one ends the process at once; several get it twice, once from torchrun
+            signal.signal(number, signal.SIG_DFL)
+        self.wish = self.wish or signal.Signals(number).name
+
+    def publish(self) -> None:
+        self.beat += 1
+        frame = sys._current_frames()[threading.main_thread().ident]
+        place = f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+        timed = bool(self.clock and self.clock.started and not self.micro_step.compiling)
+        state = {"beat": self.beat, "step": self.step, "timed": timed, "at": place, "stop": self.stop_from,
+                 "why": self.why, "error": self.error, "log": str(self.log.path)}
+        self.store.set(self.keys[self.rank], json.dumps(state))
+
+    def work(self) -> None:
+        while not self.leaving.wait(LOOK_EVERY):
+            try:
+                self.publish()
+                states = [json.loads(text) for text in self.store.multi_get(self.keys)]
+            except RuntimeError:
+                self.end(f"error: rank {self.rank} cannot reach the launcher of the run: killed or cut off")
+            self.look(states)
+
+    def look(self, states: list[dict]) -> None:
+        """Judge the states of all ranks, LOOK_EVERY after the last ones."""
+        old, self.states, steps = self.states, states, [s["step"] for s in states]
+        self.quiet = [n + 1 if a == b else 0 for n, a, b in zip(self.quiet, old, states)]
+        moved = steps != [s.get("step") for s in old] or not all(s["timed"] for s in states)
+        self.stalled = 0 if moved or self.world == 1 else self.stalled + 1
+        errors, silence = [s["error"] for s in states if s["error"]], max(self.quiet)
+        self.failing += bool(errors)
+        if silence >= (SILENT if self.step >= 0 or self.wish or errors else SILENT_COMPILING):
+            lost = self.quiet.index(silence)
+            self.end(f"error: rank {lost} gave no sign of life for {silence * LOOK_EVERY:.0f} s, last in step "
+                     f"{steps[lost] + 1} at {states[lost]['at']}: killed, out of memory, stopped or cut off")
+        if errors and (self.world == 1 or self.failing > 2 and silence < 2):  # else it may follow from a rank's death
+            self.end(errors[0])
+        if self.stalled >= STALLED:
+            places = ", ".join(f"rank {rank} in step {s['step'] + 1} at {s['at']}" for rank, s in enumerate(states))
+            self.end(f"error: no rank finished a step for {STALLED * LOOK_EVERY:.0f} s, a rank hangs: {places}")
+        if self.stop_from is None and (why := self.wish or next((s["why"] for s in states if s["why"]), "")):
+            self.why, self.stop_from = why, self.step
+        stops = [s["stop"] for s in states]
+        if None not in stops:
+            self.why = states[0]["why"]
+            if min(stops) < 0:
+                self.end(f"interrupted by {self.why} before the first step", 128 + signal.Signals[self.why])
+            self.stop_before = max(stops) + 2  # a rank may have begun the step after the one that it published
+
+    def stops(self, step: int) -> bool:
+        """Whether all ranks stop before this step; to be asked before each."""
+        self.step = step
+        while (self.wish or self.stop_from is not None) and self.stop_before is None:
+            time.sleep(0.01)
+        return step == self.stop_before
+
+    def end(self, text: str, status: int = 1) -> None:
+        """End this process; the first rank alive writes the reason to stderr and to the end of the log."""
+        if self.rank == next((rank for rank, looks in enumerate(self.quiet) if looks < 2), self.rank):
+            with contextlib.suppress(OSError):  # no log is no reason to stay
+                fd = os.open(self.states[0].get("log", self.log.path), os.O_WRONLY | os.O_APPEND)
+                os.write(fd, f"{text}\n".encode())
+            print(text, file=sys.stderr)
+        else:
+            time.sleep(2 * LOOK_EVERY)  # torchrun ends all ranks with the first
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def log_environment(log: Log, hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str) -> None:
@@ -2074,7 +2210,8 @@ class TrainLoader:
         self.touched = np.zeros((ranks.world, hp.bigram_rows), dtype=bool)  # by each rank, since Adam's last step
         self.queue: queue.Queue = queue.Queue(QUEUE_STEPS)
         self.stopped = threading.Event()
-        threading.Thread(target=self.work, daemon=True).start()
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
 
     def batches(self) -> Iterator[tuple[list[Batch], TouchedRows | None]]:
         R, rank = self.ranks.world, self.ranks.rank
@@ -2110,6 +2247,8 @@ class TrainLoader:
                 torch.cuda.set_device(self.ranks.device)
             for item in self.batches():
                 self.put(item)
+                if self.stopped.is_set():
+                    return
             self.put(UserError("the train shards ran out before the schedule"))
         except BaseException as e:  # handed to the training loop, which raises it
             self.put(e)
@@ -2130,6 +2269,7 @@ class TrainLoader:
 
     def close(self) -> None:
         self.stopped.set()
+        self.thread.join()  # the interpreter would end it in the middle of C++ code and abort
 
 
 def read_val_tokens(hp: Hyperparameters) -> np.ndarray:
@@ -2183,10 +2323,11 @@ class MicroStep:
 
     def __init__(self, model: GPT, optimizer: NorMuonAdam, hp: Hyperparameters, ranks: Ranks):
         self.model, self.optimizer = model, optimizer
-        self.loss_of = compiled(model.forward) if hp.compile else model.forward
+        self.loss_of, self.compiles = compiled(model.forward) if hp.compile else model.forward, hp.compile
         self.graphs = hp.graphs and hp.compile and ranks.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None  # graphs run one at a time: one memory
         self.replays: dict[tuple, Callable | None] = {}
+        self.compiling = False  # during the first call of a kind; then it takes long
 
     def run(self, batch: Batch, geometry: Geometry, weights: Tensor, grad_unit: float) -> Tensor:
         """Add the micro-batch's gradients to the optimizer's; returns the loss, 0-dim fp32."""
@@ -2216,6 +2357,7 @@ class MicroStep:
 
     def __call__(self, batch: Batch, geometry: Geometry, weights: Tensor, grad_unit: float) -> Tensor:
         kind = (geometry, grad_unit, *(t.shape for t in (*batch, weights)))
+        self.compiling = self.compiles and kind not in self.replays
         if not self.graphs or kind not in self.replays:
             self.replays[kind] = None
             return self.run(batch, geometry, weights, grad_unit)
@@ -2283,6 +2425,78 @@ def warmup(hp: Hyperparameters, ranks: Ranks, micro_step: MicroStep, losses_of: 
     micro_step.optimizer.reset()
 
 
+class Rewind:
+    """A copy, on the device, of all that steps change; made while the clock rests."""
+
+    def __init__(self, optimizer: NorMuonAdam, step: int):
+        self.optimizer, self.tensors = optimizer, [x for _, x, _ in optimizer.tensors()]
+        self.copies = [x.clone() for x in self.tensors]
+        self.keep(step)
+
+    def keep(self, step: int) -> None:
+        torch._foreach_copy_(self.copies, self.tensors)
+        self.step, self.tied, self.adam_steps = step, self.optimizer.tied, self.optimizer.adam_steps
+
+    def restore(self) -> None:
+        torch._foreach_copy_(self.tensors, self.copies)
+        self.optimizer.tied, self.optimizer.adam_steps = self.tied, self.adam_steps
+
+
+class FirstBad(TorchDispatchMode):
+    """Finds the first operation whose result holds nan or inf; not -inf, of which attention makes masks."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.place = 0, ""  # operations before it
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        # new memory holds anything, and so does what a collective has not yet filled
+        if self.place or func.namespace not in ("aten", "speedrun") or "empty" in str(func):
+            return result
+        tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point()]
+        wide = [x.float() if x.itemsize == 1 else x for x in tensors]
+        self.count += 1
+        if any((x.isnan() | (x == math.inf)).any() for x in wide):
+            frames = [f for f, _ in traceback.walk_stack(sys._getframe(1)) if f.f_code.co_filename == __file__]
+            layer = [f", layer {f.f_locals['i']}" for f in frames if f.f_code.co_name == "trunk" and "i" in f.f_locals]
+            calls = [f"{f.f_code.co_name}:{f.f_lineno}" for f in frames[:3]]
+            self.place = f"{func} in {' of '.join(calls)}{''.join(layer)}"
+        return result
+
+
+def find_bad(rewind: Rewind, micro_step: MicroStep, log: Log, end: int, ms: float, why: str) -> None:
+    """Repeat the steps from `rewind` to before step `end` up to the first that makes a nan or inf, save the state
+    before that and find the operation in a plain run of it. Always raises UserError, on all ranks."""
+    optimizer, first = micro_step.optimizer, rewind.step
+    hp, ranks, everywhere = optimizer.hp, optimizer.ranks, [None] * optimizer.ranks.world
+    log(f"{why}: repeating the steps from {first + 1} on to find its origin")
+    rewind.restore()
+    loader = TrainLoader(hp, ranks, range(hp.num_steps), first)
+    for step in range(first, end):
+        batches, touched = next(loader)
+        loss = train_step(micro_step, batches, touched, plan(step, hp))
+        bad = [row.name for row in PARAMS if not optimizer.params[row.name].isfinite().all()]
+        dist.all_gather_object(everywhere, bad + ["the loss"] * (not loss.isfinite()))
+        if any(everywhere):
+            break
+        rewind.keep(step + 1)
+    else:
+        raise UserError(f"{why}, but repeated from step {first + 1} on all is finite: suspect the hardware")
+    loader.close()
+    rewind.restore()
+    path = save_checkpoint(log, optimizer, step, ms)
+    optimizer.normuon_update, optimizer.adam_update = normuon_update, adam_update
+    plain = MicroStep(micro_step.model, optimizer, replace(hp, compile=False), ranks)
+    with FirstBad() as found:
+        train_step(plain, batches, touched, plan(step, hp))
+    bad = max(everywhere, key=len)
+    dist.all_gather_object(everywhere, (not found.place, found.count, ranks.rank, found.place))
+    _, _, rank, place = min(everywhere)
+    raise UserError(f"{why}; it began on rank {rank} in step {step + 1} with {place or 'a compiled operation'}, and "
+                    f"reached {', '.join(bad)}; --resume={path} repeats this step")
+
+
 def settings(hp: Hyperparameters) -> dict:
     """What the weights of a run follow from, besides the contents of its shards; and MAY_CHANGE."""
     with torch.device("meta"):
@@ -2290,8 +2504,10 @@ def settings(hp: Hyperparameters) -> dict:
     return asdict(hp) | {"LAYERS": str(LAYERS), "STAGES": str(STAGES), "PARAMS": str(PARAMS), "shapes": shapes}
 
 
-def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> None:
-    """Write a checkpoint: tensors as one rank has them, but each rank's gradients that wait for Adam; or UserError."""
+def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> Path | None:
+    """Write a checkpoint: tensors as one rank has them, but each rank's gradients that wait for Adam; or UserError.
+
+    Returns its path, on rank 0."""
     (rank, R, _), about, tensors = optimizer.ranks, settings(optimizer.hp), {}
     for name, x, kind in optimizer.tensors():
         if kind != "same":
@@ -2301,7 +2517,7 @@ def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> N
         if rank == 0 and (kind != "own" or x.any()):
             tensors[name] = (x if kind == "own" else x[: about["shapes"][name.split(".")[0]][0]]).cpu()
 
-    def write() -> None:
+    def write() -> Path:
         path = log.path.with_name(f"{log.path.stem}_step{step}.pt")
         temporary = Path(f"{path}.tmp")
         try:
@@ -2312,8 +2528,9 @@ def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> N
             raise UserError(f"cannot write {path}: {e}; free some space or choose another --log_dir") from None
         finally:
             temporary.unlink(missing_ok=True)
+        return path
 
-    on_every_rank(write if rank == 0 else lambda: None)
+    return on_every_rank(write if rank == 0 else lambda: None)
 
 
 def read_checkpoint(path: str, hp: Hyperparameters | None = None) -> dict:
@@ -2370,8 +2587,9 @@ class Clock:
         return self.before + (1000 * (time.perf_counter() - self.started) if self.started else 0.0)
 
 
-def train(hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str, log: Log, saved: dict | None) -> None:
-    """The whole run, or what a checkpoint leaves of it: set up, warm up, train, validate."""
+def train(hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str, log: Log, saved: dict | None,
+          watch: Watch) -> int:
+    """The whole run, or what a checkpoint leaves of it: set up, warm up, train, validate. Returns the exit status."""
     log_environment(log, hp, ranks, attention, kernels)
     val_tokens = read_val_tokens(hp)
     with torch.device(ranks.device):
@@ -2389,40 +2607,73 @@ def train(hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str, log: 
     recent, loader = clock.before, TrainLoader(hp, ranks, range(N), first)
     while saved and loader.queue.empty():  # to find the place in the shards is no training
         time.sleep(0.01)
+    watch.clock, watch.micro_step, rewind = clock, micro_step, Rewind(optimizer, first)
     clock.start()
     for step in range(first, N + 1):
-        last, p = step == N, plan(min(step, N - 1), hp)
+        stop, last, p = watch.stops(step), step == N, plan(min(step, N - 1), hp)
         validating = last or (hp.val_every and step % hp.val_every == 0)
-        saving = step > first and ((hp.save_every and step % hp.save_every == 0) or (last and hp.save_final))
-        if validating or saving:
+        saving = step > first and ((hp.save_every and step % hp.save_every == 0) or (last and hp.save_final)
+                                   or (stop and (hp.save_every or hp.save_final)))
+        if stop or validating or saving:
             clock.stop()
             while pending:
-                recent = report(log, clock, N, *pending.popleft(), recent)
+                recent = report(log, watch, N, *pending.popleft(), recent)
+            if stop and not watch.why.startswith("SIG"):
+                find_bad(rewind, micro_step, log, step, clock.ms(), watch.why)
             if saving:
-                save_checkpoint(log, optimizer, step, clock.ms())
+                path = save_checkpoint(log, optimizer, step, clock.ms())
+            if stop:
+                kept = f"--resume={path} goes on" if saving else "nothing saved; --save_final=true would have"
+                log(f"interrupted by {watch.why} after step {step} of {N}: {kept}")
+                break
             if validating:
                 val_loss = evaluate(hp, ranks, model, losses_of, val_tokens, p, last)
                 average = clock.ms() / max(step, 1)
                 log(f"step:{step}/{N} val_loss:{val_loss:.4f} train_time:{clock.ms():.0f}ms step_avg:{average:.2f}ms")
+                if not math.isfinite(val_loss):
+                    find_bad(rewind, micro_step, log, step, clock.ms(), f"the validation loss is {val_loss}")
+                rewind.keep(step)
             if last:
                 break
             clock.start()
         loss = train_step(micro_step, *next(loader), p)
         # The loss is read a step late, so that the device always has the next step's work queued
-        pending.append((step + 1, loss, p.batch_tokens))
+        pending.append((step + 1, Reading(loss), p.batch_tokens))
         if len(pending) > 1:
-            recent = report(log, clock, N, *pending.popleft(), recent)
+            recent = report(log, watch, N, *pending.popleft(), recent)
     loader.close()
+    if stop:
+        return 128 + signal.Signals[watch.why]
     log(f"final: val_loss {val_loss:.4f} after {N} steps, {clock.ms() / 1000:.1f} s of training on {ranks.world} x "
         f"{torch.cuda.get_device_name() if ranks.device.type == 'cuda' else 'CPU'}")
     if ranks.device.type == "cuda":
         log(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB "
             f"reserved: {torch.cuda.max_memory_reserved() // 2**20} MiB")
+    return 0
 
 
-def report(log: Log, clock: Clock, N: int, step: int, loss: Tensor, tokens: int, before: float) -> float:
-    """Log a finished step; returns the training time in ms, which the next call takes as `before`."""
-    loss, ms = loss.item(), clock.ms()
+class Reading:
+    """A device scalar on its way to the host; only value() waits, and for no later work of the device."""
+
+    def __init__(self, x: Tensor):
+        self.host, self.event = x.to("cpu", non_blocking=True), torch.cuda.Event() if x.is_cuda else None
+        if self.event:
+            self.event.record()
+
+    def value(self) -> float:
+        if self.event:
+            self.event.synchronize()
+        return self.host.item()
+
+
+def report(log: Log, watch: Watch, N: int, step: int, loss: Reading, tokens: int, before: float) -> float:
+    """Log a finished step; returns the training time in ms, which the next call takes as `before`.
+
+    A nan or inf on any rank stops all: one that was in gradients only is in the next steps' losses.
+    """
+    loss, ms = loss.value(), watch.clock.ms()
+    if not math.isfinite(loss):
+        watch.wish = watch.wish or f"the training loss of step {step} is {loss}"
     rate = tokens / max(ms - before, 1e-3) * 1000
     log.step(f"step:{step}/{N} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms", step,
              loss=f"{loss:.3f}", tok_s=f"{rate:,.0f}")
@@ -2446,9 +2697,11 @@ def main() -> None:
         on_every_rank(lambda: check_data(hp))
         saved = on_every_rank(lambda: read_checkpoint(hp.resume, hp) if hp.resume else None)
         log = on_every_rank(lambda: Log(hp, ranks))
-        train(hp, ranks, *chosen, log, saved)
+        with Watch(ranks, log) as watch:
+            status = train(hp, ranks, *chosen, log, saved, watch)
         log.close()
         dist.destroy_process_group()
+        sys.exit(status)
     except UserError as e:  # the same on every rank: told once a machine
         if dist.is_initialized():
             dist.destroy_process_group()
