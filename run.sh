@@ -40,4 +40,4 @@ done
 "$PYTHON" tools/doctor.py --quick --quiet "$@"
 "$PYTHON" train_gpt.py --check "$@"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$ranks" train_gpt.py "$@"
+exec "$PYTHON" tools/launch.py --standalone --nproc_per_node="$ranks" train_gpt.py "$@"

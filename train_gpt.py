@@ -18,15 +18,17 @@ Dimension letters, used in shape comments:
 
 Map of the file; a token's way is 8 -> 6 (with 5 and 4 inside) -> 7:
     1 this text          2 configuration: Hyperparameters, LAYERS, STAGES and plan(), PARAMS
-    3 errors, command line, ranks, log          4 kernels, each with its reference        5 attention
+    3 errors, command line, ranks, log, watch   4 kernels, each with its reference        5 attention
     6 model              7 optimizer            8 data          9 train_step, evaluate, warmup, main
 """
 
 import argparse
+import contextlib
 import ctypes
 import difflib
 import glob
 import importlib.util
+import json
 import math
 import os
 import queue
@@ -35,6 +37,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import warnings
 import zipfile
 from collections import deque
@@ -52,6 +55,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.library import custom_op
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 try:
@@ -448,37 +453,168 @@ class Log:
     """logs/<run id>.txt and the terminal, on rank 0; on other ranks nothing happens.
 
     The file begins with the source of this script, so that a log says by itself what was run; --resume appends to it.
+    If it cannot be written at first, that is an error; later, training goes on with one warning.
     """
 
     def __init__(self, hp: Hyperparameters, ranks: Ranks):
-        self.file = self.bar = None
+        self.file = self.bar = self.path = self.lost = None
         if ranks.rank == 0:
             self.path = path = Path(hp.log_dir, (hp.run_id or time.strftime("%Y%m%d-%H%M%S")) + ".txt")
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self.file = open(path, "a" if hp.resume else "w", buffering=1)
+                print(Path(__file__).read_text() + "=" * 100, file=self.file)
             except OSError as e:
-                raise UserError(f"cannot write the log {path}: {e.strerror}; choose another --log_dir") from None
+                raise UserError(f"cannot write the log {path}: {e.strerror}; free some space or choose another "
+                                "--log_dir") from None
             self.bar = tqdm(total=hp.num_steps, unit="step", disable=not sys.stderr.isatty(), leave=False)
-            self(Path(__file__).read_text() + "=" * 100, show=False)
 
     def __call__(self, text: str, show: bool = True) -> None:
         if self.file:
-            print(text, file=self.file)
-            if show:
-                self.bar.write(text)
+            try:
+                if os.fstat(self.file.fileno()).st_nlink == 0:
+                    raise FileNotFoundError(0, "it was deleted")
+                print(text, file=self.file)
+            except OSError as e:
+                with contextlib.suppress(OSError):  # it tries once more to write
+                    self.file.close()
+                self.file, self.lost = None, f"warning: the log {self.path} is incomplete ({e.strerror})"
+                self.bar.write(f"{self.lost}; training goes on, copy what you need from the terminal", file=sys.stderr)
+        if self.bar and show:
+            self.bar.write(text)
 
     def step(self, line: str, done: int, **postfix: str) -> None:
         """A step's line: to the file, and to the terminal as a moving bar, or as a plain line in a pipe."""
-        if self.file:
+        if self.bar:
             self(line, show=self.bar.disable)
             self.bar.set_postfix(postfix, refresh=False)
             self.bar.update(done - self.bar.n)
 
     def close(self) -> None:
-        if self.file:
+        if self.bar:
             self.bar.close()
+        if self.file:
             self.file.close()
+        if self.lost:
+            print(self.lost, file=sys.stderr)
+
+
+LOOK_EVERY = 1.0  # seconds; the limits below count looks, so that a process that was asleep blames no other
+SILENT = 15  # looks without a sign of life: found before torchrun kills all, 30 s after a rank died
+SILENT_COMPILING = 45  # the same before the first step, as a compiler may keep other threads from running
+STALLED = 45  # looks without progress while the clock runs
+
+
+class Watch:
+    """The context of a run: on every rank a thread ends the process soon after a rank died, hangs or raised, and agrees
+    with the others on a step before which all stop.
+
+    It publishes its rank's state in torchrun's store and reads the others', without the device: NCCL's own watchdog
+    does not see collectives inside CUDA graphs, and the training clock shall not pay.
+    """
+
+    def __init__(self, ranks: Ranks, log: Log):
+        self.rank, self.world, self.log = ranks.rank, ranks.world, log
+        self.clock = self.micro_step = None  # of the training loop
+        self.stop_from = self.stop_before = None  # steps
+        self.step, self.wish, self.why, self.error = -1, "", "", ""  # wish: why this rank wants all to stop
+        self.states, self.beat, self.quiet = [{}] * ranks.world, 0, [0] * ranks.world
+        self.stalled = self.failing = 0
+
+    def __enter__(self) -> "Watch":
+        self.store = dist.HashStore()
+        if self.world > 1:  # a connection of its own, as others may keep theirs busy
+            self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        self.keys = [f"watch {os.environ.get('TORCHELASTIC_RESTART_COUNT')} {rank}" for rank in range(self.world)]
+        self.publish()
+        dist.barrier()
+        self.handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.leaving, self.thread = threading.Event(), threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
+        if error is None:
+            self.leaving.set()
+        elif isinstance(error, UserError):
+            self.error = f"error: {error}"
+        else:
+            trace = "".join(traceback.format_exception(error))
+            self.error = f"{trace}error: rank {self.rank}, step {self.step + 1}: {kind.__name__}: {error}"
+        self.publish()
+        self.thread.join()  # after an error it ends the process; till then no lost connection confuses the others
+        dist.barrier()  # nobody leaves while others watch
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def on_signal(self, number: int, frame) -> None:
+        if self.world == 1:  # a second one ends the process at once; several get it twice, once from torchrun
+            signal.signal(number, signal.SIG_DFL)
+        self.wish = self.wish or signal.Signals(number).name
+
+    def publish(self) -> None:
+        self.beat += 1
+        frame = sys._current_frames()[threading.main_thread().ident]
+        place = f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+        timed = bool(self.clock and self.clock.started and not self.micro_step.compiling)
+        state = {"beat": self.beat, "step": self.step, "timed": timed, "at": place, "stop": self.stop_from,
+                 "why": self.why, "error": self.error, "log": str(self.log.path)}
+        self.store.set(self.keys[self.rank], json.dumps(state))
+
+    def work(self) -> None:
+        while not self.leaving.wait(LOOK_EVERY):
+            try:
+                self.publish()
+                states = [json.loads(text) for text in self.store.multi_get(self.keys)]
+            except RuntimeError:
+                self.end(f"error: rank {self.rank} cannot reach the launcher of the run: killed or cut off")
+            self.look(states)
+
+    def look(self, states: list[dict]) -> None:
+        """Judge the states of all ranks, LOOK_EVERY after the last ones."""
+        old, self.states, steps = self.states, states, [s["step"] for s in states]
+        self.quiet = [n + 1 if a == b else 0 for n, a, b in zip(self.quiet, old, states)]
+        moved = steps != [s.get("step") for s in old] or not all(s["timed"] for s in states)
+        self.stalled = 0 if moved or self.world == 1 else self.stalled + 1
+        errors, silence = [s["error"] for s in states if s["error"]], max(self.quiet)
+        self.failing += bool(errors)
+        if silence >= (SILENT if self.step >= 0 or self.wish or errors else SILENT_COMPILING):
+            lost = self.quiet.index(silence)
+            self.end(f"error: rank {lost} gave no sign of life for {silence * LOOK_EVERY:.0f} s, last in step "
+                     f"{steps[lost] + 1} at {states[lost]['at']}: killed, out of memory, stopped or cut off")
+        if errors and (self.world == 1 or self.failing > 2 and silence < 2):  # else it may follow from a rank's death
+            self.end(errors[0])
+        if self.stalled >= STALLED:
+            places = ", ".join(f"rank {rank} in step {s['step'] + 1} at {s['at']}" for rank, s in enumerate(states))
+            self.end(f"error: no rank finished a step for {STALLED * LOOK_EVERY:.0f} s, a rank hangs: {places}")
+        if self.stop_from is None and (why := self.wish or next((s["why"] for s in states if s["why"]), "")):
+            self.why, self.stop_from = why, self.step
+        stops = [s["stop"] for s in states]
+        if None not in stops:
+            self.why = states[0]["why"]
+            if min(stops) < 0:
+                self.end(f"interrupted by {self.why} before the first step", 128 + signal.Signals[self.why])
+            self.stop_before = max(stops) + 2  # a rank may have begun the step after the one that it published
+
+    def stops(self, step: int) -> bool:
+        """Whether all ranks stop before this step; to be asked before each."""
+        self.step = step
+        while (self.wish or self.stop_from is not None) and self.stop_before is None:
+            time.sleep(0.01)
+        return step == self.stop_before
+
+    def end(self, text: str, status: int = 1) -> None:
+        """End this process; the first rank alive writes the reason to stderr and to the end of the log."""
+        if self.rank == next((rank for rank, looks in enumerate(self.quiet) if looks < 2), self.rank):
+            with contextlib.suppress(OSError):  # no log is no reason to stay
+                fd = os.open(self.states[0].get("log", self.log.path), os.O_WRONLY | os.O_APPEND)
+                os.write(fd, f"{text}\n".encode())
+            print(text, file=sys.stderr)
+        else:
+            time.sleep(2 * LOOK_EVERY)  # torchrun ends all ranks with the first
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def log_environment(log: Log, hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str) -> None:
@@ -536,103 +672,198 @@ def softcap(logits: Tensor) -> Tensor:
     return CAP * torch.sigmoid((logits.float() + CAP_SHIFT) / CAP_WIDTH)
 
 
-# --- Matrix products, with elementwise work done before their result leaves the chip
+# --- Matrix products that do elementwise work before their result leaves the chip
+# An RMSNorm before a product costs no pass of its own: norm(x) = r x with r = 1 / rms(x) of each row, and r multiplies
+# what the product makes of x. r is no variable of differentiation: the classes below put its share into x's gradient.
 
-def product_reference(a: Tensor, b: Tensor, epilogue: str = "none", c: Tensor | None = None,
-                      scale: Tensor | None = None) -> Tensor:
-    """a b [m, n] for a [m, k], b [k, n], after one of these, with c [m, n] and scale 0-dim fp32."""
+PRODUCT_TILE = (128, 192)  # rows, columns; tuned (H200)
+
+
+def product_reference(a: Tensor, b: Tensor, epilogue: str = "none", r: Tensor | None = None,
+                      c: Tensor | None = None) -> Tensor:
+    """a b [m, n] for a [m, k], b [k, n], after one of these, with r [m] fp32 and c [m, n]."""
     y = a @ b
     match epilogue:
         case "none":
             return y
-        case "residual":
-            return y + scale * c
         case "relu_square":
-            return F.relu(y).square()
-        case "root":  # the gradient before that square, where c is the square
-            return 2 * c.sqrt() * y
+            return F.relu(r[:, None] * y).square().to(y.dtype)
+        case "root":  # r times the gradient before that square, where c is the square
+            return (2 * c.sqrt() * r[:, None] * y).to(y.dtype)
+
+
+def product_sum_reference(a: Tensor, b: Tensor, terms: list[Tensor], scales: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """y = a b + scales[0] terms[0] + ... [m, n], scales 0-dim fp32; and of each row of y the sums of squares of each
+    PRODUCT_TILE[1] columns [m, tiles] fp32."""
+    y = a @ b
+    for term, scale in zip(terms, scales):
+        y = y + scale * term
+    columns = PRODUCT_TILE[1]
+    return y, F.pad(y.float().square(), (0, -y.size(1) % columns)).view(len(y), -1, columns).sum(2)
 
 
 @cache
 def quack_products() -> dict[str, Callable]:
-    """product's kernels by epilogue; quack (Guo, Dao et al., package quack-kernels) builds them around these lines."""
+    """The kernels by epilogue; quack (Guo, Dao et al., package quack-kernels) builds them around these lines."""
     import cutlass.cute as cute
     from quack.epilogue.frontend import gemm_epilogue
+    from quack.epilogue.ops import ColVecLoad, ColVecReduce
     from quack.gemm_config import GemmConfig
 
     def none(acc):
         return {"D": acc}
 
-    def residual(acc, c, scale):
-        return {"D": acc + scale * c}
-
-    def relu_square(acc):
-        positive = cute.arch.fmax(acc, 0.0)
+    def relu_square(acc, r):
+        positive = cute.arch.fmax(acc * r, 0.0)
         return {"D": positive * positive}
 
-    def root(acc, c):
-        return {"D": 2.0 * cute.math.sqrt(c, fastmath=True) * acc}
+    def root(acc, c, r):
+        return {"D": 2.0 * cute.math.sqrt(c, fastmath=True) * r * acc}
 
-    config = GemmConfig(tile_m=128, tile_n=192, pingpong=True, cluster_m=2, is_dynamic_persistent=False)  # tuned (H200)
-    return {f.__name__: partial(gemm_epilogue()(f), config=config, tuned=False)
-            for f in (none, residual, relu_square, root)}
+    def sum1(acc, c, s0):
+        y = acc + s0 * c
+        return {"D": y, "squares": (y, y)}
+
+    def sum2(acc, c, s0, c1, s1):
+        y = acc + s0 * c + s1 * c1
+        return {"D": y, "squares": (y, y)}
+
+    def sum3(acc, c, s0, c1, s1, c2, s2):
+        y = acc + s0 * c + s1 * c1 + s2 * c2
+        return {"D": y, "squares": (y, y)}
+
+    def scaled(acc, scale):
+        return {"D": acc * scale}
+
+    rows, columns = PRODUCT_TILE
+    config = GemmConfig(tile_m=rows, tile_n=columns, pingpong=True, cluster_m=2, is_dynamic_persistent=False)
+    plain = gemm_epilogue()
+    by_row = gemm_epilogue(ops={"r": ColVecLoad("r")})
+    summed = gemm_epilogue(reduces={"squares": ColVecReduce("squares", scaled=True)})
+    kinds = {none: plain, relu_square: by_row, root: by_row, sum1: summed, sum2: summed, sum3: summed}
+    fp8 = partial(plain(scaled).gemm, tile_M=rows, tile_N=columns, pingpong=True, cluster_M=2, b_kn=True,
+                  post_init_attrs=(("fp8_slow_accum", False),))  # its sums stay in the tensor cores
+    return {f.__name__: partial(kind(f), config=config, tuned=False) for f, kind in kinds.items()} | {"scaled": fp8}
 
 
 @custom_op("speedrun::product", mutates_args=(), device_types="cuda")
-def product(a: Tensor, b: Tensor, epilogue: str = "none", c: Tensor | None = None,
-            scale: Tensor | None = None) -> Tensor:
-    return quack_products()[epilogue](a, b, c, **({} if scale is None else {"scale": scale}))["D"]
+def product(a: Tensor, b: Tensor, epilogue: str = "none", r: Tensor | None = None, c: Tensor | None = None) -> Tensor:
+    return quack_products()[epilogue](a, b, c, **({} if r is None else {"r": r[None]}))["D"]
+
+
+@custom_op("speedrun::product_sum", mutates_args=(), device_types="cuda")
+def product_sum(a: Tensor, b: Tensor, terms: list[Tensor], scales: list[Tensor]) -> tuple[Tensor, Tensor]:
+    more = {f"c{i}": c for i, c in enumerate(terms) if i} | {f"s{i}": scale for i, scale in enumerate(scales)}
+    squares = scales[0].new_empty(a.size(0), -(-b.size(1) // PRODUCT_TILE[1]))
+    return quack_products()[f"sum{len(terms)}"](a, b, terms[0], squares=squares, **more)["D"], squares
 
 product.register_kernel("cpu")(product_reference)
 product.register_fake(lambda a, b, *_: a.new_empty(a.size(0), b.size(1)))
+product_sum.register_kernel("cpu")(product_sum_reference)
+product_sum.register_fake(lambda a, b, terms, scales: (
+    a.new_empty(a.size(0), b.size(1)), scales[0].new_empty(a.size(0), -(-b.size(1) // PRODUCT_TILE[1]))))
 
 
-def linear_reference(x: Tensor, w: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
-    """x w^T + scale * residual, the latter if given, for x [T, n], w [m, n], residual [T, m], scale 0-dim fp32."""
+WEIGHT_GRAD_ROWS = 1536  # tuned (H200): cuBLAS makes 2,304 x 768 in 0.259 ms, as 1,536 + 768 rows in 0.242
+
+
+@custom_op("speedrun::weight_grad", mutates_args=(), device_types="cuda")
+def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
+    dw = dy.new_empty(dy.size(1), x.size(1))
+    for part, out in zip(dy.mT.split(WEIGHT_GRAD_ROWS), dw.split(WEIGHT_GRAD_ROWS)):
+        torch.mm(part, x, out=out)
+    return dw
+
+weight_grad.register_kernel("cpu")(lambda dy, x: dy.mT @ x)
+weight_grad.register_fake(lambda dy, x: dy.new_empty(dy.size(1), x.size(1)))
+
+
+def inverse_rms(squares: Tensor, n: int) -> Tensor:
+    """r [T] fp32 from sums of squares [T, parts] over rows of n numbers."""
+    return torch.rsqrt(squares.sum(1) / n + FP32_EPS)
+
+
+def norm_grad(g: Tensor, x: Tensor, r: Tensor) -> Tensor:
+    """Gradient of x [T, n] from g, which is r [T] times the gradient of norm(x) = r x; fp32."""
+    g, x = g.float(), x.float()
+    return g - x * (r.square() * (g * x).mean(1))[:, None]
+
+
+def normed_linear_reference(x: Tensor, r: None, w: Tensor) -> tuple[Tensor, Tensor]:
+    """norm(x) w^T and the first GATE_INPUTS channels of norm(x), for x [T, D], w [n, D]."""
+    h = norm(x)
+    return F.linear(h, w), h[:, :GATE_INPUTS]
+
+
+class NormedLinear(torch.autograd.Function):
+    """normed_linear_reference, but for the factor r [T], which its first result still lacks."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, r, w)
+        return product(x, w.mT), (r[:, None] * x[:, :GATE_INPUTS]).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, du: Tensor, dseen: Tensor):
+        x, r, w = ctx.saved_tensors
+        dw = weight_grad(du, x)  # first: cuBLAS gives autograd's thread the CUDA context that tensor descriptors need
+        g = product(du, w) + F.pad(r[:, None] * dseen, (0, x.size(1) - dseen.size(1)))
+        return norm_grad(g, x, r).to(x.dtype), None, dw
+
+
+def linear_sum_reference(x: Tensor, w: Tensor, *terms: Tensor) -> tuple[Tensor, None]:
+    """y = x w^T + s c + ... for x [T, k], w [n, k] and terms (c [T, n], s 0-dim fp32), ..."""
     y = F.linear(x, w)
-    return y if residual is None else y + scale * residual
+    for c, s in zip(terms[::2], terms[1::2]):
+        y = y + s * c
+    return y, None
 
 
-class Linear(torch.autograd.Function):
-    """linear_reference by fused products."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, w, residual, scale)
-        return product(x, w.mT, "none" if residual is None else "residual", residual, scale)
+class LinearSum(torch.autograd.Function):
+    """linear_sum_reference, and r [T] of the result, in place of None."""
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
-        x, w, residual, scale = ctx.saved_tensors
-        dw = dy.mT @ x  # first: cuBLAS gives autograd's thread the CUDA context that tensor descriptors need
-        return product(dy, w), dw, *residual_grads(dy, residual, scale)
+    def forward(ctx, x: Tensor, w: Tensor, *terms: Tensor) -> tuple[Tensor, Tensor]:
+        y, squares = product_sum(x, w.mT, list(terms[::2]), list(terms[1::2]))
+        r = inverse_rms(squares, y.size(1))
+        ctx.mark_non_differentiable(r)
+        ctx.save_for_backward(x, w, *terms)
+        return y, r
+
+    @staticmethod
+    def backward(ctx, dy: Tensor, _):
+        x, w, *terms = ctx.saved_tensors
+        dw, grads = dy.mT @ x, []
+        for c, s in zip(terms[::2], terms[1::2]):
+            grads += [s * dy, (dy.float() * c.float()).sum()]
+        return product(dy, w), dw, *grads
 
 
-def residual_grads(dy: Tensor, residual: Tensor | None, scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if residual is None else (scale * dy, (dy.float() * residual.float()).sum())
+# --- MLP: relu(norm(x) up^T)^2 down + scale x (So et al., Primer, arXiv 2109.08668)
 
-
-# --- MLP: relu(x up^T)^2 down (So et al., Primer, arXiv 2109.08668)
-
-def mlp_reference(x: Tensor, up: Tensor, down: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
-    return F.relu(F.linear(x, up)).square() @ down + scale * residual
+def mlp_reference(x: Tensor, r: None, up: Tensor, down: Tensor, scale: Tensor) -> tuple[Tensor, None]:
+    return F.relu(F.linear(norm(x), up)).square() @ down + scale * x, None
 
 
 class ReluSquareMLP(torch.autograd.Function):
-    """mlp_reference by fused products; keeps the hidden layer h [T, F], whose root is the derivative of the square."""
+    """mlp_reference, and r [T] of the result; keeps the hidden layer h [T, F], whose root gives the square's slope."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, up: Tensor, down: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
-        h = product(x, up.mT, "relu_square")
-        ctx.save_for_backward(x, up, down, h, residual, scale)
-        return product(h, down, "residual", residual, scale)
+    def forward(ctx, x: Tensor, r: Tensor, up: Tensor, down: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        h = product(x, up.mT, "relu_square", r)
+        y, squares = product_sum(h, down, [x], [scale])
+        new_r = inverse_rms(squares, y.size(1))
+        ctx.mark_non_differentiable(new_r)
+        ctx.save_for_backward(x, r, up, down, scale, h)
+        return y, new_r
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
-        x, up, down, h, residual, scale = ctx.saved_tensors
+    def backward(ctx, dy: Tensor, _):
+        x, r, up, down, scale, h = ctx.saved_tensors
         d_down = h.mT @ dy
-        dpre = product(dy, down.mT, "root", h)  # [T, F]
-        return product(dpre, up), dpre.mT @ x, d_down, *residual_grads(dy, residual, scale)
+        dpre = product(dy, down.mT, "root", r, h)  # [T, F], times r
+        dx = scale * dy.float() + norm_grad(product(dpre, up), x, r)
+        return dx.to(x.dtype), None, dpre.mT @ x, d_down, (dy.float() * x.float()).sum()
 
 
 # --- What attention reads: QK norm, rotary embedding, key offset, value-embedding mix
@@ -644,9 +875,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([torch.stack([a * cos + b * sin, b * cos - a * sin], dim=-1).flatten(-2), rest], dim=-1)
 
 
-def attention_inputs_reference(qkv: Tensor, ve: Tensor | None, gate: Tensor | None, cos: Tensor, sin: Tensor,
-                               paired: bool, key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v [T, H, d] from the projection qkv [T, 3, H, d].
+def attention_inputs_reference(qkv: Tensor, r: Tensor | None, ve: Tensor | None, gate: Tensor | None, cos: Tensor,
+                               sin: Tensor, paired: bool, key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [T, H, d] from the projection qkv [T, 3, H, d], which lacks the factor r [T] if there is one.
 
     q and k are normalised and rotated by cos, sin [positions, d/4]: by position t, or on paired layers head 2m by 2t
     and head 2m+1 by 2t+1. key_offset moves the un-rotated half of each key one position ahead, across documents;
@@ -663,6 +894,7 @@ def attention_inputs_reference(qkv: Tensor, ve: Tensor | None, gate: Tensor | No
     if key_offset:
         still = k[..., d // 2 :]
         k = torch.cat([k[..., : d // 2], torch.cat([still[:1], still[:-1]])], dim=-1)
+    v = v if r is None else (r[:, None, None] * v).to(v.dtype)  # q and k are normalised
     return q, k, v if ve is None else v + gate[..., None] * ve.view(T, H, d)
 
 
@@ -685,8 +917,9 @@ def normalised(x, mask, D: tl.constexpr, EPS: tl.constexpr):
 
 
 @jit
-def attention_inputs_kernel(qkv, ve, gate, cos, sin, q, k, v, T, EPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-                            PAIRED: tl.constexpr, OFFSET: tl.constexpr, MIX: tl.constexpr, ROWS: tl.constexpr):
+def attention_inputs_kernel(qkv, r, ve, gate, cos, sin, q, k, v, T, EPS: tl.constexpr, H: tl.constexpr,
+                            D: tl.constexpr, PAIRED: tl.constexpr, OFFSET: tl.constexpr, SCALED: tl.constexpr,
+                            MIX: tl.constexpr, ROWS: tl.constexpr):
     """One program: ROWS tokens of one head, whose width is D here."""
     head, rows = tl.program_id(0), tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside, half = rows < T, tl.arange(0, D // 2)[None, :]
@@ -707,6 +940,8 @@ def attention_inputs_kernel(qkv, ve, gate, cos, sin, q, k, v, T, EPS: tl.constex
             tl.store(out + to + D // 2, back, mask=mask)
     wide = tl.arange(0, D)[None, :]
     value = tl.load(qkv + rows[:, None] * (3 * H * D) + (2 * H + head) * D + wide, mask=mask, other=0.0)
+    if SCALED:
+        value = value.to(tl.float32) * tl.load(r + rows, mask=inside, other=0.0)[:, None]
     to = rows[:, None] * (H * D) + head * D + wide
     if MIX:
         g = tl.load(gate + rows * H + head, mask=inside, other=0.0).to(tl.float32)[:, None]
@@ -715,9 +950,9 @@ def attention_inputs_kernel(qkv, ve, gate, cos, sin, q, k, v, T, EPS: tl.constex
 
 
 @jit
-def attention_inputs_backward_kernel(qkv, ve, gate, cos, sin, dq, dk, dv, dqkv, dve, dgate, T, EPS: tl.constexpr,
+def attention_inputs_backward_kernel(qkv, r, ve, gate, cos, sin, dq, dk, dv, dqkv, dve, dgate, T, EPS: tl.constexpr,
                                      H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, OFFSET: tl.constexpr,
-                                     MIX: tl.constexpr, ROWS: tl.constexpr):
+                                     SCALED: tl.constexpr, MIX: tl.constexpr, ROWS: tl.constexpr):
     head, rows = tl.program_id(0), tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside, half = rows < T, tl.arange(0, D // 2)[None, :]
     mask = inside[:, None]
@@ -725,7 +960,7 @@ def attention_inputs_backward_kernel(qkv, ve, gate, cos, sin, dq, dk, dv, dqkv, 
     at = rows[:, None] * (H * D) + head * D + half
     for part in tl.static_range(2):  # q, k
         here = rows[:, None] * (3 * H * D) + (part * H + head) * D + half
-        front, back, r = normalised(qkv + here, mask, D, EPS)
+        front, back, own = normalised(qkv + here, mask, D, EPS)
         grad = dq if part == 0 else dk
         a, b = tl.split(tl.load(grad + at, mask=mask, other=0.0).to(tl.float32).reshape(ROWS, D // 4, 2))
         dfront = tl.join(a * c - b * s, a * s + b * c).reshape(ROWS, D // 2)
@@ -734,18 +969,21 @@ def attention_inputs_backward_kernel(qkv, ve, gate, cos, sin, dq, dk, dv, dqkv, 
             dback += tl.load(grad + at + D // 2, mask=(rows == 0)[:, None], other=0.0).to(tl.float32)
         else:
             dback = tl.load(grad + at + D // 2, mask=mask, other=0.0).to(tl.float32)
-        # y = r x: dx = r (dy - y mean(dy y))
+        # y = own x: dx = own (dy - y mean(dy y))
         mean = ((tl.sum(dfront * front, 1) + tl.sum(dback * back, 1)) / D)[:, None]
-        tl.store(dqkv + here, (r * (dfront - front * mean)).to(dqkv.dtype.element_ty), mask=mask)
-        tl.store(dqkv + here + D // 2, (r * (dback - back * mean)).to(dqkv.dtype.element_ty), mask=mask)
+        tl.store(dqkv + here, (own * (dfront - front * mean)).to(dqkv.dtype.element_ty), mask=mask)
+        tl.store(dqkv + here + D // 2, (own * (dback - back * mean)).to(dqkv.dtype.element_ty), mask=mask)
     wide = tl.arange(0, D)[None, :]
     at = rows[:, None] * (H * D) + head * D + wide
-    dvalue = tl.load(dv + at, mask=mask, other=0.0)
-    tl.store(dqkv + rows[:, None] * (3 * H * D) + (2 * H + head) * D + wide, dvalue, mask=mask)
+    dvalue = tl.load(dv + at, mask=mask, other=0.0).to(tl.float32)
+    scaled = dvalue
+    if SCALED:
+        scaled = dvalue * tl.load(r + rows, mask=inside, other=0.0)[:, None]
+    to = dqkv + rows[:, None] * (3 * H * D) + (2 * H + head) * D + wide
+    tl.store(to, scaled.to(dqkv.dtype.element_ty), mask=mask)
     if MIX:
         g = tl.load(gate + rows * H + head, mask=inside, other=0.0).to(tl.float32)[:, None]
         embedded = tl.load(ve + at, mask=mask, other=0.0).to(tl.float32)
-        dvalue = dvalue.to(tl.float32)
         tl.store(dve + at, (g * dvalue).to(dve.dtype.element_ty), mask=mask)
         tl.store(dgate + rows * H + head, tl.sum(embedded * dvalue, 1).to(dgate.dtype.element_ty), mask=inside)
 
@@ -754,49 +992,134 @@ ATTENTION_INPUT_ROWS = 16  # tokens of one program
 
 
 @custom_op("speedrun::attention_inputs", mutates_args=())
-def attention_inputs_forward(qkv: Tensor, ve: Tensor | None, gate: Tensor | None, cos: Tensor, sin: Tensor,
-                             paired: bool, key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
+def attention_inputs_forward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, gate: Tensor | None, cos: Tensor,
+                             sin: Tensor, paired: bool, key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
     T, _, H, d = qkv.shape
     q, k, v = (qkv.new_empty(T, H, d) for _ in range(3))
     attention_inputs_kernel[(H, triton.cdiv(T, ATTENTION_INPUT_ROWS))](
-        qkv, ve, gate, cos, sin, q, k, v, T, FP32_EPS, H, d, paired, key_offset, ve is not None, ATTENTION_INPUT_ROWS)
+        qkv, r, ve, gate, cos, sin, q, k, v, T, FP32_EPS, H, d, paired, key_offset, r is not None, ve is not None,
+        ATTENTION_INPUT_ROWS)
     return q, k, v
 
 
 @custom_op("speedrun::attention_inputs_backward", mutates_args=())
-def attention_inputs_backward(qkv: Tensor, ve: Tensor | None, gate: Tensor | None, cos: Tensor, sin: Tensor, dq: Tensor,
-                              dk: Tensor, dv: Tensor, paired: bool,
+def attention_inputs_backward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, gate: Tensor | None, cos: Tensor,
+                              sin: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, paired: bool,
                               key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of qkv, ve and gate; the last two are empty without a value embedding."""
     (T, _, H, d), mix = qkv.shape, ve is not None
     dqkv, dve, dgate = torch.empty_like(qkv), qkv.new_empty(T if mix else 0, H * d), qkv.new_empty(T if mix else 0, H)
     dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
     attention_inputs_backward_kernel[(H, triton.cdiv(T, ATTENTION_INPUT_ROWS))](
-        qkv, ve, gate, cos, sin, dq, dk, dv, dqkv, dve, dgate, T, FP32_EPS, H, d, paired, key_offset, mix,
-        ATTENTION_INPUT_ROWS)
+        qkv, r, ve, gate, cos, sin, dq, dk, dv, dqkv, dve, dgate, T, FP32_EPS, H, d, paired, key_offset,
+        r is not None, mix, ATTENTION_INPUT_ROWS)
     return dqkv, dve, dgate
 
 attention_inputs_forward.register_fake(lambda qkv, *_: tuple(
     qkv.new_empty(qkv.size(0), *qkv.shape[2:]) for _ in range(3)))
-attention_inputs_backward.register_fake(lambda qkv, ve, *_: (
+attention_inputs_backward.register_fake(lambda qkv, _r, ve, *_: (
     torch.empty_like(qkv), qkv.new_empty(0 if ve is None else qkv.size(0), qkv.shape[2:].numel()),
     qkv.new_empty(0 if ve is None else qkv.size(0), qkv.size(2))))
 
 
 class AttentionInputs(torch.autograd.Function):
-    """attention_inputs_reference, forward and backward in one kernel each."""
+    """attention_inputs_reference, forward and backward in one kernel each; r counts as a constant."""
 
     @staticmethod
-    def forward(ctx, qkv, ve, gate, cos, sin, paired, key_offset):
-        ctx.save_for_backward(qkv, ve, gate, cos, sin)
+    def forward(ctx, qkv, r, ve, gate, cos, sin, paired, key_offset):
+        ctx.save_for_backward(qkv, r, ve, gate, cos, sin)
         ctx.options = paired, key_offset
-        return attention_inputs_forward(qkv, ve, gate, cos, sin, paired, key_offset)
+        return attention_inputs_forward(qkv, r, ve, gate, cos, sin, paired, key_offset)
 
     @staticmethod
     def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
-        qkv, ve, *rest = ctx.saved_tensors
-        dqkv, dve, dgate = attention_inputs_backward(qkv, ve, *rest, dq, dk, dv, *ctx.options)
-        return (dqkv, *((dve, dgate) if ve is not None else (None, None)), None, None, None, None)
+        qkv, r, ve, *rest = ctx.saved_tensors
+        dqkv, dve, dgate = attention_inputs_backward(qkv, r, ve, *rest, dq, dk, dv, *ctx.options)
+        return (dqkv, None, *((dve, dgate) if ve is not None else (None, None)), None, None, None, None)
+
+
+# --- What attention gives: each head is scaled by its gate
+
+def gated_heads_reference(y: Tensor, seen: Tensor, w: Tensor) -> Tensor:
+    """y [T, H, d] times sigmoid(seen w^T), for seen [T, n], w [H, n]; as [T, H * d]."""
+    return (y * torch.sigmoid(F.linear(seen, w))[..., None]).flatten(1)
+
+
+@jit
+def gate_values(seen, w, rows, head, columns, inside, N: tl.constexpr):
+    s = tl.load(seen + rows[:, None] * N + columns[None, :], mask=inside[:, None] & (columns < N)[None, :], other=0.0)
+    weight = tl.load(w + head * N + columns, mask=columns < N, other=0.0).to(tl.float32)
+    s = s.to(tl.float32)
+    return s, weight, tl.sigmoid(tl.sum(s * weight[None, :], 1))[:, None]
+
+
+@jit
+def gated_heads_kernel(y, seen, w, out, T, H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+                       COLUMNS: tl.constexpr):
+    """One program: ROWS tokens of one head."""
+    head, rows = tl.program_id(0), tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = rows < T
+    _, _, g = gate_values(seen, w, rows, head, tl.arange(0, COLUMNS), inside, N)
+    at = rows[:, None] * (H * D) + head * D + tl.arange(0, D)[None, :]
+    x = tl.load(y + at, mask=inside[:, None], other=0.0).to(tl.float32)
+    tl.store(out + at, (x * g).to(out.dtype.element_ty), mask=inside[:, None])
+
+
+@jit
+def gated_heads_backward_kernel(y, seen, w, dout, dy, dseen, dw, T, H: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+                                ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """One program: ROWS tokens, whose part of w's gradient it stores."""
+    rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    inside, sums = rows < T, tl.zeros([ROWS, COLUMNS], tl.float32)
+    for head in tl.static_range(H):
+        s, weight, g = gate_values(seen, w, rows, head, columns, inside, N)
+        at = rows[:, None] * (H * D) + head * D + tl.arange(0, D)[None, :]
+        grad = tl.load(dout + at, mask=inside[:, None], other=0.0).to(tl.float32)
+        x = tl.load(y + at, mask=inside[:, None], other=0.0).to(tl.float32)
+        tl.store(dy + at, (grad * g).to(dy.dtype.element_ty), mask=inside[:, None])
+        dlogit = tl.sum(grad * x, 1)[:, None] * g * (1.0 - g)
+        sums += dlogit * weight[None, :]
+        tl.store(dw + (tl.program_id(0) * H + head) * N + columns, tl.sum(dlogit * s, 0), mask=columns < N)
+    at = rows[:, None] * N + columns[None, :]
+    tl.store(dseen + at, sums.to(dseen.dtype.element_ty), mask=inside[:, None] & (columns < N)[None, :])
+
+
+@custom_op("speedrun::gated_heads", mutates_args=())
+def gated_heads(y: Tensor, seen: Tensor, w: Tensor) -> Tensor:
+    (T, H, d), n, out = y.shape, w.size(1), y.new_empty(y.size(0), y.size(1) * y.size(2))
+    gated_heads_kernel[(H, triton.cdiv(T, GATED_ROWS))](y, seen.contiguous(), w, out, T, H, d, n, GATED_ROWS,
+                                                        triton.next_power_of_2(n))
+    return out
+
+
+@custom_op("speedrun::gated_heads_backward", mutates_args=())
+def gated_heads_backward(y: Tensor, seen: Tensor, w: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of y, of seen, and of w in parts [programs, H, n] fp32."""
+    (T, H, d), n, programs = y.shape, w.size(1), triton.cdiv(len(y), GATED_ROWS)
+    dy, dseen, dw = torch.empty_like(y), seen.new_empty(T, n), w.new_empty(programs, H, n, dtype=torch.float32)
+    gated_heads_backward_kernel[(programs,)](y, seen.contiguous(), w, dout.contiguous(), dy, dseen, dw, T, H, d, n,
+                                             GATED_ROWS, triton.next_power_of_2(n))
+    return dy, dseen, dw
+
+GATED_ROWS = 8  # tokens of one program
+gated_heads.register_fake(lambda y, *_: y.new_empty(y.size(0), y.size(1) * y.size(2)))
+gated_heads_backward.register_fake(lambda y, seen, w, _: (
+    torch.empty_like(y), seen.new_empty(seen.shape),
+    w.new_empty(-(-len(y) // GATED_ROWS), *w.shape, dtype=torch.float32)))
+
+
+class GatedHeads(torch.autograd.Function):
+    """gated_heads_reference, forward and backward in one kernel each."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, seen: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(y, seen, w)
+        return gated_heads(y, seen, w)
+
+    @staticmethod
+    def backward(ctx, dout: Tensor):
+        dy, dseen, dw = gated_heads_backward(*ctx.saved_tensors, dout)
+        return dy, dseen, dw.sum(0).to(ctx.saved_tensors[2].dtype)
 
 
 # --- Loss of the head
@@ -993,6 +1316,16 @@ def fp8_product(a: Tensor, b: Tensor, scale: Tensor, out: torch.dtype, quick: bo
     return torch._scaled_mm(a, b, scale_a=scale, scale_b=torch.ones_like(scale), out_dtype=out, use_fast_accum=quick)
 
 
+@custom_op("speedrun::quick_fp8_product", mutates_args=(), device_types="cuda")
+def quick_fp8_product(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """fp8_product, quick and to bf16, whose result is stored while the next tile is computed."""
+    y = a.new_empty(a.size(0), b.size(1), dtype=torch.bfloat16)
+    quack_products()["scaled"](a, b, y, epi_args={"scale": scale})
+    return y
+
+quick_fp8_product.register_fake(lambda a, b, _: a.new_empty(a.size(0), b.size(1), dtype=torch.bfloat16))
+
+
 class HeadLoss(torch.autograd.Function):
     """sum over positions of softcapped_mtp_loss(x w): head product, loss and gradient without keeping the logits.
 
@@ -1001,13 +1334,16 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, fp8: bool, grad_unit: float, fast: bool):
+    def forward(ctx, x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, fp8: bool, grad_unit: float, kernels: str):
+        fast = kernels != "reference"
         loss_of = softcapped_mtp_loss if fast else softcapped_mtp_loss_reference
         if fp8:
             x8 = (x / X_SCALE).to(torch.float8_e4m3fn)
             w8 = (w.float() / W_SCALE).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
             scale = x.new_full((), X_SCALE * W_SCALE, dtype=torch.float32)
-            logits = fp8_product(x8, w8.T.contiguous().T, scale, torch.bfloat16, quick=True)  # [T, V]
+            turned = w8.T.contiguous().T
+            logits = (quick_fp8_product(x8, turned, scale) if kernels == "quack" else
+                      fp8_product(x8, turned, scale, torch.bfloat16, quick=True))  # [T, V]
             grad_scale = GRAD_SCALE * grad_unit
             loss, grad = loss_of(logits, targets, weights, torch.float8_e5m2, grad_scale)
             ctx.save_for_backward(x8, w8, grad)
@@ -1342,7 +1678,7 @@ class GPT(nn.Module):
     def use(self, attention: str, kernels: str) -> None:
         """Compute with this one of ATTENTION_BACKENDS and this one of KERNELS."""
         self.attention = ATTENTION_BACKENDS[attention]()
-        self.fast, self.fused = kernels != "reference", kernels == "quack"
+        self.kernels, self.fast, self.fused = kernels, kernels != "reference", kernels == "quack"
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
@@ -1391,31 +1727,35 @@ class GPT(nn.Module):
         gate = self.scalars[2 * len(LAYERS)] * torch.sigmoid(F.linear(e[1:, :GATE_INPUTS], self.smear_gate))  # [T-1, 1]
         return torch.cat([e[:1], e[1:] + gate * e[:-1]])
 
-    def attend(self, i: int, h: Tensor, qkv: Tensor, ve: Tensor | None, batch: Batch, g: Geometry) -> Tensor:
-        """Gated attention of layer i on its normalised input h [T, D] with weights qkv [3D, D], before O; [T, D]."""
-        layer, T, H, d = LAYERS[i], h.size(0), self.hp.num_heads, self.hp.head_dim
+    def inverse_rms(self, x: Tensor) -> Tensor | None:
+        """r [T] of x [T, D], which fused products take in place of norms."""
+        return inverse_rms(x.detach().float().square(), x.size(1)) if self.fused else None
+
+    def attend(self, i: int, x: Tensor, r: Tensor | None, qkv: Tensor, ve: Tensor | None, batch: Batch,
+               g: Geometry) -> Tensor:
+        """Gated attention of layer i on norm(x [T, D]) with weights qkv [3D, D], before O; [T, D]."""
+        layer, T, H, d = LAYERS[i], x.size(0), self.hp.num_heads, self.hp.head_dim
+        qkv, seen = (NormedLinear.apply if self.fused else normed_linear_reference)(x, r, qkv)
         gate = None
         if ve is not None:
-            seen = h[:, :GATE_INPUTS]
-            if not layer.paired:
-                seen = torch.cat([h[:, : GATE_INPUTS // 2], ve[:, : GATE_INPUTS // 2]], dim=-1)
-            gate = 2 * torch.sigmoid(F.linear(seen, self.ve_gate_bank[layer.value_table]))  # [T, H]
+            half = GATE_INPUTS // 2
+            mixed = seen if layer.paired else torch.cat([seen[:, :half], ve[:, :half]], dim=-1)
+            gate = 2 * torch.sigmoid(F.linear(mixed, self.ve_gate_bank[layer.value_table]))  # [T, H]
         inputs = AttentionInputs.apply if self.fast else attention_inputs_reference
-        linear = Linear.apply if self.fused else linear_reference
-        qkv = linear(h, qkv, None, None).view(T, 3, H, d)
-        q, k, v = inputs(qkv, ve, gate, self.cos, self.sin, layer.paired, layer.key_offset)  # [T, H, d] each
+        q, k, v = inputs(qkv.view(T, 3, H, d), r, ve, gate, self.cos, self.sin, layer.paired, layer.key_offset)
         # A paired token becomes two, heads 0..H/2-1 and then the rest: the same memory seen as [2T, H/2, d]
         n = 2 if layer.paired else 1
         q, k, v = (x.reshape(n * T, H // n, d) for x in (q, k, v))
         window = g.window_short if layer.window == "short" else g.window_long
         y = self.attention(q, k, v, batch.cu_seqlens * n, g.max_len * n, window, g.scale).reshape(T, H, d)
-        gate = torch.sigmoid(F.linear(h[:, :GATE_INPUTS], self.attn_gate_bank[ATTN_INDEX[i]]))  # [T, H]
-        return (y * gate[..., None]).reshape(T, H * d)
+        gated = GatedHeads.apply if self.fast else gated_heads_reference
+        return gated(y, seen, self.attn_gate_bank[ATTN_INDEX[i]])
 
     def trunk(self, batch: Batch, rows: Rows, g: Geometry) -> Tensor:
         """From tokens to the normalised last hidden state [T, D]."""
         hp, L, D = self.hp, len(LAYERS), self.hp.model_dim
-        linear, mlp = (Linear.apply, ReluSquareMLP.apply) if self.fused else (linear_reference, mlp_reference)
+        linear_sum = LinearSum.apply if self.fused else linear_sum_reference
+        mlp = ReluSquareMLP.apply if self.fused else mlp_reference
         *sa, _, backout_lambda, skip_lambda = self.scalars.unbind()
         resid, post, x0_lambda, bigram_lambda = (  # flat: [2i] for attention and [2i+1] for the MLP, or [i]
             p.bfloat16().float().flatten().unbind()
@@ -1429,30 +1769,31 @@ class GPT(nn.Module):
 
         x0 = norm(self.smear(rows.embed))
         x = x0 + bigram_lambda[0] * rows.bigram
-        after, normed = {}, {-1: norm(x)}  # layer -> the stream after it, and its norm, which several layers read
+        r = self.inverse_rms(x)
+        after = {-1: (x, r)}  # layer -> the stream after it
         for i, layer in enumerate(LAYERS):
             if layer.skip_from is not None:
                 gate = torch.sigmoid(skip_lambda) * 2 * torch.sigmoid(F.linear(x0[:, :GATE_INPUTS], self.skip_gate))
-                x = x + gate * after[layer.skip_from]
+                x = x + gate * after[layer.skip_from][0]
+                r = self.inverse_rms(x)
             else:
                 j, table = ATTN_INDEX[i], layer.value_table
                 v, o = vo[j].unbind()
                 # scalars multiply weights where they can: these are smaller, and no activation is read for gradients
                 qkv, o = sa[2 * i] * torch.cat([qk[j], v]), sa[2 * i + 1] * post[2 * i] * o
-                h = normed[i - 1 if layer.reads is None else layer.reads]
-                y = self.attend(i, h, qkv, None if table is None else rows.value[table], batch, g)
-                x = linear(y, o, x, resid[2 * i]) + x0_lambda[i] * x0
-                if i > 0:
-                    x = x + bigram_lambda[i] * rows.bigram
+                y = self.attend(i, *after[i - 1 if layer.reads is None else layer.reads], qkv,
+                                None if table is None else rows.value[table], batch, g)
+                terms = x, resid[2 * i], x0, x0_lambda[i], rows.bigram, bigram_lambda[i]
+                x, r = linear_sum(y, o, *(terms if i > 0 else terms[:4]))
             up, down = up_down[i].unbind()
-            x = mlp(norm(x), up, post[2 * i + 1] * down, x, resid[2 * i + 1])
-            after[i], normed[i] = x, norm(x)
-        return norm(x - backout_lambda * after[BACKOUT_LAYER])
+            x, r = mlp(x, r, up, post[2 * i + 1] * down, resid[2 * i + 1])
+            after[i] = x, r
+        return norm(x - backout_lambda * after[BACKOUT_LAYER][0])
 
     def forward(self, batch: Batch, rows: Rows, g: Geometry, mtp_weights: Tensor, grad_unit: float) -> Tensor:
         """Training loss, summed over positions; mtp_weights [k] include 1/A, and grad_unit is 1/A."""
         x = self.trunk(batch, rows, g)
-        return HeadLoss.apply(x, self.lm_head, batch.targets, mtp_weights, self.hp.fp8_head, grad_unit, self.fast)
+        return HeadLoss.apply(x, self.lm_head, batch.targets, mtp_weights, self.hp.fp8_head, grad_unit, self.kernels)
 
     def token_losses(self, batch: Batch, rows: Rows, g: Geometry) -> Tensor:
         """Validation loss of each position [T]."""
@@ -1886,7 +2227,8 @@ class TrainLoader:
         self.touched = np.zeros((ranks.world, hp.bigram_rows), dtype=bool)  # by each rank, since Adam's last step
         self.queue: queue.Queue = queue.Queue(QUEUE_STEPS)
         self.stopped = threading.Event()
-        threading.Thread(target=self.work, daemon=True).start()
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
 
     def batches(self) -> Iterator[tuple[list[Batch], TouchedRows | None]]:
         R, rank = self.ranks.world, self.ranks.rank
@@ -1922,6 +2264,8 @@ class TrainLoader:
                 torch.cuda.set_device(self.ranks.device)
             for item in self.batches():
                 self.put(item)
+                if self.stopped.is_set():
+                    return
             self.put(UserError("the train shards ran out before the schedule"))
         except BaseException as e:  # handed to the training loop, which raises it
             self.put(e)
@@ -1942,6 +2286,7 @@ class TrainLoader:
 
     def close(self) -> None:
         self.stopped.set()
+        self.thread.join()  # the interpreter would end it in the middle of C++ code and abort
 
 
 def read_val_tokens(hp: Hyperparameters) -> np.ndarray:
@@ -1995,10 +2340,11 @@ class MicroStep:
 
     def __init__(self, model: GPT, optimizer: NorMuonAdam, hp: Hyperparameters, ranks: Ranks):
         self.model, self.optimizer = model, optimizer
-        self.loss_of = compiled(model.forward) if hp.compile else model.forward
+        self.loss_of, self.compiles = compiled(model.forward) if hp.compile else model.forward, hp.compile
         self.graphs = hp.graphs and hp.compile and ranks.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None  # graphs run one at a time: one memory
         self.replays: dict[tuple, Callable | None] = {}
+        self.compiling = False  # during the first call of a kind; then it takes long
 
     def run(self, batch: Batch, geometry: Geometry, weights: Tensor, grad_unit: float) -> Tensor:
         """Add the micro-batch's gradients to the optimizer's; returns the loss, 0-dim fp32."""
@@ -2028,6 +2374,7 @@ class MicroStep:
 
     def __call__(self, batch: Batch, geometry: Geometry, weights: Tensor, grad_unit: float) -> Tensor:
         kind = (geometry, grad_unit, *(t.shape for t in (*batch, weights)))
+        self.compiling = self.compiles and kind not in self.replays
         if not self.graphs or kind not in self.replays:
             self.replays[kind] = None
             return self.run(batch, geometry, weights, grad_unit)
@@ -2095,6 +2442,78 @@ def warmup(hp: Hyperparameters, ranks: Ranks, micro_step: MicroStep, losses_of: 
     micro_step.optimizer.reset()
 
 
+class Rewind:
+    """A copy, on the device, of all that steps change; made while the clock rests."""
+
+    def __init__(self, optimizer: NorMuonAdam, step: int):
+        self.optimizer, self.tensors = optimizer, [x for _, x, _ in optimizer.tensors()]
+        self.copies = [x.clone() for x in self.tensors]
+        self.keep(step)
+
+    def keep(self, step: int) -> None:
+        torch._foreach_copy_(self.copies, self.tensors)
+        self.step, self.tied, self.adam_steps = step, self.optimizer.tied, self.optimizer.adam_steps
+
+    def restore(self) -> None:
+        torch._foreach_copy_(self.tensors, self.copies)
+        self.optimizer.tied, self.optimizer.adam_steps = self.tied, self.adam_steps
+
+
+class FirstBad(TorchDispatchMode):
+    """Finds the first operation whose result holds nan or inf; not -inf, of which attention makes masks."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.place = 0, ""  # operations before it
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        # new memory holds anything, and so does what a collective has not yet filled
+        if self.place or func.namespace not in ("aten", "speedrun") or "empty" in str(func):
+            return result
+        tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point()]
+        wide = [x.float() if x.itemsize == 1 else x for x in tensors]
+        self.count += 1
+        if any((x.isnan() | (x == math.inf)).any() for x in wide):
+            frames = [f for f, _ in traceback.walk_stack(sys._getframe(1)) if f.f_code.co_filename == __file__]
+            layer = [f", layer {f.f_locals['i']}" for f in frames if f.f_code.co_name == "trunk" and "i" in f.f_locals]
+            calls = [f"{f.f_code.co_name}:{f.f_lineno}" for f in frames[:3]]
+            self.place = f"{func} in {' of '.join(calls)}{''.join(layer)}"
+        return result
+
+
+def find_bad(rewind: Rewind, micro_step: MicroStep, log: Log, end: int, ms: float, why: str) -> None:
+    """Repeat the steps from `rewind` to before step `end` up to the first that makes a nan or inf, save the state
+    before that and find the operation in a plain run of it. Always raises UserError, on all ranks."""
+    optimizer, first = micro_step.optimizer, rewind.step
+    hp, ranks, everywhere = optimizer.hp, optimizer.ranks, [None] * optimizer.ranks.world
+    log(f"{why}: repeating the steps from {first + 1} on to find its origin")
+    rewind.restore()
+    loader = TrainLoader(hp, ranks, range(hp.num_steps), first)
+    for step in range(first, end):
+        batches, touched = next(loader)
+        loss = train_step(micro_step, batches, touched, plan(step, hp))
+        bad = [row.name for row in PARAMS if not optimizer.params[row.name].isfinite().all()]
+        dist.all_gather_object(everywhere, bad + ["the loss"] * (not loss.isfinite()))
+        if any(everywhere):
+            break
+        rewind.keep(step + 1)
+    else:
+        raise UserError(f"{why}, but repeated from step {first + 1} on all is finite: suspect the hardware")
+    loader.close()
+    rewind.restore()
+    path = save_checkpoint(log, optimizer, step, ms)
+    optimizer.normuon_update, optimizer.adam_update = normuon_update, adam_update
+    plain = MicroStep(micro_step.model, optimizer, replace(hp, compile=False), ranks)
+    with FirstBad() as found:
+        train_step(plain, batches, touched, plan(step, hp))
+    bad = max(everywhere, key=len)
+    dist.all_gather_object(everywhere, (not found.place, found.count, ranks.rank, found.place))
+    _, _, rank, place = min(everywhere)
+    raise UserError(f"{why}; it began on rank {rank} in step {step + 1} with {place or 'a compiled operation'}, and "
+                    f"reached {', '.join(bad)}; --resume={path} repeats this step")
+
+
 def settings(hp: Hyperparameters) -> dict:
     """What the weights of a run follow from, besides the contents of its shards; and MAY_CHANGE."""
     with torch.device("meta"):
@@ -2102,8 +2521,10 @@ def settings(hp: Hyperparameters) -> dict:
     return asdict(hp) | {"LAYERS": str(LAYERS), "STAGES": str(STAGES), "PARAMS": str(PARAMS), "shapes": shapes}
 
 
-def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> None:
-    """Write a checkpoint: tensors as one rank has them, but each rank's gradients that wait for Adam; or UserError."""
+def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> Path | None:
+    """Write a checkpoint: tensors as one rank has them, but each rank's gradients that wait for Adam; or UserError.
+
+    Returns its path, on rank 0."""
     (rank, R, _), about, tensors = optimizer.ranks, settings(optimizer.hp), {}
     for name, x, kind in optimizer.tensors():
         if kind != "same":
@@ -2113,7 +2534,7 @@ def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> N
         if rank == 0 and (kind != "own" or x.any()):
             tensors[name] = (x if kind == "own" else x[: about["shapes"][name.split(".")[0]][0]]).cpu()
 
-    def write() -> None:
+    def write() -> Path:
         path = log.path.with_name(f"{log.path.stem}_step{step}.pt")
         temporary = Path(f"{path}.tmp")
         try:
@@ -2124,8 +2545,9 @@ def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> N
             raise UserError(f"cannot write {path}: {e}; free some space or choose another --log_dir") from None
         finally:
             temporary.unlink(missing_ok=True)
+        return path
 
-    on_every_rank(write if rank == 0 else lambda: None)
+    return on_every_rank(write if rank == 0 else lambda: None)
 
 
 def read_checkpoint(path: str, hp: Hyperparameters | None = None) -> dict:
@@ -2188,8 +2610,9 @@ class Clock:
         return self.before + (1000 * (time.perf_counter() - self.started) if self.started else 0.0)
 
 
-def train(hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str, log: Log, saved: dict | None) -> None:
-    """The whole run, or what a checkpoint leaves of it: set up, warm up, train, validate."""
+def train(hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str, log: Log, saved: dict | None,
+          watch: Watch) -> int:
+    """The whole run, or what a checkpoint leaves of it: set up, warm up, train, validate. Returns the exit status."""
     log_environment(log, hp, ranks, attention, kernels)
     val_tokens = read_val_tokens(hp)
     with torch.device(ranks.device):
@@ -2207,40 +2630,73 @@ def train(hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str, log: 
     recent, loader = clock.before, TrainLoader(hp, ranks, range(N), first)
     while saved and loader.queue.empty():  # to find the place in the shards is no training
         time.sleep(0.01)
+    watch.clock, watch.micro_step, rewind = clock, micro_step, Rewind(optimizer, first)
     clock.start()
     for step in range(first, N + 1):
-        last, p = step == N, plan(min(step, N - 1), hp)
+        stop, last, p = watch.stops(step), step == N, plan(min(step, N - 1), hp)
         validating = last or (hp.val_every and step % hp.val_every == 0)
-        saving = step > first and ((hp.save_every and step % hp.save_every == 0) or (last and hp.save_final))
-        if validating or saving:
+        saving = step > first and ((hp.save_every and step % hp.save_every == 0) or (last and hp.save_final)
+                                   or (stop and (hp.save_every or hp.save_final)))
+        if stop or validating or saving:
             clock.stop()
             while pending:
-                recent = report(log, clock, N, *pending.popleft(), recent)
+                recent = report(log, watch, N, *pending.popleft(), recent)
+            if stop and not watch.why.startswith("SIG"):
+                find_bad(rewind, micro_step, log, step, clock.ms(), watch.why)
             if saving:
-                save_checkpoint(log, optimizer, step, clock.ms())
+                path = save_checkpoint(log, optimizer, step, clock.ms())
+            if stop:
+                kept = f"--resume={path} goes on" if saving else "nothing saved; --save_final=true would have"
+                log(f"interrupted by {watch.why} after step {step} of {N}: {kept}")
+                break
             if validating:
                 val_loss = evaluate(hp, ranks, model, losses_of, val_tokens, p, last)
                 average = clock.ms() / max(step, 1)
                 log(f"step:{step}/{N} val_loss:{val_loss:.4f} train_time:{clock.ms():.0f}ms step_avg:{average:.2f}ms")
+                if not math.isfinite(val_loss):
+                    find_bad(rewind, micro_step, log, step, clock.ms(), f"the validation loss is {val_loss}")
+                rewind.keep(step)
             if last:
                 break
             clock.start()
         loss = train_step(micro_step, *next(loader), p)
         # The loss is read a step late, so that the device always has the next step's work queued
-        pending.append((step + 1, loss, p.batch_tokens))
+        pending.append((step + 1, Reading(loss), p.batch_tokens))
         if len(pending) > 1:
-            recent = report(log, clock, N, *pending.popleft(), recent)
+            recent = report(log, watch, N, *pending.popleft(), recent)
     loader.close()
+    if stop:
+        return 128 + signal.Signals[watch.why]
     log(f"final: val_loss {val_loss:.4f} after {N} steps, {clock.ms() / 1000:.1f} s of training on {ranks.world} x "
         f"{torch.cuda.get_device_name() if ranks.device.type == 'cuda' else 'CPU'}")
     if ranks.device.type == "cuda":
         log(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB "
             f"reserved: {torch.cuda.max_memory_reserved() // 2**20} MiB")
+    return 0
 
 
-def report(log: Log, clock: Clock, N: int, step: int, loss: Tensor, tokens: int, before: float) -> float:
-    """Log a finished step; returns the training time in ms, which the next call takes as `before`."""
-    loss, ms = loss.item(), clock.ms()
+class Reading:
+    """A device scalar on its way to the host; only value() waits, and for no later work of the device."""
+
+    def __init__(self, x: Tensor):
+        self.host, self.event = x.to("cpu", non_blocking=True), torch.cuda.Event() if x.is_cuda else None
+        if self.event:
+            self.event.record()
+
+    def value(self) -> float:
+        if self.event:
+            self.event.synchronize()
+        return self.host.item()
+
+
+def report(log: Log, watch: Watch, N: int, step: int, loss: Reading, tokens: int, before: float) -> float:
+    """Log a finished step; returns the training time in ms, which the next call takes as `before`.
+
+    A nan or inf on any rank stops all: one that was in gradients only is in the next steps' losses.
+    """
+    loss, ms = loss.value(), watch.clock.ms()
+    if not math.isfinite(loss):
+        watch.wish = watch.wish or f"the training loss of step {step} is {loss}"
     rate = tokens / max(ms - before, 1e-3) * 1000
     log.step(f"step:{step}/{N} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms", step,
              loss=f"{loss:.3f}", tok_s=f"{rate:,.0f}")
@@ -2265,9 +2721,11 @@ def main() -> None:
         on_every_rank(lambda: check_data(hp))
         saved = on_every_rank(lambda: read_checkpoint(hp.resume, hp) if hp.resume else None)
         log = on_every_rank(lambda: Log(hp, ranks))
-        train(hp, ranks, *chosen, log, saved)
+        with Watch(ranks, log) as watch:
+            status = train(hp, ranks, *chosen, log, saved, watch)
         log.close()
         dist.destroy_process_group()
+        sys.exit(status)
     except UserError as e:  # the same on every rank: told once a machine
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -51,7 +51,7 @@ def checkpoint(tmp_path_factory):
         log_dir=str(folder)))
     ranks = t.Ranks(0, 1, torch.device("cpu"))
     log = t.Log(hp, ranks)
-    t.train(hp, ranks, "reference", "reference", log, None)
+    t.train(hp, ranks, "reference", "reference", log, None, t.Watch(ranks, log))
     log.close()
     return {step: str(folder / f"run_step{step}.pt") for step in (3, 4)}
 

@@ -42,7 +42,7 @@ def train(hp, **more):
     hp = dataclasses.replace(hp, **more)
     saved = t.read_checkpoint(hp.resume, hp) if hp.resume else None
     log = t.Log(hp, ONE)
-    t.train(hp, ONE, "reference", "reference", log, saved)
+    t.train(hp, ONE, "reference", "reference", log, saved, t.Watch(ONE, log))
     log.close()
     return Path(hp.log_dir)
 

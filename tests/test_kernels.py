@@ -91,6 +91,16 @@ def qkv_inputs(T, H, d, mix, **kwargs):
     return qkv, *((torch.randn(T, H * d, **kwargs), torch.rand(T, H, **kwargs)) if mix else (None, None)), grads
 
 
+def through_inputs(u, seen, r):
+    """A scalar of normed_linear's results, where u is used as attention uses it: times r, if that is left out of it."""
+    u = u if r is None else r[:, None] * u
+    return (u.sin() + 0.1 * u.square()).sum() + (seen * torch.arange(seen.size(1)).cos()).sum()
+
+
+def row_factors(T, absent, **kwargs):
+    return None if absent else 0.5 + torch.rand(T, **kwargs)
+
+
 class TestInterpreted:
     """fp32 on a CPU: the interpreter's bf16 and fp8 arithmetic is wrong. What a kernel leaves unwritten is NaN here."""
 
@@ -111,44 +121,52 @@ class TestInterpreted:
         assert (excess <= 0).all(), excess.max()
 
     @pytest.mark.parametrize("T,width,D", [(32, 64, 32), (20, 36, 12), (150, 300, 68), (2, 4, 4)])
-    def test_mlp(self, T, width, D):
-        """ReluSquareMLP and its gradients, also with tiles that end inside the matrix and dy not contiguous."""
-        inputs, dy = [torch.randn(T, D), torch.randn(width, D), torch.randn(width, D)], torch.randn(D, T).T
-        inputs += torch.randn(T, D), torch.tensor(0.7)
-        ours = gradients(t.ReluSquareMLP.apply, inputs, dy)
-        exact = gradients(t.mlp_reference, to(FP64, *inputs), dy.double())
-        sizes = gradients(t.mlp_reference, [x.double().abs() for x in inputs], dy.double().abs())
-        for a, b, c in zip(ours, exact, sizes):
-            self.within(a, b, c, 2 * (T + width + D + T * D) + 8)
+    def test_products(self, T, width, D):
+        """ReluSquareMLP, NormedLinear and LinearSum of 1 to 3 terms, by the products' references, and their gradients.
 
-    @pytest.mark.parametrize("residual", [False, True])
-    def test_linear(self, residual, T=30, width=20, D=12):
-        """Linear and its gradients, with and without a residual."""
-        inputs, dy = [torch.randn(T, D), torch.randn(width, D)], torch.randn(T, width)
-        inputs += [torch.randn(T, width), torch.tensor(-0.7)] if residual else []
-        ours, exact, sizes = (gradients(lambda *x, f=f: f(*x, *[None] * (4 - len(x))), x, y) for f, x, y in (
-            (t.Linear.apply, inputs, dy), (t.linear_reference, to(FP64, *inputs), dy.double()),
-            (t.linear_reference, [x.double().abs() for x in inputs], dy.double().abs())))
-        for a, b, c in zip(ours, exact, sizes):
-            self.within(a, b, c, 2 * (T + width + D + T * width) + 8)
+        r is the norm's own, so that the gradients that fold it in can be compared with those of the norm in float64.
+        """
+        x, up, down = torch.randn(T, D), torch.randn(width, D), torch.randn(width, D)
+        r, scales = t.inverse_rms(x.square(), D), [torch.tensor(s) for s in (0.7, -0.4, 0.2)]
+        terms = [y for s in scales for y in (torch.randn(T, width), s)]
+        for ours, plain, inputs in [
+            (lambda x, *y: t.ReluSquareMLP.apply(x, r, *y)[0], lambda x, *y: t.mlp_reference(x, None, *y)[0],
+             [x, up, down, scales[0]]),
+            (lambda x, w: through_inputs(*t.NormedLinear.apply(x, r, w), r),
+             lambda x, w: through_inputs(*t.normed_linear_reference(x, None, w), None), [x, up]),
+            *((lambda *y: t.LinearSum.apply(*y)[0], lambda *y: t.linear_sum_reference(*y)[0], [x, up, *terms[: 2 * n]])
+              for n in (1, 2, 3)),
+        ]:
+            dy = None if len(inputs) == 2 else torch.randn(T, D if inputs[1] is up and inputs[2] is down else width)
+            exact = gradients(plain, to(FP64, *inputs), None if dy is None else dy.double())
+            for a, b in zip(gradients(ours, inputs, dy), exact, strict=True):
+                torch.testing.assert_close(a.double(), b, rtol=0, atol=(T + width + D) * EPS * b.abs().max().item())
+
+    def test_inverse_rms_of_products(self, T=7, width=500, D=12):
+        """The second result of LinearSum and ReluSquareMLP belongs to the first."""
+        x, w, scale = torch.randn(T, D), torch.randn(width, D), torch.tensor(0.5)
+        y, r = t.LinearSum.apply(x, w, torch.randn(T, width), scale)
+        torch.testing.assert_close(r[:, None] * y, t.norm(y))
+        y, r = t.ReluSquareMLP.apply(x, t.inverse_rms(x.square(), D), w, w, scale)
+        torch.testing.assert_close(r[:, None] * y, t.norm(y))
 
     @pytest.mark.parametrize("paired,offset,mix", KINDS)
     @pytest.mark.parametrize("T,H,d", [(37, 6, 16), (16, 2, 32), (1, 2, 16)])
     def test_attention_inputs(self, T, H, d, paired, offset, mix):
         """q, k, v and the gradients of qkv, value embedding and gate, with incomplete blocks of rows."""
-        (*inputs, grads), (cos, sin) = qkv_inputs(T, H, d, mix), rotation(T, d)
+        (*inputs, grads), (cos, sin), r = qkv_inputs(T, H, d, mix), rotation(T, d), row_factors(T, offset == mix)
 
         def results(f, *sources):
             *x, c, s = sources
-            return gradients(lambda *y: f(*y, c, s, paired, offset), x, direction)
+            return gradients(lambda qkv, *y: f(qkv, *to(c.dtype, r), *y, c, s, paired, offset), x, direction)
 
         direction = grads
         ours = results(t.AttentionInputs.apply, *inputs, cos, sin)
         direction = to(FP64, *grads)
         exact = results(t.attention_inputs_reference, *to(FP64, *inputs, cos, sin))
-        # q and k have length sqrt(d), their gradients r (dy - y mean(dy y)); token 0 of k has two gradients in its half
-        r = inputs[0].double().square().mean(-1).add(EPS).rsqrt()[:, :2].max()
-        dqkv = 4 * r * torch.stack(grads[:2]).norm(dim=-1).max()
+        # q and k have length sqrt(d), their gradients own (dy - y mean(dy y)); token 0 of k has two in its half
+        own = inputs[0].double().square().mean(-1).add(EPS).rsqrt()[:, :2].max()
+        dqkv = 4 * own * torch.stack(grads[:2]).norm(dim=-1).max()
         sizes = [d**0.5, d**0.5]
         direction = [x.double().abs() for x in grads]
         sizes += results(t.attention_inputs_reference, *(x if x is None else x.double().abs()
@@ -157,12 +175,23 @@ class TestInterpreted:
         for a, b, c in zip(ours, exact, sizes, strict=True):
             self.within(a, b, c, d + 8)
 
+    @pytest.mark.parametrize("T,H,d,n", [(37, 6, 16, 12), (16, 2, 32, 16), (1, 2, 16, 5)])
+    def test_gated_heads(self, T, H, d, n):
+        inputs, dout = [torch.randn(T, H, d), torch.randn(T, 2 * n)[:, :n], torch.randn(H, n)], torch.randn(T, H * d)
+        exact = gradients(t.gated_heads_reference, to(FP64, *inputs), dout.double())
+        for a, b in zip(gradients(t.GatedHeads.apply, inputs, dout), exact, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=0, atol=(T + d + 8) * EPS * max(b.abs().max().item(), 1))
+        torch.library.opcheck(t.gated_heads, tuple(inputs))
+        torch.library.opcheck(t.gated_heads_backward, (*inputs, dout))
+
     @pytest.mark.parametrize("paired,offset,mix", KINDS)
     def test_attention_inputs_operations(self, paired, offset, mix):
         """The operations alone give what AttentionInputs gives, and empty gradients without a value embedding."""
         (qkv, ve, gate, grads), tables = qkv_inputs(19, 2, 16, mix), rotation(19, 16)
-        outputs = gradients(lambda *x: t.AttentionInputs.apply(*x, *tables, paired, offset), (qkv, ve, gate), grads)
-        inputs = qkv, ve, gate, *tables
+        r = row_factors(19, offset == mix)
+        outputs = gradients(lambda x, *y: t.AttentionInputs.apply(x, r, *y, *tables, paired, offset), (qkv, ve, gate),
+                            grads)
+        inputs = qkv, r, ve, gate, *tables
         alone = [*t.attention_inputs_forward(*inputs, paired, offset),
                  *t.attention_inputs_backward(*inputs, *grads, paired, offset)]
         assert all(torch.equal(a, b) for a, b in zip(outputs, alone))
@@ -245,21 +274,22 @@ class TestInterpreted:
         """Schemas and shapes that torch.compile relies on, and one graph without breaks that holds every operation."""
         check = torch.library.opcheck
         check(t.symmetric_product, (torch.randn(1, 16, 8), 0.0, 0.5))
-        a, b, c, scale = torch.randn(8, 4), torch.randn(4, 12), torch.rand(8, 12), torch.tensor(0.5)
-        for more in ((), ("residual", c, scale), ("relu_square",), ("root", c)):
+        a, b, c, r, scale = torch.randn(8, 4), torch.randn(4, 12), torch.rand(8, 12), torch.rand(8), torch.tensor(0.5)
+        for more in ((), ("relu_square", r), ("root", r, c)):
             check(t.product, (a, b, *more))
+        check(t.product_sum, (a, b, [c, c + 1], [scale, scale]))
         check(t.softcapped_mtp_loss, (torch.randn(3, 16), torch.tensor([1, 2, 3]), torch.ones(2), FP32, 0.5))
         for mix in (False, True):
-            *inputs, grads = qkv_inputs(5, 2, 16, mix)
-            inputs += rotation(5, 16)
+            qkv, *inputs, grads = qkv_inputs(5, 2, 16, mix)
+            inputs = [qkv, row_factors(5, mix), *inputs, *rotation(5, 16)]
             check(t.attention_inputs_forward, (*inputs, False, True))
             check(t.attention_inputs_backward, (*inputs, *grads, False, True))
         check(t.transposed, (torch.ones(4, 8, dtype=torch.int8),))  # opcheck itself cannot do fp8
         tables = rotation(16, 16)
 
         def everything(x, up, down, ve, gate, scale):
-            y = t.ReluSquareMLP.apply(x, up, down, 2 * x, scale)
-            q, k, v = t.AttentionInputs.apply(y.view(16, 3, 2, 16), ve, gate, *tables, True, True)
+            y, _ = t.ReluSquareMLP.apply(x, t.inverse_rms(x.detach().square(), 96), up, down, scale)
+            q, k, v = t.AttentionInputs.apply(y.view(16, 3, 2, 16), None, ve, gate, *tables, True, True)
             s = t.symmetric_product(t.symmetric_product(up[None].detach(), 0.0, 1.0), 0.5, 0.25)
             loss, grad = t.softcapped_mtp_loss(y.detach(), torch.arange(16), torch.ones(2), FP32, 1.0)
             return (q * v).sum() + (k * v).sum() + s.sum() + loss.sum() + grad.sum()
@@ -326,28 +356,42 @@ class TestGPU:
     @needs_quack
     @pytest.mark.parametrize("T,D,width", [(1000, 768, 3072), (77, 136, 328)])
     def test_products(self, T, D, width):
-        """The MLP and linear layers with and without a residual, and their gradients."""
-        scale, dy = torch.tensor(0.7, device="cuda"), randn(T, D)
-        mlp = [randn(T, D), randn(width, D) * D**-0.5, randn(width, D) * D**-0.5, randn(T, D), scale]
-        linear = [randn(T, D), randn(D, D) * D**-0.5]
-        for ours, plain, inputs in ((t.ReluSquareMLP.apply, t.mlp_reference, mlp),
-                                    (t.Linear.apply, t.linear_reference, [*linear, randn(T, D), scale]),
-                                    (lambda *x: t.Linear.apply(*x, None, None),
-                                     lambda *x: t.linear_reference(*x, None, None), linear)):
+        """The MLP, the linear layers around attention and their gradients."""
+        scales = [torch.tensor(s, device="cuda") for s in (0.7, -0.4, 0.2)]
+        x, up, down, w = randn(T, D), randn(width, D) * D**-0.5, randn(width, D) * D**-0.5, randn(D, D) * D**-0.5
+        r, terms = t.inverse_rms(x.float().square(), D), [y for s in scales for y in (randn(T, D), s)]
+        for ours, plain, inputs in [
+            (lambda x, *y: t.ReluSquareMLP.apply(x, r, *y)[0], lambda x, *y: t.mlp_reference(x, None, *y)[0],
+             [x, up, down, scales[0]]),
+            (lambda x, w: (t.NormedLinear.apply(x, r, w)[0] * r[:, None]).to(BF16),
+             lambda x, w: t.normed_linear_reference(x, None, w)[0], [x, up]),
+            *((lambda *y: t.LinearSum.apply(*y)[0], lambda *y: t.linear_sum_reference(*y)[0], [x, w, *terms[: 2 * n]])
+              for n in (1, 2, 3)),
+        ]:
+            dy = randn(T, inputs[1].size(0) if len(inputs) == 2 else D)
             exact = gradients(plain, to(FP64, *inputs), dy.double())
-            as_good(gradients(ours, inputs, dy), gradients(plain, inputs, dy), exact)
+            as_good(gradients(ours, inputs, dy), gradients(plain, inputs, dy), exact, slack=2.0**-8)
+        y, sums_r = t.LinearSum.apply(x, w, *terms)
+        assert error(sums_r, t.inverse_rms(y.double().square(), D)) <= 2.0**-8
 
     @pytest.mark.parametrize("T,paired,offset,mix", [(1001, *kind) for kind in KINDS] + [(4096, True, True, True)])
     def test_attention_inputs(self, T, paired, offset, mix):
         (*inputs, grads), tables = qkv_inputs(T, 6, 128, mix, device="cuda"), rotation(T, 128, device="cuda")
         inputs, grads, tables = to(BF16, *inputs), to(BF16, *grads), to(BF16, *tables)
+        r = row_factors(T, offset == mix, device="cuda")
 
         def results(f, dtype=BF16):
             c, s = to(dtype, *tables)
-            return gradients(lambda *x: f(*x, c, s, paired, offset), to(dtype, *inputs), to(dtype, *grads))
+            return gradients(lambda qkv, *x: f(qkv, r, *x, c, s, paired, offset), to(dtype, *inputs), to(dtype, *grads))
 
         as_good(results(t.AttentionInputs.apply), results(t.attention_inputs_reference),
                 results(t.attention_inputs_reference, FP64))
+
+    @pytest.mark.parametrize("T,n", [(1001, 12), (4096, 12)])
+    def test_gated_heads(self, T, n):
+        inputs, dout = [randn(T, 6, 128), randn(T, n), randn(6, n)], randn(T, 768)
+        as_good(gradients(t.GatedHeads.apply, inputs, dout), gradients(t.gated_heads_reference, inputs, dout),
+                gradients(t.gated_heads_reference, to(FP64, *inputs), dout.double()))
 
     @pytest.mark.parametrize("T,V,count,spread,dtype", [
         (512, 50304, 3, 4, E5M2), (37, 1002, 2, 8, E5M2), (5, 50258, 1, 4, BF16), (300, 1003, 3, 4, FP32)])
@@ -412,16 +456,18 @@ class TestGPU:
         x = randn(*shape)
         as_good(*([t.polar_express(y, fast)] for y, fast in ((x, True), (x, False), (x.double(), False))))
 
-    @pytest.mark.parametrize("fp8", [True, False])
-    def test_head(self, fp8):
+    @pytest.mark.parametrize("fp8,kernels", [
+        (True, pytest.param("quack", marks=needs_quack)), (True, "triton"), (False, "triton")])
+    def test_head(self, fp8, kernels):
         """Loss as with the reference to the loss kernel's bound; gradients no less exact than the reference's."""
         T, D, V = 512, 768, 50304
         x, w, targets = randn(T, D), randn(D, V) * 0.03, torch.randint(0, V, (T,), device="cuda")
         weights = torch.tensor([1.0, 0.5, 0.25], device="cuda") / 8
         one = torch.ones((), device="cuda")
         (loss, *ours), (reference, *plain) = (
-            gradients(lambda a, b, fast=fast: t.HeadLoss.apply(a, b, targets, weights, fp8, 1 / 8, fast), (x, w), one)
-            for fast in (True, False))
+            gradients(lambda a, b, kernels=kernels: t.HeadLoss.apply(a, b, targets, weights, fp8, 1 / 8, kernels),
+                      (x, w), one)
+            for kernels in (kernels, "reference"))
         relative = ROUNDING + (1.01 * t.CAP / 2 * TANH_ERROR if fp8 else 0)
         assert (loss - reference).abs() <= T * weights.sum() * relative
         logits = x.double() @ w.double()
@@ -451,8 +497,8 @@ class TestGPU:
         inputs, tables = to(BF16, *inputs), to(BF16, *rotation(T, 128, device="cuda"))
 
         def both(x, up, down, scale, qkv, ve, gate):
-            return (t.ReluSquareMLP.apply(x, up, down, 2 * x, scale),
-                    *t.AttentionInputs.apply(qkv, ve, gate, *tables, False, True))
+            return (t.ReluSquareMLP.apply(x, t.inverse_rms(x.detach().float().square(), D), up, down, scale)[0],
+                    *t.AttentionInputs.apply(qkv, None, ve, gate, *tables, False, True))
 
         scale = torch.tensor(0.7, device="cuda")
         inputs = [randn(T, D), randn(4 * D, D) * D**-0.5, randn(4 * D, D) * D**-0.5, scale, *inputs]

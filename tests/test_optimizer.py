@@ -350,7 +350,7 @@ def test_head_loss_gradients(weights, T, D, V):
     for make, factor in ((torch.Tensor.float, -2.5), (torch.Tensor.double, 1.0)):
         a, b = make(x).clone().requires_grad_(), make(w).clone().requires_grad_()
         if a.dtype == torch.float32:
-            loss = t.HeadLoss.apply(a, b, targets, torch.tensor(weights), False, 0.125, False)
+            loss = t.HeadLoss.apply(a, b, targets, torch.tensor(weights), False, 0.125, "reference")
         else:
             loss = direct_loss(a @ b, targets, weights).sum()
         assert loss.shape == ()
@@ -372,7 +372,7 @@ def test_head_loss_fp8(unit, factor, dtype):
     targets = torch.randint(V, (T,), generator=generator)
     weights = torch.tensor([1.0, 0.5, 0.25]) * unit
     try:
-        loss = t.HeadLoss.apply(x, w, targets, weights, True, unit, False)
+        loss = t.HeadLoss.apply(x, w, targets, weights, True, unit, "reference")
         (factor * loss).backward()
     except (RuntimeError, NotImplementedError) as e:
         pytest.skip(f"this torch has no FP8 product on the CPU: {e}")
@@ -413,7 +413,7 @@ def test_head_loss_fp8_clamps_large_weights():
     w[3, 5], w[4, 6] = 5.0, -9.0
     clamped = w.clamp(-1.6, 1.6)
     targets, weights = torch.arange(16), torch.ones(1)
-    a, b = (t.HeadLoss.apply(x, weight, targets, weights, True, 1.0, False) for weight in (w, clamped))
+    a, b = (t.HeadLoss.apply(x, weight, targets, weights, True, 1.0, "reference") for weight in (w, clamped))
     assert a.isfinite() and a == b
 
 

@@ -70,17 +70,21 @@ def ceilings() -> tuple[float, float]:
 def products(T: int) -> Iterator[Row]:
     """Products with each epilogue, and the MLP; T tokens."""
     x, up, down, dy = randn(T, DIM), randn(WIDTH, DIM) * DIM**-0.5, randn(WIDTH, DIM) * DIM**-0.5, randn(T, DIM)
-    h, scale, shape = torch.relu(x @ up.mT).square(), torch.tensor(0.7, device=DEVICE), f"{T} x {DIM} x {WIDTH}"
-    moved, work = 2 * (T * DIM + T * WIDTH + DIM * WIDTH), 2 * T * DIM * WIDTH
-    for epilogue, *inputs in (("none", x, up.mT), ("relu_square", x, up.mT), ("root", dy, down.mT, h),
-                              ("residual", h, down, x, scale)):
-        a, b, *more = inputs
-        ours, plain = partial(t.product, a, b, epilogue, *more), partial(t.product_reference, a, b, epilogue, *more)
-        yield Row(f"product, {epilogue}", shape, ours, moved + 2 * sum(c.numel() for c in more), work, compiled(plain),
-                  plain)
-    args = [x, up, down, randn(T, DIM), scale], dy
-    yield Row("MLP forward + backward", shape, backward(t.ReluSquareMLP.apply, *args), 6 * moved, 6 * work,
-              backward(compiled(t.mlp_reference), *args), backward(t.mlp_reference, *args))
+    o, scale, r = randn(DIM, DIM) * DIM**-0.5, torch.tensor(0.7, device=DEVICE), t.inverse_rms(x.float().square(), DIM)
+    h, moved, work = torch.relu(x @ up.mT).square(), 2 * (T * DIM + T * WIDTH + DIM * WIDTH), 2 * T * DIM * WIDTH
+    for epilogue, a, b, *more in (("none", x, up.mT), ("relu_square", x, up.mT, r), ("root", dy, down.mT, r, h)):
+        ours, plain = (partial(f, a, b, epilogue, *more) for f in (t.product, t.product_reference))
+        size = moved + sum(c.numel() * c.element_size() for c in more)
+        yield Row(f"product, {epilogue}", f"{T} x {DIM} x {WIDTH}", ours, size, work, compiled(plain), plain)
+    for a, b, terms in ((h, down, 1), (x, o.mT, 3)):
+        ours, plain = (partial(f, a, b, [x, dy, x][:terms], [scale] * terms) for f in (
+            t.product_sum, t.product_sum_reference))
+        yield Row(f"product and {terms} terms", f"{T} x {len(b)} x {DIM}", ours,
+                  2 * (a.numel() + b.numel() + (1 + terms) * T * DIM), 2 * T * b.numel(), compiled(plain), plain)
+    inputs, shape = [x, up, down, scale], f"{T} x {DIM} x {WIDTH}"
+    ours, plain = lambda x, *y: t.ReluSquareMLP.apply(x, r, *y)[0], lambda x, *y: t.mlp_reference(x, None, *y)[0]
+    yield Row("MLP forward + backward", shape, backward(ours, inputs, dy), 6 * moved, 6 * work,
+              backward(compiled(plain), inputs, dy), backward(plain, inputs, dy))
 
 
 def attention_inputs(T: int) -> Iterator[Row]:
@@ -88,7 +92,8 @@ def attention_inputs(T: int) -> Iterator[Row]:
     inputs = [randn(T, 3, HEADS, HEAD_DIM), randn(T, DIM), randn(T, HEADS)]
     angles, grads = 6 * torch.rand(2 * T, HEAD_DIM // 4, device=DEVICE), [randn(T, HEADS, HEAD_DIM) for _ in range(3)]
     more, shape = (angles.cos().to(DTYPE), angles.sin().to(DTYPE), False, True), f"{T} x {HEADS} x {HEAD_DIM}"
-    ours, plain = lambda *x: t.AttentionInputs.apply(*x, *more), lambda *x: t.attention_inputs_reference(*x, *more)
+    ours, plain = (
+        lambda qkv, *x, f=f: f(qkv, None, *x, *more) for f in (t.AttentionInputs.apply, t.attention_inputs_reference))
     graph, size = compiled(plain), 2 * T * DIM
     yield Row("attention inputs forward", shape, partial(ours, *inputs), 7 * size, 0, partial(graph, *inputs))
     yield Row("attention inputs forward + backward", shape, backward(ours, inputs, grads), 17 * size, 0,
