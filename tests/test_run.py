@@ -304,14 +304,13 @@ def test_check_reads_everything_and_writes_nothing(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="run.sh trains the record where there is a GPU")
 def test_one_command_runs_the_demo(tmp_path):
-    """./run.sh without a GPU says so, trains all steps of the demo, here half as wide, and ends with loss and time."""
-    half = ["--model_dim=48", "--head_dim=8", "--val_tokens=2048"]
-    done = subprocess.run([ROOT / "run.sh", f"--log_dir={tmp_path}", *half], env=environment(OMP_NUM_THREADS="2"),
-                          timeout=900, capture_output=True, text=True)
+    """./run.sh without a GPU says so, trains all steps of the demo, here smaller ones, and ends with loss and time."""
+    done = subprocess.run([ROOT / "run.sh", f"--log_dir={tmp_path}", "--batch_unit=128", "--val_tokens=2048"],
+                          env=environment(), timeout=900, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("No NVIDIA GPU here")
     found = losses(done.stdout)
-    assert found[0][0] == 0 and 10.7 < found[0][1] < 10.9 and found[-1][1] < 7.0
+    assert found[0][0] == 0 and 10.7 < found[0][1] < 10.9 and found[-1][1] < 7.5
     end = rf"final: val_loss {found[-1][1]:.4f} after 64 steps, \d+\.\d s of training on 1 x CPU"
     assert re.fullmatch(end, lines[-1])
