@@ -47,7 +47,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -165,6 +165,8 @@ PRESETS = {
 
 
 class Layer(NamedTuple):
+    """One layer: its kind of attention, and what it reads."""
+
     window: str | None  # attention window: "short", "long", or None for a layer without attention
     paired: bool = False  # two heads share keys: a token enters attention as two, heads 0..H/2-1 and then the rest
     value_table: int | None = None  # which value-embedding table is mixed into V
@@ -198,6 +200,8 @@ SCALARS = 2 * len(LAYERS) + 3  # (a, b) of each layer, then the smear, backout a
 
 
 class Stage(NamedTuple):
+    """What is scheduled by stage."""
+
     batch: int  # tokens a step, in units of hp.batch_unit
     max_doc: int  # longer documents are cut, in blocks
     short: int  # attention windows, in blocks
@@ -274,6 +278,8 @@ def plan_csv(hp: Hyperparameters) -> Iterator[str]:
 
 
 class Param(NamedTuple):
+    """How one parameter is trained, and how ranks share the work."""
+
     name: str
     optimizer: str  # "normuon" or "adam"
     betas: tuple[float, float] | None  # Adam's
@@ -307,6 +313,7 @@ SPARSE_FROM = 8  # ranks; the fewer there are, the more of the table each touche
 
 
 def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple that is not below n."""
     return -(-n // multiple) * multiple
 
 
@@ -325,11 +332,12 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; python train_gpt.py --help lists every key")
 
 
 def boolean(text: str) -> bool:
+    """For argparse: true, false, 1 or 0; raises ValueError."""
     try:
         return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
     except KeyError:
@@ -389,6 +397,8 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
 
 
 class Ranks(NamedTuple):
+    """This process among all: its number, how many there are, and its device."""
+
     rank: int
     world: int
     device: torch.device
@@ -608,6 +618,7 @@ class Watch:
 
 
 def log_environment(log: Log, hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str) -> None:
+    """Write versions and GPUs, the configuration, and the chosen backends to the log, each followed by a rule."""
     try:
         smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
@@ -657,6 +668,7 @@ def norm(x: Tensor) -> Tensor:
 
 
 def softcap(logits: Tensor) -> Tensor:
+    """Logits of any shape and type, capped smoothly to (0, CAP), in fp32."""
     return CAP * torch.sigmoid((logits.float() + CAP_SHIFT) / CAP_WIDTH)
 
 
@@ -1705,6 +1717,7 @@ class GPT(nn.Module):
             self.stage = stage
 
     def lookup(self, batch: Batch) -> Rows:
+        """The rows of the tables that a batch reads."""
         tables = self.value_embeds.view(NUM_VALUE_TABLES, self.hp.padded_vocab, self.hp.model_dim).unbind()
         return Rows(F.embedding(batch.tokens, self.embed), F.embedding(batch.bigram_ids, self.bigram_embed),
                     tuple(F.embedding(batch.tokens, table) for table in tables))
@@ -1916,6 +1929,7 @@ class NorMuonAdam:
         self.tied, self.adam_steps = True, 0
 
     def gradient(self, row: Param) -> Tensor:
+        """Where a parameter's gradient is summed until its update."""
         return self.table_grads.get(row.name, self.params[row.name].grad)
 
     @torch.no_grad()
@@ -2044,12 +2058,14 @@ class NorMuonAdam:
 
 
 def wait(works: Iterable[dist.Work | None]) -> None:
+    """Until all are done; None is nothing to wait for."""
     for work in works:
         if work is not None:
             work.wait()
 
 
 def compiled(f: Callable) -> Callable:
+    """f as one graph, compiled anew for each shape."""
     return torch.compile(f, dynamic=False, fullgraph=True)
 
 
@@ -2066,6 +2082,7 @@ QUEUE_STEPS = 2  # batches prepared ahead
 
 
 def find_shards(pattern: str, key: str) -> list[str]:
+    """The files that a pattern matches, in order of their names; raises UserError if none does."""
     files = sorted(glob.glob(pattern))
     if not files:
         raise UserError(f"no file matches --{key}={pattern}: run `python data/cached_fineweb10B.py 9` to download "
@@ -2087,7 +2104,7 @@ def read_header(path: str) -> int:
         raise UserError(f"{path}: magic number {header[0]} instead of {MAGIC}, so this is no token shard; {again}")
     if header[1] != VERSION:
         raise UserError(f"{path}: version {header[1]} instead of {VERSION}; {again}")
-    if size != 4 * HEADER_INTS + 2 * int(header[2]):
+    if header[2] < 1 or size != 4 * HEADER_INTS + 2 * int(header[2]):
         held = (size - 4 * HEADER_INTS) // 2
         raise UserError(f"{path}: the header says {header[2]} tokens, the file holds {held}; {again}")
     return int(header[2])
@@ -2253,7 +2270,7 @@ class TrainLoader:
         except BaseException as e:  # handed to the training loop, which raises it
             self.put(e)
 
-    def put(self, item) -> None:
+    def put(self, item: object) -> None:
         while not self.stopped.is_set():
             try:
                 return self.queue.put(item, timeout=0.1)
@@ -2540,11 +2557,17 @@ def read_checkpoint(path: str, hp: Hyperparameters | None = None) -> dict:
             raise ValueError("wrong checksum")
         saved = torch.load(path, "cpu", weights_only=True, mmap=True)
         old = saved["settings"]
+        if not isinstance(saved["step"], int) or any(
+                saved["tensors"][name].shape != shape for name, shape in old["shapes"].items()):
+            raise ValueError("wrong step or shapes")
+        if not hp:
+            hp = Hyperparameters(**{f.name: old[f.name] for f in fields(Hyperparameters) if f.name in old})
+            check_hyperparameters(hp)
+        saved["hp"], current = hp, settings(hp)
     except Exception as e:  # zipfile and torch raise many kinds
         cause = " ".join(f"{type(e).__name__}: {e}".split())
         raise UserError(f"{path} is no intact checkpoint of this script ({cause}); choose another") from None
-    saved["hp"] = hp or Hyperparameters(**{f.name: old[f.name] for f in fields(Hyperparameters) if f.name in old})
-    if other := [f"{key}={old.get(key)}" if hasattr(hp, key) else key for key, value in settings(saved["hp"]).items()
+    if other := [f"{key}={old.get(key)}" if hasattr(hp, key) else key for key, value in current.items()
                  if key not in MAY_CHANGE and old.get(key) != value]:
         raise UserError(f"{path} was trained with other values of what follows, use the same: {', '.join(other)}")
     return saved
@@ -2681,6 +2704,7 @@ def report(log: Log, watch: Watch, N: int, step: int, loss: Reading, tokens: int
 
 
 def main() -> None:
+    """Run the command line; a UserError costs one line and exit status 1."""
     # PyTorch 2.13 renames two collectives; the old names work in all versions that this script supports
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor")
     try:

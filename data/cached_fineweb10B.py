@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from shards import DataError, one_line, shard_name, verify_shard
@@ -27,7 +28,7 @@ REMEDY = (
 )
 
 
-def intact(path):
+def intact(path: Path) -> bool:
     """Tell whether `path` holds a complete shard."""
     try:
         verify_shard(path)
@@ -37,7 +38,7 @@ def intact(path):
 
 
 @contextlib.contextmanager
-def hub_errors(repo, name):
+def hub_errors(repo: str, name: str) -> Iterator[None]:
     """Turn every failure of the hub client over the file `name` of `repo` into a DataError, save a disk's OSError."""
     try:
         yield
@@ -49,7 +50,7 @@ def hub_errors(repo, name):
         raise DataError(f"cannot download {name} from {repo}: {one_line(error)}. {REMEDY}") from error
 
 
-def fetch_shard(repo, name, folder):
+def fetch_shard(repo: str, name: str, folder: Path) -> None:
     """Download the file `name` of `repo` into `folder` and verify it.
 
     A bad copy is deleted and fetched once more. Raises DataError or OSError; no bad file is left behind.
@@ -72,8 +73,11 @@ def fetch_shard(repo, name, folder):
                     f"If HF_ENDPOINT is set, try another mirror; otherwise try again later")
 
 
-def download(dataset, train_shards, folder):
-    """Bring the validation shard and the first `train_shards` train shards of `dataset` into `folder`."""
+def download(dataset: str, train_shards: int, folder: Path) -> None:
+    """Bring the validation shard and the first `train_shards` train shards of `dataset` into `folder`.
+
+    Raises DataError or OSError; shards that are finished by then stay.
+    """
     repo, prefix, _ = DATASETS[dataset]
     names = [shard_name(prefix, index) for index in range(train_shards + 1)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +100,8 @@ def download(dataset, train_shards, folder):
     print(f"{folder}: {len(names)} shards ready, {len(missing)} of them downloaded now")
 
 
-def main():
+def main() -> None:
+    """Download what the command line asks for; what goes wrong is one line and exit status 1."""
     parser = argparse.ArgumentParser(description="Download ready-made FineWeb token shards from the Hugging Face hub.")
     parser.add_argument("train_shards", nargs="?", type=int, metavar="N", help="number of train shards (default: all)")
     parser.add_argument("--dataset", choices=DATASETS, default="fineweb10B", help="default: %(default)s")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from shards import DataError, one_line
@@ -10,21 +11,22 @@ from shards import DataError, one_line
 HUB_NAME = re.compile(r"[\w-][\w.-]*/(?!.*\.[A-Za-z]\w*$)[\w.-]+")
 
 
-def text_of(value, where):
+def text_of(value: object, where: str) -> str:
     """Return `value` if it is a string, else raise a DataError that names the place."""
     if not isinstance(value, str):
         raise DataError(f"{where}: expected a string, found {type(value).__name__}; remove or mend this document")
     return value
 
 
-def check_field(names, field, where):
+def check_field(names: Iterable[str], field: str, where: str | Path) -> None:
     """Raise a DataError that names the place unless `field` is one of `names`."""
     if field not in names:
         found = ", ".join(map(repr, names)) or "none"
         raise DataError(f"{where}: no field {field!r} (found: {found}); choose one with --field")
 
 
-def read_jsonl(path, field):
+def read_jsonl(path: Path, field: str) -> Iterator[str]:
+    """Yield the string, or the field of the object, of each line that is not blank; raise DataError with its number."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -40,7 +42,8 @@ def read_jsonl(path, field):
             yield text_of(record, where)
 
 
-def read_parquet(path, field):
+def read_parquet(path: Path, field: str) -> Iterator[str]:
+    """Yield the values of the column `field`; raise DataError with the row's number."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -54,14 +57,16 @@ def read_parquet(path, field):
         raise DataError(f"{path}: not a readable parquet file ({one_line(error)}); convert it again") from error
 
 
-def read_txt(path, _field):
+def read_txt(path: Path, _field: str) -> Iterator[str]:
+    """Yield the whole file, which must be UTF-8, as one document; raise DataError."""
     try:
         yield path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error}); convert it first") from error
 
 
-def read_hub(name, config, field):
+def read_hub(name: str, config: str | None, field: str) -> Iterator[str]:
+    """Stream the field of each record of the hub dataset's train split; raise DataError."""
     try:
         from datasets import load_dataset
 
@@ -80,7 +85,7 @@ def read_hub(name, config, field):
 READERS = {".jsonl": read_jsonl, ".parquet": read_parquet, ".txt": read_txt}
 
 
-def check_source(source):
+def check_source(source: str) -> Path | str:
     """Return a Path for a local file and the string itself for a hub dataset; raise DataError for anything else."""
     path = Path(source)
     if not path.exists() and HUB_NAME.fullmatch(source):
@@ -94,7 +99,7 @@ def check_source(source):
     return path
 
 
-def read_sources(sources, config, field):
+def read_sources(sources: Iterable[Path | str], config: str | None, field: str) -> Iterator[str]:
     """Yield the documents of checked sources in order, as strings; raise DataError or OSError on the way."""
     for source in sources:
         if isinstance(source, Path):

@@ -17,12 +17,17 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from documents import check_source, read_sources
 from shards import MAX_TOKENS, DataError, one_line, shard_name, write_shard
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    import tiktoken
 
 DEFAULT_SOURCE = "HuggingFaceFW/fineweb"
 DEFAULT_CONFIG = "sample-10BT"
@@ -36,7 +41,7 @@ DOCUMENTS_PER_TASK = 16
 
 
 @functools.cache
-def tokenizer():
+def tokenizer() -> "tiktoken.Encoding":
     """Build GPT-2's tokenizer, once a process.
 
     The vocabulary comes from an installed package, because tiktoken's own GPT-2 encoding would download it.
@@ -54,12 +59,13 @@ def tokenizer():
         "gpt2", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": END_OF_TEXT})
 
 
-def encode(document):
+def encode(document: str) -> np.ndarray:
     """Return the tokens of one document as an array, <|endoftext|> first."""
     return np.array([END_OF_TEXT, *tokenizer().encode_ordinary(document)], dtype=TOKEN_DTYPE)
 
 
-def write_shards(documents, folder, prefix, val_size, shard_size):
+def write_shards(documents: Iterable[np.ndarray], folder: Path, prefix: str, val_size: int,
+                 shard_size: int) -> tuple[int, int]:
     """Join arrays of tokens and write shards of exactly `val_size`, then `shard_size` tokens; the last may be shorter.
 
     Returns the number of shards and of tokens written.
@@ -84,7 +90,7 @@ def write_shards(documents, folder, prefix, val_size, shard_size):
     return index, total
 
 
-def build(args):
+def build(args: argparse.Namespace) -> None:
     """Read, tokenise and write what the command line asks for; raise DataError or OSError."""
     sources = [check_source(source) for source in args.sources]
     if args.shuffle is not None and not all(isinstance(source, Path) for source in sources):
@@ -109,7 +115,7 @@ def build(args):
         print("warning: the text fills no more than the validation shard; lower --val_size", file=sys.stderr)
 
 
-def positive(text):
+def positive(text: str) -> int:
     """Parse a number of tokens or processes for argparse."""
     count = int(text)
     if not 1 <= count <= MAX_TOKENS:
@@ -117,7 +123,8 @@ def positive(text):
     return count
 
 
-def main():
+def main() -> None:
+    """Build what the command line asks for; what goes wrong is one line and exit status 1."""
     parser = argparse.ArgumentParser(description="Tokenise text into shards that the training script reads.")
     parser.add_argument("sources", nargs="*", default=[DEFAULT_SOURCE], metavar="SOURCE",
                         help=f".jsonl, .parquet or .txt file, or dataset OWNER/NAME (default: {DEFAULT_SOURCE})")

@@ -6,6 +6,9 @@ as little-endian uint16. The training script holds its own reader.
 
 import os
 import struct
+from pathlib import Path
+
+import numpy as np
 
 MAGIC = 20240520
 VERSION = 1
@@ -19,17 +22,17 @@ class DataError(Exception):
     """A problem that the user can mend; the text is one line naming the file, the cause and the remedy."""
 
 
-def one_line(error):
+def one_line(error: Exception) -> str:
     """Return the text of an exception as a single line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def shard_name(prefix, index):
+def shard_name(prefix: str, index: int) -> str:
     """Return the file name of shard `index`; shard 0 is the validation shard."""
     return f"{prefix}_{'train' if index else 'val'}_{index:06d}.bin"
 
 
-def write_shard(path, tokens):
+def write_shard(path: Path, tokens: np.ndarray) -> None:
     """Write a numpy array of dtype "<u2" to `path`, which appears only once it is complete.
 
     Raises DataError when the disk refuses the file; nothing is left behind then.
@@ -47,7 +50,7 @@ def write_shard(path, tokens):
         temporary.unlink(missing_ok=True)
 
 
-def verify_shard(path):
+def verify_shard(path: Path) -> None:
     """Check the header of the shard at `path`, and its token count against the file size in bytes.
 
     Raises DataError, with the cause alone, when the file is not an intact shard, and OSError when it cannot be read.

@@ -15,7 +15,10 @@ torch.set_num_threads(1)  # threads that wait for each other take ten times as l
 
 @pytest.fixture(scope="session", autouse=True)
 def process_group():
-    """The group of one rank that a run without torchrun makes."""
+    """The group of one rank that a run without torchrun makes, and its use of memory."""
+    import train_gpt as t
+
+    t.reuse_cpu_memory()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -51,3 +54,9 @@ def checkpoint(tmp_path_factory):
     t.train(hp, ranks, "reference", "reference", log, None, t.Watch(ranks, log))
     log.close()
     return {step: str(folder / f"run_step{step}.pt") for step in (3, 4)}
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Keep coverage out of the processes that a test starts: its own files would meet the limits set there."""
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)

@@ -1,5 +1,6 @@
 """Tests of tools/ab.py with a small script that writes logs and can end early."""
 
+import ast
 import json
 import os
 import signal
@@ -49,7 +50,7 @@ def variants(tmp_path, monkeypatch):
 
 
 def history(key="lr"):
-    return [eval(line).get(key) for line in Path("history").read_text().splitlines()]
+    return [ast.literal_eval(line).get(key) for line in Path("history").read_text().splitlines()]
 
 
 def test_order_seeds_and_paired_difference(variants, capsys):

@@ -194,9 +194,14 @@ def test_bad_copy_from_the_server_is_fetched_once_more(hub, run, tmp_path):
     assert hub.bodies == {VAL: 1, TRAIN_1: 2}
 
 
-def test_server_with_a_corrupt_shard(hub, run, tmp_path):
-    hub.files[f"{REPO}/{TRAIN_1}"] = shard(1)[:-100]
-    assert_one_error_line(run(hub.server_port, 2), REPO, TRAIN_1, "20,000 tokens take 41,024")
+@pytest.mark.parametrize("bad, words", [
+    (shard(1)[:-100], "20,000 tokens take 41,024"), (shard(1) + b"\0\0", "41,026 bytes"),
+    (shard(1, magic=20240521), "magic 20240521"), (shard(1)[:4] + b"\2" + shard(1)[5:], "version 2")],
+    ids=["short", "long", "magic", "version"])
+def test_server_with_a_corrupt_shard(hub, run, tmp_path, bad, words):
+    """Neither a wrong size nor a wrong header is kept."""
+    hub.files[f"{REPO}/{TRAIN_1}"] = bad
+    assert_one_error_line(run(hub.server_port, 2), REPO, TRAIN_1, words)
     assert shards_in(tmp_path / "out") == expected(hub, VAL)
     assert hub.bodies == {VAL: 1, TRAIN_1: 2}
 
@@ -247,7 +252,7 @@ def test_interrupted_download_leaves_no_partial_shard(hub, command, run, tmp_pat
     assert shards_in(out) == expected(hub, VAL, TRAIN_1)
 
 
-def test_disk_that_takes_no_more(hub, run, tmp_path):
+def test_disk_that_takes_no_more(unmeasured, hub, run, tmp_path):
     limit = len(shard(0)) // 2
     result = run(hub.server_port, 1, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert_one_error_line(result, str(tmp_path / "out"), "File too large", "choose another --out")

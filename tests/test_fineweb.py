@@ -245,7 +245,7 @@ def test_shards_of_an_earlier_run_are_not_mixed_in(run, tmp_path):
     assert list((tmp_path / "out").iterdir()) == [old]
 
 
-def test_disk_that_takes_no_more(run, tmp_path):
+def test_disk_that_takes_no_more(unmeasured, run, tmp_path):
     (tmp_path / "a.txt").write_text(" word" * 1000)
     limit = 1500  # bytes: room for the header, not for the tokens
     result = run("a.txt", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))

@@ -88,21 +88,28 @@ def test_temperature_and_top_k(loaded, monkeypatch):
     assert len(drawn(1.0, 50)) == 0  # the document ends
 
 
-def test_seed_and_prompt(checkpoint):
+def main(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["generate.py", *args])
+    g.main()
+
+
+def test_seed_and_prompt(checkpoint, monkeypatch, capsys):
     """The text begins with the prompt and depends on the seed alone; a character of several tokens comes whole."""
     args = [checkpoint[4], "--prompt", PROMPT, "--tokens=8"]
-    first, again, other = (run(*args, *more) for more in ([], [], ["--seed=1"]))
-    for done in (first, again, other):
-        assert (done.returncode, done.stderr) == (0, b"")
-        assert done.stdout.decode().startswith(PROMPT) and done.stdout.endswith(b"\n")
-    assert first.stdout == again.stdout != other.stdout
+    done, texts = run(*args), []
+    assert (done.returncode, done.stderr) == (0, b"")
+    for seed in (0, 1):
+        main(monkeypatch, *args, f"--seed={seed}")
+        out, err = capsys.readouterr()
+        assert err == "" and out.startswith(PROMPT) and out.endswith("\n")
+        texts.append(out)
+    assert done.stdout.decode() == texts[0] != texts[1]
 
 
 def test_streams_characters(checkpoint, monkeypatch, capsys):
     tokens = g.tokenizer().encode_ordinary("naïve 東京 🙂")
     monkeypatch.setattr(g, "sample", lambda *_: iter(tokens))
-    monkeypatch.setattr(sys, "argv", ["generate.py", checkpoint[4], "--prompt=A "])
-    g.main()
+    main(monkeypatch, checkpoint[4], "--prompt=A ")
     assert capsys.readouterr().out == "A naïve 東京 🙂\n"
 
 
@@ -114,10 +121,12 @@ def test_streams_characters(checkpoint, monkeypatch, capsys):
     (["x.pt", "--temperature=nan"], ["--temperature", "negative"]),
     (["x.pt", "--top_k=-1"], ["--top_k", "negative"]),
 ])
-def test_bad_input(args, parts):
-    done = run(*args)
-    assert done.returncode == 2 and done.stdout == b"" and done.stderr.count(b"\n") == 1
-    assert all(part in done.stderr.decode() for part in parts)
+def test_bad_input(args, parts, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(monkeypatch, *args)
+    out, err = capsys.readouterr()
+    assert error.value.code == 2 and out == "" and err.count("\n") == 1
+    assert all(part in err for part in parts)
 
 
 def test_other_vocabulary(checkpoint, monkeypatch):

@@ -98,7 +98,7 @@ def trained(tmp_path_factory):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(t.__file__).parent)}
     done = subprocess.run([sys.executable, __file__, folder], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"{rank}.pt") for rank in range(R)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(R)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

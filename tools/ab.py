@@ -125,6 +125,7 @@ def interleave(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--a", required=True, metavar="'SCRIPT --key=value ...'", help="the variant to compare with")
     parser.add_argument("--b", required=True, metavar="'SCRIPT --key=value ...'", help="the other variant")

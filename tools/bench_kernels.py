@@ -30,7 +30,9 @@ compiled = partial(torch.compile, fullgraph=True, dynamic=False)
 COPY_BYTES, PRODUCT_SIZE, BUDGET_MS = 2**32, 8192, 30
 
 
-class Row(NamedTuple):  # a kernel at one shape: functions to time, and what it moves and computes at least
+class Row(NamedTuple):
+    """A kernel at one shape: functions to time, and what it moves and computes at least."""
+
     name: str
     shape: str
     ours: Callable
@@ -46,10 +48,11 @@ def timed(f: Callable) -> list[float]:
 
 
 def randn(*shape: int) -> torch.Tensor:
+    """Normal random numbers in bf16 on the GPU."""
     return torch.randn(shape, device=DEVICE, dtype=DTYPE)
 
 
-def backward(f: Callable, inputs: list, direction) -> Callable:
+def backward(f: Callable, inputs: list, direction: torch.Tensor | list[torch.Tensor]) -> Callable:
     """A function of no arguments that runs f forward and backward for the gradients of its inputs."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     return lambda: torch.autograd.grad(f(*inputs), inputs, direction)
@@ -65,6 +68,7 @@ def ceilings() -> tuple[float, float]:
 
 
 def products(T: int) -> Iterator[Row]:
+    """Products with each epilogue, and the MLP; T tokens."""
     x, up, down, dy = randn(T, DIM), randn(WIDTH, DIM) * DIM**-0.5, randn(WIDTH, DIM) * DIM**-0.5, randn(T, DIM)
     o, scale, r = randn(DIM, DIM) * DIM**-0.5, torch.tensor(0.7, device=DEVICE), t.inverse_rms(x.float().square(), DIM)
     h, moved, work = torch.relu(x @ up.mT).square(), 2 * (T * DIM + T * WIDTH + DIM * WIDTH), 2 * T * DIM * WIDTH
@@ -84,6 +88,7 @@ def products(T: int) -> Iterator[Row]:
 
 
 def attention_inputs(T: int) -> Iterator[Row]:
+    """What attention reads, from QKV, with a key offset and a value embedding; T tokens."""
     inputs = [randn(T, 3, HEADS, HEAD_DIM), randn(T, DIM), randn(T, HEADS)]
     angles, grads = 6 * torch.rand(2 * T, HEAD_DIM // 4, device=DEVICE), [randn(T, HEADS, HEAD_DIM) for _ in range(3)]
     more, shape = (angles.cos().to(DTYPE), angles.sin().to(DTYPE), False, True), f"{T} x {HEADS} x {HEAD_DIM}"
@@ -96,6 +101,7 @@ def attention_inputs(T: int) -> Iterator[Row]:
 
 
 def loss(T: int) -> Iterator[Row]:
+    """Loss and gradient from the logits of T tokens, for one predicted token."""
     logits, targets = randn(T, VOCABULARY).mul_(4), torch.randint(0, VOCABULARY, (T,), device=DEVICE)
     args = logits, targets, torch.tensor([1 / 8], device=DEVICE), E5M2, t.GRAD_SCALE / 8
     yield Row("loss", f"{T} x {VOCABULARY}", partial(t.softcapped_mtp_loss, *args), 3 * T * VOCABULARY,
@@ -103,6 +109,7 @@ def loss(T: int) -> Iterator[Row]:
 
 
 def tables(T: int) -> Iterator[Row]:
+    """Transposes of the gradient of T tokens' logits and of the head, and the gradient of an embedding table."""
     grad = torch.randint(0, 256, (T, VOCABULARY), dtype=torch.uint8, device=DEVICE)
     graph = compiled(lambda x: x.mT.contiguous())
     yield Row("transposed e5m2", f"{T} x {VOCABULARY}", partial(t.transposed, grad.view(E5M2)), 2 * T * VOCABULARY, 0,
@@ -119,6 +126,7 @@ def tables(T: int) -> Iterator[Row]:
 
 
 def symmetric(_T: int) -> Iterator[Row]:
+    """Symmetric products and Polar Express at the shapes of the banks."""
     for name, shape in BANKS.items():  # half of a symmetric product need be computed: n^2 k FLOP
         x, K, (n, k) = randn(*shape), shape[0], sorted(shape[1:])
         wide = x.mT if shape[1] > shape[2] else x
@@ -132,6 +140,7 @@ def symmetric(_T: int) -> Iterator[Row]:
 
 
 def attention(backend: str, _T: int) -> Iterator[Row]:
+    """A backend of attention at the shapes of ATTENTION; raises what its import raises."""
     attend = t.ATTENTION_BACKENDS[backend]()  # without the package one line says so
     for T, window, documents in ATTENTION:
         ends = torch.randperm(T - 1, generator=torch.Generator().manual_seed(0))[: documents - 1].sort().values + 1
@@ -153,8 +162,8 @@ GROUPS = {f.__name__: f for f in (products, attention_inputs, loss, tables, symm
     f"attention {backend}": partial(attention, backend) for backend in ("torch", "fa4")}
 
 
-def attempt(name: str, f: Callable, *args):
-    """What f returns; an error costs one line."""
+def attempt(name: str, f: Callable, *args: object) -> object:
+    """What f returns; an error costs one line and returns {"name", "error"}."""
     try:
         return f(*args)
     except Exception as error:
@@ -164,6 +173,7 @@ def attempt(name: str, f: Callable, *args):
 
 
 def measure(row: Row, bandwidth: float, rate: float) -> dict:
+    """Time a row, in ms, beside its roofline for bandwidth in bytes per ms and rate in FLOP per ms; print its line."""
     ours, low, high = timed(row.ours)
     roofline = max(row.bytes / bandwidth, row.flop / rate)
     plain = [f and attempt(row.name, timed, f) for f in (row.compiled, row.eager)]
@@ -175,6 +185,7 @@ def measure(row: Row, bandwidth: float, rate: float) -> dict:
 
 
 def main() -> int:
+    """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=49152, help="tokens of a micro-batch (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")

@@ -38,10 +38,12 @@ def validated_steps(logs: list[RunLog]) -> list[int]:
 
 
 def val_losses(logs: list[RunLog], step: int) -> list[float]:
+    """The validation loss of each log at a step."""
     return [line.loss for log in logs for line in log.val if line.step == step]
 
 
 def text(x: float, digits: int) -> str:
+    """x with so many digits, or a dash for nan."""
     return "-" if math.isnan(x) else f"{x:.{digits}f}"
 
 
@@ -51,6 +53,7 @@ def columns(a: list[float], b: list[float], digits: int) -> tuple[str, str, str]
 
 
 def loss_rows(a: list[RunLog], b: list[RunLog]) -> list[str]:
+    """The table of losses: a row for each validation that all logs have, and the last one."""
     steps = validated_steps(a + b)
     trained = [[window_means(log.train, [0, *steps]) for log in logs] for logs in (a, b)]
     rows = [LOSS_ROW.format("step", "val A", "val B", "B - A", "train A", "train B", "B - A")]
@@ -62,6 +65,7 @@ def loss_rows(a: list[RunLog], b: list[RunLog]) -> list[str]:
 
 
 def time_rows(a: list[RunLog], b: list[RunLog]) -> list[str]:
+    """The table of times: milliseconds a step by stage, and seconds of the run."""
     def row(name: str, x: list[float], y: list[float], digits: int) -> str:
         mean_a, mean_b, change = columns(x, y, digits)
         return TIME_ROW.format(name, mean_a, mean_b, text(np.mean(y) / np.mean(x), 4), change).rstrip()
@@ -113,6 +117,7 @@ def plot(a: list[RunLog], b: list[RunLog], names: tuple[str, str], path: Path) -
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("a", type=Path, metavar="A", help="log, or directory of logs")
     parser.add_argument("b", type=Path, metavar="B", help="the logs to compare with them")

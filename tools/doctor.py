@@ -47,13 +47,17 @@ SMI_SECONDS, HUB_SECONDS, NCCL_SECONDS = 20, 5, 120  # patience
 REDUCED = 2**20  # floats that every GPU brings to the all-reduce
 
 
-class Case(NamedTuple):  # what is checked
+class Case(NamedTuple):
+    """What is checked: a run, where it would be, and whether only what takes seconds."""
+
     hp: t.Hyperparameters
     device: torch.device
     quick: bool
 
 
 class Line(NamedTuple):
+    """What a check found: ok, warn or fail, and what to do about it."""
+
     status: str
     text: str
     remedy: str = ""  # empty: the check's own, from CHECKS
@@ -69,6 +73,7 @@ def nvidia_smi(*args: str) -> str:
 
 
 def check_gpus(case: Case) -> Line:
+    """There are GPUs, of a number that a run takes, with enough free memory."""
     if case.hp.device == "cpu":
         if torch.cuda.is_available():
             return Line("ok", "not used: --device=cpu")
@@ -90,6 +95,7 @@ def check_gpus(case: Case) -> Line:
 
 
 def check_driver(case: Case) -> Line:
+    """The driver is new enough for the CUDA that torch was built with."""
     if case.hp.device == "cpu":
         return Line("ok", "not needed on the CPU")
     version = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
@@ -101,6 +107,7 @@ def check_driver(case: Case) -> Line:
 
 
 def check_versions(case: Case) -> Line:
+    """Python and the packages are those of the requirements files."""
     python = platform.python_version()
     if sys.version_info < MIN_PYTHON:
         return Line("fail", f"Python {python}", "use Python {}.{} or newer".format(*MIN_PYTHON))
@@ -140,10 +147,12 @@ def choice(case: Case, key: str, names: Iterable[str], choose: Callable) -> Line
 
 
 def check_attention(case: Case) -> Line:
+    """The attention backend is the fastest there is."""
     return choice(case, "attention", t.ATTENTION_BACKENDS, t.choose_attention)
 
 
 def check_kernels(case: Case) -> Line:
+    """The kernels are the fastest there are, and can be imported."""
     if t.choose_kernels(case.hp, case.device) == "quack":
         t.quack_products()  # a package that is there may still fail to import
     return choice(case, "kernels", t.KERNELS, t.choose_kernels)
@@ -157,6 +166,7 @@ def fp8_error(device: torch.device) -> float:
 
 
 def check_fp8(case: Case) -> Line:
+    """The GPU can compute the head's FP8 products."""
     if not case.hp.fp8_head:
         return Line("ok", "not used: --fp8_head=false")
     if case.device.type == "cpu":
@@ -169,6 +179,7 @@ def check_fp8(case: Case) -> Line:
 
 
 def check_nvlink(case: Case) -> Line:
+    """All GPUs are linked by NVLink."""
     if case.device.type == "cpu" or torch.cuda.device_count() == 1:
         return Line("ok", "not needed: no second GPU")
     rows = [line.split()[1:] for line in nvidia_smi("topo", "-m").splitlines() if line.startswith("GPU")]
@@ -209,6 +220,7 @@ def all_reduce(world: int, kind: str) -> None:
 
 
 def check_nccl(case: Case) -> Line:
+    """All GPUs can sum a tensor."""
     if case.device.type == "cpu":
         return Line("ok", "not needed on the CPU")
     count, start = torch.cuda.device_count(), time.monotonic()
@@ -225,6 +237,7 @@ def missing_shards(hp: t.Hyperparameters) -> list[Path]:
 
 
 def check_disk(case: Case) -> Line:
+    """There is room for the log and for shards that are still to come."""
     needs = [(Path(case.hp.log_dir), LOG_BYTES, "--log_dir")]
     if missing := missing_shards(case.hp):
         needs.append((missing[0].parent, len(missing) * SHARD_BYTES, "--train_files"))
@@ -241,6 +254,7 @@ def check_disk(case: Case) -> Line:
 
 
 def check_shards(case: Case) -> Line:
+    """The shards are intact and last the whole schedule."""
     hp = case.hp
     files = t.find_shards(hp.train_files, "train_files")
     held = sum(t.read_header(path) for path in files)
@@ -255,6 +269,7 @@ def check_shards(case: Case) -> Line:
 
 
 def check_hub(case: Case) -> Line:
+    """The hub answers, if shards are missing."""
     missing = missing_shards(case.hp)
     if not missing:
         return Line("ok", "not needed: nothing to download")
@@ -267,6 +282,8 @@ def check_hub(case: Case) -> Line:
 
 
 class Check(NamedTuple):
+    """A row of CHECKS."""
+
     name: str
     run: Callable[[Case], Line]
     remedy: str = ""  # where the check's line has none, or the check raises
@@ -301,6 +318,7 @@ def examine(check: Check, case: Case) -> Line:
 
 
 def main() -> None:
+    """Run the command line; exits with the status that the module's text tells."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="leave out NCCL, the hub, and the walk over all documents")

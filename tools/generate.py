@@ -69,6 +69,7 @@ def sample(model: t.GPT, geometry: t.Geometry, tokens: list[int], count: int, te
 
 
 def main() -> None:
+    """Run the command line; bad input is one line and exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage=argparse.SUPPRESS)
     parser.add_argument("checkpoint")

@@ -92,6 +92,7 @@ def score(model: t.GPT, geometry: t.Geometry, group: list[Document]) -> list[flo
 
 
 def main() -> None:
+    """Run the command line; bad input is one line and exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage=argparse.SUPPRESS)
     parser.add_argument("checkpoint")

@@ -16,6 +16,7 @@ from torch.distributed.run import parse_args, run
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Launch the ranks; returns the exit status."""
     if sys.argv[1:2] in (["--help"], ["-h"]):
         print(__doc__)
         return 0

@@ -40,6 +40,7 @@ def plot(rows: list[dict[str, str]], out: Path) -> None:
 
 
 def main() -> None:
+    """Run the command line; bad input is one line and exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path, default=RECORDS / "history.csv", help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=RECORDS / "history.png", help="default: %(default)s")

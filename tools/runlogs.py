@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -21,7 +21,8 @@ CONFIDENCE = 0.95
 RULE = re.compile(r"^={100}\n", re.M)
 # A source may hold such a rule too, or end without newline; the rule that ends it is followed by the versions
 END_OF_SOURCE = re.compile(r"={100}\n(?=(?:Running )?Py(?:thon|torch)\b)", re.M | re.I)
-STEP_LINE = re.compile(r"^step:(\d+)/(\d+) (?:(val|train)_loss:([\d.]+|-?inf|nan) )?train_time:([\d.]+)ms", re.M)
+STEP_LINE = re.compile(
+    r"^step:(\d+)/(\d+) (?:(val|train)_loss:(\d+\.?\d*|-?inf|nan) )?train_time:(\d+\.?\d*)ms", re.M)
 SETTING = re.compile(r"^(\w[\w ]*) = (.*)$", re.M)
 VERSION = re.compile(r"^(?:Running )?((?:Python|PyTorch|Triton)\b.*?) *$", re.M | re.I)
 DRIVER = re.compile(r"Driver Version: *\S+ +CUDA Version: *\S+")
@@ -35,6 +36,8 @@ class LogError(Exception):
 
 
 class Line(NamedTuple):
+    """A line of a log that tells a step; times in ms."""
+
     step: int
     loss: float  # nan where the line has none
     ms: float  # train_time
@@ -42,6 +45,8 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class RunLog:
+    """What a log says; see read_log."""
+
     path: Path
     source: str
     versions: tuple[str, ...]  # Python, PyTorch, Triton, driver and CUDA
@@ -77,7 +82,7 @@ class RunLog:
         """First step of each stage, and the number of steps as the last entry."""
         try:
             scheduled, extension = (int(self.config[f"num_{k}_iterations"]) for k in ("scheduled", "extension"))
-        except KeyError:
+        except (KeyError, ValueError):
             scheduled, extension = self.steps, 0
         bounds = [round(i * scheduled / STAGES) for i in range(STAGES + 1)]
         return bounds + [scheduled + extension] * (extension > 0)
@@ -155,7 +160,8 @@ class Interval(NamedTuple):
         return value if math.isnan(self.low) else f"{value} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
 
 
-def t_interval(test, value: float) -> Interval:
+def t_interval(test: Any, value: float) -> Interval:
+    """A value with the interval and the p of what scipy.stats returned for it."""
     return Interval(value, *map(float, test.confidence_interval(CONFIDENCE)), float(test.pvalue))
 
 

@@ -32,10 +32,12 @@ ROW = "{:<{width}} {:>8} {:>10} {:>7} {:>7}  {:<20} {:<10} {}"
 
 
 def digest(text: str) -> str:
+    """The first 8 hexadecimal digits of the text's SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def run_facts(log: RunLog) -> dict:
+    """A log's row of the table, for JSON; None where the log does not say it."""
     done = not log.failure
     train, val = (log.config[key].strip("'") if key in log.config else None for key in ("train_files", "val_files"))
     return {
@@ -67,6 +69,7 @@ def statistics(logs: list[RunLog], target: float) -> dict:
 
 
 def source_diff(first: RunLog, other: RunLog) -> list[str]:
+    """The first lines of the difference between two sources."""
     lines = list(difflib.unified_diff(first.source.splitlines(), other.source.splitlines(), str(first.path),
                                       str(other.path), n=1, lineterm=""))
     more = [f"... {len(lines) - DIFF_LINES} more lines"] if len(lines) > DIFF_LINES else []
@@ -129,14 +132,17 @@ def check(logs: list[RunLog], baseline: list[RunLog], target: float) -> dict:
 
 
 def number(x: float | None, form: str) -> str:
+    """x in this format, or a dash for None."""
     return "-" if x is None else format(x, form)
 
 
 def interval(pair: list[float | None] | None, form: str) -> str:
+    """Both ends in this format, dashes for those that are unknown."""
     return "[" + ", ".join(number(x, form) for x in pair or (None, None)) + "]"
 
 
 def table(runs: list[dict]) -> list[str]:
+    """A header and a line for each of run_facts."""
     width = max(len(r["log"]) for r in runs)
 
     def row(r: dict) -> str:
@@ -150,12 +156,14 @@ def table(runs: list[dict]) -> list[str]:
 
 
 def summary(s: dict) -> list[str]:
+    """The lines of `statistics`, but for the test."""
     return [f"{s['finished']} of {s['runs']} runs finished",
             f"validation loss: mean {number(s['loss_mean'], '.5f')}, standard deviation {number(s['loss_std'], '.5f')}",
             f"time: mean {number(s['time_mean_s'], '.3f')} s, 95 % interval {interval(s['time_95_s'], '.3f')}"]
 
 
 def text(r: dict) -> str:
+    """What `check` found, for people."""
     lines = [*table(r["logs"]), "", *summary(r),
              f"t-test of a mean below {r['target']}: p = {number(r['p'], '.3g')} (limit {r['p_limit']})", CLOCK]
     for i, environment in enumerate(r["environments"]):
@@ -175,6 +183,7 @@ def text(r: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="logs of all runs of the record")
     parser.add_argument("--baseline", nargs="+", type=Path, default=[], metavar="LOG",
