@@ -767,6 +767,11 @@ product_sum.register_fake(lambda a, b, terms, scales: (
 WEIGHT_GRAD_ROWS = 1536  # tuned (H200): cuBLAS makes 2,304 x 768 in 0.259 ms, as 1,536 + 768 rows in 0.242
 
 
+def weight_grad_reference(dy: Tensor, x: Tensor) -> Tensor:
+    """dy^T x [n, k] for dy [T, n], x [T, k]."""
+    return dy.mT @ x
+
+
 @custom_op("speedrun::weight_grad", mutates_args=(), device_types="cuda")
 def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
     dw = dy.new_empty(dy.size(1), x.size(1))
@@ -774,7 +779,7 @@ def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
         torch.mm(part, x, out=out)
     return dw
 
-weight_grad.register_kernel("cpu")(lambda dy, x: dy.mT @ x)
+weight_grad.register_kernel("cpu")(weight_grad_reference)
 weight_grad.register_fake(lambda dy, x: dy.new_empty(dy.size(1), x.size(1)))
 
 
@@ -1308,17 +1313,20 @@ transposed.register_fake(lambda src: src.new_empty(src.size(1), src.size(0)))
 
 # --- Head: product, loss and gradient
 
-def fp8_product(a: Tensor, b: Tensor, scale: Tensor, out: torch.dtype, quick: bool = False) -> Tensor:
-    """scale * (a @ b) for FP8 a [m, k] row-major and b [k, n] column-major, which is what the tensor cores take.
+def fp8_product(a: Tensor, b: Tensor, scale: Tensor, out: torch.dtype) -> Tensor:
+    """scale * (a @ b) for FP8 a [m, k] row-major and b [k, n] column-major, which is what the tensor cores take."""
+    return torch._scaled_mm(a, b, scale_a=scale, scale_b=torch.ones_like(scale), out_dtype=out)
 
-    quick accumulates in the tensor cores' own, shorter sums.
-    """
-    return torch._scaled_mm(a, b, scale_a=scale, scale_b=torch.ones_like(scale), out_dtype=out, use_fast_accum=quick)
+
+def quick_fp8_product_reference(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """fp8_product to bf16, accumulated in the tensor cores' own, shorter sums."""
+    return torch._scaled_mm(a, b, scale_a=scale, scale_b=torch.ones_like(scale), out_dtype=torch.bfloat16,
+                            use_fast_accum=True)
 
 
 @custom_op("speedrun::quick_fp8_product", mutates_args=(), device_types="cuda")
 def quick_fp8_product(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """fp8_product, quick and to bf16, whose result is stored while the next tile is computed."""
+    """The result is stored while the next tile is computed: logits in 3.29 ms, where cuBLAS takes 3.66 (H200)."""
     y = a.new_empty(a.size(0), b.size(1), dtype=torch.bfloat16)
     quack_products()["scaled"](a, b, y, epi_args={"scale": scale})
     return y
@@ -1341,9 +1349,8 @@ class HeadLoss(torch.autograd.Function):
             x8 = (x / X_SCALE).to(torch.float8_e4m3fn)
             w8 = (w.float() / W_SCALE).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
             scale = x.new_full((), X_SCALE * W_SCALE, dtype=torch.float32)
-            turned = w8.T.contiguous().T
-            logits = (quick_fp8_product(x8, turned, scale) if kernels == "quack" else
-                      fp8_product(x8, turned, scale, torch.bfloat16, quick=True))  # [T, V]
+            multiply = quick_fp8_product if kernels == "quack" else quick_fp8_product_reference
+            logits = multiply(x8, w8.T.contiguous().T, scale)  # [T, V]
             grad_scale = GRAD_SCALE * grad_unit
             loss, grad = loss_of(logits, targets, weights, torch.float8_e5m2, grad_scale)
             ctx.save_for_backward(x8, w8, grad)

@@ -83,8 +83,11 @@ def products(T: int) -> Iterator[Row]:
                   2 * (a.numel() + b.numel() + (1 + terms) * T * DIM), 2 * T * b.numel(), compiled(plain), plain)
     inputs, shape = [x, up, down, scale], f"{T} x {DIM} x {WIDTH}"
     ours, plain = lambda x, *y: t.ReluSquareMLP.apply(x, r, *y)[0], lambda x, *y: t.mlp_reference(x, None, *y)[0]
-    yield Row("MLP forward + backward", shape, backward(ours, inputs, dy), 6 * moved, 6 * work,
+    yield Row("MLP forward + backward", shape, backward(compiled(ours), inputs, dy), 6 * moved, 6 * work,
               backward(compiled(plain), inputs, dy), backward(plain, inputs, dy))
+    dqkv = randn(T, 3 * DIM)
+    yield Row("weight gradient of QKV", f"{3 * DIM} x {T} x {DIM}", partial(t.weight_grad, dqkv, x),
+              2 * (4 * T * DIM + 3 * DIM * DIM), 6 * T * DIM * DIM, eager=partial(t.weight_grad_reference, dqkv, x))
 
 
 def attention_inputs(T: int) -> Iterator[Row]:
@@ -98,6 +101,24 @@ def attention_inputs(T: int) -> Iterator[Row]:
     yield Row("attention inputs forward", shape, partial(ours, *inputs), 7 * size, 0, partial(graph, *inputs))
     yield Row("attention inputs forward + backward", shape, backward(ours, inputs, grads), 17 * size, 0,
               backward(graph, inputs, grads), backward(plain, inputs, grads))
+
+
+def gated_heads(T: int) -> Iterator[Row]:
+    """Heads times their gates; T tokens."""
+    inputs, dy = [randn(T, HEADS, HEAD_DIM), randn(T, t.GATE_INPUTS), randn(HEADS, t.GATE_INPUTS)], randn(T, DIM)
+    ours, plain = t.GatedHeads.apply, t.gated_heads_reference
+    yield Row("gated heads forward + backward", f"{T} x {HEADS} x {HEAD_DIM}", backward(compiled(ours), inputs, dy),
+              10 * T * DIM, 0, backward(compiled(plain), inputs, dy), backward(plain, inputs, dy))
+
+
+def logits(T: int) -> Iterator[Row]:
+    """The head's product of T tokens, in FP8 with the shorter sums."""
+    x, w = (randn(n, DIM).to(torch.float8_e4m3fn) for n in (T, VOCABULARY))
+    args = x, w.mT, torch.ones((), device=DEVICE)
+    # the tensor cores' FP8 rate is twice that of bf16
+    yield Row("FP8 logits", f"{T} x {DIM} x {VOCABULARY}", partial(t.quick_fp8_product, *args),
+              T * DIM + DIM * VOCABULARY + 2 * T * VOCABULARY, T * DIM * VOCABULARY,
+              eager=partial(t.quick_fp8_product_reference, *args))
 
 
 def loss(T: int) -> Iterator[Row]:
@@ -158,7 +179,7 @@ def attention(backend: str, _T: int) -> Iterator[Row]:
         yield Row(f"attention {backend} forward + backward", shape, both, 12 * size, 3.5 * work)
 
 
-GROUPS = {f.__name__: f for f in (products, attention_inputs, loss, tables, symmetric)} | {
+GROUPS = {f.__name__: f for f in (products, attention_inputs, gated_heads, logits, loss, tables, symmetric)} | {
     f"attention {backend}": partial(attention, backend) for backend in ("torch", "fa4")}
 
 
