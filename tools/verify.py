@@ -23,7 +23,8 @@ from runlogs import LogError, RunLog, difference, mean_interval, read_log
 from scipy import stats
 
 TARGET, P_LIMIT, MIN_RUNS = 3.28, 0.01, 2
-OWN_KEYS = ("seed", "run_id", "log_dir")  # settings in which the runs of one record may differ
+# settings in which the runs of one record may differ; checkpoints are written while the clock rests
+OWN_KEYS = ("seed", "run_id", "log_dir", "save_every", "save_final")
 DIFF_LINES = 40  # of a difference between sources that are shown
 CLOCK = "Time is train_time of the final line: training steps only, without compilation, warm-up and validation."
 NOTE = ("The verdict holds only if the data are FineWeb and the loss is over the track's first 10,485,760 validation "
