@@ -794,14 +794,26 @@ def norm_grad(g: Tensor, x: Tensor, r: Tensor) -> Tensor:
     return g - x * (r.square() * (g * x).mean(1))[:, None]
 
 
-def normed_linear_reference(x: Tensor, r: None, w: Tensor) -> tuple[Tensor, Tensor]:
-    """norm(x) w^T and the first GATE_INPUTS channels of norm(x), for x [T, D], w [n, D]."""
-    h = norm(x)
+class FoldedNorm(torch.autograd.Function):
+    """norm(x [T, D]) but for the factor r [T]: x. The sum of its readers' gradients comes with that factor."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, r: Tensor) -> Tensor:
+        ctx.save_for_backward(x, r)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        return norm_grad(g, *ctx.saved_tensors).to(g.dtype), None
+
+
+def normed_linear_reference(h: Tensor, r: None, w: Tensor) -> tuple[Tensor, Tensor]:
+    """h w^T and the first GATE_INPUTS channels of h, for a norm h [T, D], w [n, D]."""
     return F.linear(h, w), h[:, :GATE_INPUTS]
 
 
 class NormedLinear(torch.autograd.Function):
-    """normed_linear_reference, but for the factor r [T], which its first result still lacks."""
+    """normed_linear_reference of a FoldedNorm x; the first result lacks the factor r [T], too."""
 
     @staticmethod
     def forward(ctx, x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -813,7 +825,7 @@ class NormedLinear(torch.autograd.Function):
         x, r, w = ctx.saved_tensors
         dw = weight_grad(du, x)  # first: cuBLAS gives autograd's thread the CUDA context that tensor descriptors need
         g = product(du, w) + F.pad(r[:, None] * dseen, (0, x.size(1) - dseen.size(1)))
-        return norm_grad(g, x, r).to(x.dtype), None, dw
+        return g.to(x.dtype), None, dw
 
 
 def linear_sum_reference(x: Tensor, w: Tensor, *terms: Tensor) -> tuple[Tensor, None]:
@@ -1738,11 +1750,15 @@ class GPT(nn.Module):
         """r [T] of x [T, D], which fused products take in place of norms."""
         return inverse_rms(x.detach().float().square(), x.size(1)) if self.fused else None
 
-    def attend(self, i: int, x: Tensor, r: Tensor | None, qkv: Tensor, ve: Tensor | None, batch: Batch,
+    def normed(self, x: Tensor, r: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """norm(x [T, D]), and the factor r [T] that it lacks if products are fused."""
+        return FoldedNorm.apply(x, r) if self.fused else norm(x), r
+
+    def attend(self, i: int, h: Tensor, r: Tensor | None, qkv: Tensor, ve: Tensor | None, batch: Batch,
                g: Geometry) -> Tensor:
-        """Gated attention of layer i on norm(x [T, D]) with weights qkv [3D, D], before O; [T, D]."""
-        layer, T, H, d = LAYERS[i], x.size(0), self.hp.num_heads, self.hp.head_dim
-        qkv, seen = (NormedLinear.apply if self.fused else normed_linear_reference)(x, r, qkv)
+        """Gated attention of layer i on normed's h [T, D], r with weights qkv [3D, D], before O; [T, D]."""
+        layer, T, H, d = LAYERS[i], h.size(0), self.hp.num_heads, self.hp.head_dim
+        qkv, seen = (NormedLinear.apply if self.fused else normed_linear_reference)(h, r, qkv)
         gate = None
         if ve is not None:
             half = GATE_INPUTS // 2
@@ -1777,25 +1793,25 @@ class GPT(nn.Module):
         x0 = norm(self.smear(rows.embed))
         x = x0 + bigram_lambda[0] * rows.bigram
         r = self.inverse_rms(x)
-        after = {-1: (x, r)}  # layer -> the stream after it
+        after, normed = {}, {-1: self.normed(x, r)}  # layer -> the stream after it; its norm, which several layers read
         for i, layer in enumerate(LAYERS):
             if layer.skip_from is not None:
                 gate = torch.sigmoid(skip_lambda) * 2 * torch.sigmoid(F.linear(x0[:, :GATE_INPUTS], self.skip_gate))
-                x = x + gate * after[layer.skip_from][0]
+                x = x + gate * after[layer.skip_from]
                 r = self.inverse_rms(x)
             else:
                 j, table = ATTN_INDEX[i], layer.value_table
                 v, o = vo[j].unbind()
                 # scalars multiply weights where they can: these are smaller, and no activation is read for gradients
                 qkv, o = sa[2 * i] * torch.cat([qk[j], v]), sa[2 * i + 1] * post[2 * i] * o
-                y = self.attend(i, *after[i - 1 if layer.reads is None else layer.reads], qkv,
+                y = self.attend(i, *normed[i - 1 if layer.reads is None else layer.reads], qkv,
                                 None if table is None else rows.value[table], batch, g)
                 terms = x, resid[2 * i], x0, x0_lambda[i], rows.bigram, bigram_lambda[i]
                 x, r = linear_sum(y, o, *(terms if i > 0 else terms[:4]))
             up, down = up_down[i].unbind()
             x, r = mlp(x, r, up, post[2 * i + 1] * down, resid[2 * i + 1])
-            after[i] = x, r
-        return norm(x - backout_lambda * after[BACKOUT_LAYER][0])
+            after[i], normed[i] = x, self.normed(x, r)
+        return norm(x - backout_lambda * after[BACKOUT_LAYER])
 
     def forward(self, batch: Batch, rows: Rows, g: Geometry, mtp_weights: Tensor, grad_unit: float) -> Tensor:
         """Training loss, summed over positions; mtp_weights [k] include 1/A, and grad_unit is 1/A."""

@@ -132,8 +132,8 @@ class TestInterpreted:
         for ours, plain, inputs in [
             (lambda x, *y: t.ReluSquareMLP.apply(x, r, *y)[0], lambda x, *y: t.mlp_reference(x, None, *y)[0],
              [x, up, down, scales[0]]),
-            (lambda x, w: through_inputs(*t.NormedLinear.apply(x, r, w), r),
-             lambda x, w: through_inputs(*t.normed_linear_reference(x, None, w), None), [x, up]),
+            (lambda x, w: through_inputs(*t.NormedLinear.apply(t.FoldedNorm.apply(x, r), r, w), r),
+             lambda x, w: through_inputs(*t.normed_linear_reference(t.norm(x), None, w), None), [x, up]),
             *((lambda *y: t.LinearSum.apply(*y)[0], lambda *y: t.linear_sum_reference(*y)[0], [x, up, *terms[: 2 * n]])
               for n in (1, 2, 3)),
         ]:
@@ -363,8 +363,8 @@ class TestGPU:
         for ours, plain, inputs in [
             (lambda x, *y: t.ReluSquareMLP.apply(x, r, *y)[0], lambda x, *y: t.mlp_reference(x, None, *y)[0],
              [x, up, down, scales[0]]),
-            (lambda x, w: (t.NormedLinear.apply(x, r, w)[0] * r[:, None]).to(BF16),
-             lambda x, w: t.normed_linear_reference(x, None, w)[0], [x, up]),
+            (lambda x, w: (t.NormedLinear.apply(t.FoldedNorm.apply(x, r), r, w)[0] * r[:, None]).to(BF16),
+             lambda x, w: t.normed_linear_reference(t.norm(x), None, w)[0], [x, up]),
             *((lambda *y: t.LinearSum.apply(*y)[0], lambda *y: t.linear_sum_reference(*y)[0], [x, w, *terms[: 2 * n]])
               for n in (1, 2, 3)),
         ]:
