@@ -2407,7 +2407,7 @@ class MicroStep:
 
 
 def train_step(micro_step: MicroStep, batches: list[Batch], touched: TouchedRows | None, p: Plan) -> Tensor:
-    """One optimizer step; returns this rank's loss a token, weighted over the predicted tokens, as a device tensor."""
+    """One optimizer step; returns all ranks' loss a token, weighted over the predicted tokens, as a device tensor."""
     model, optimizer, A = micro_step.model, micro_step.optimizer, len(batches)
     model.set_stage(p.stage)
     geometry = Geometry(p.window_short, p.window_long, p.max_doc_len, model.scale)
@@ -2415,8 +2415,11 @@ def train_step(micro_step: MicroStep, batches: list[Batch], touched: TouchedRows
     total = 0.0
     for batch in batches:
         total = total + micro_step(batch, geometry, weights, 1 / A)
+    loss = total / (len(batches[0].tokens) * sum(p.mtp_weights))
+    mean = dist.all_reduce(loss, op=dist.ReduceOp.AVG, async_op=True)
     optimizer.step(p, touched)
-    return total / (len(batches[0].tokens) * sum(p.mtp_weights))
+    mean.wait()
+    return loss
 
 
 def val_geometry(model: GPT, p: Plan, last: bool, max_len: int) -> Geometry:

@@ -47,7 +47,7 @@ class RandomGradients:
         zero, grad = torch.zeros(shape), 0.5 + torch.rand(shape, generator=self.generator)
         zero, grad = SimpleNamespace(grad=zero), SimpleNamespace(grad=grad)
         self.optimizer.collect(batch, t.Rows(zero, grad, (zero,) * t.NUM_VALUE_TABLES))
-        return 0.0
+        return torch.zeros(())
 
 
 def train(hp, rank, sparse):
