@@ -2636,17 +2636,22 @@ class Clock:
         return self.before + (1000 * (time.perf_counter() - self.started) if self.started else 0.0)
 
 
-def train(hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str, log: Log, saved: dict | None,
-          watch: Watch) -> int:
-    """The whole run, or what a checkpoint leaves of it: set up, warm up, train, validate. Returns the exit status."""
-    log_environment(log, hp, ranks, attention, kernels)
-    val_tokens = read_val_tokens(hp)
+def set_up(hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str) -> MicroStep:
+    """Model with its initial weights, optimizer, and the step that trains them."""
     with torch.device(ranks.device):
         model = GPT(hp, ranks.world)
     check_tables(model)
     model.use(attention, kernels)
     model.initialize(hp.seed)
-    micro_step = MicroStep(model, NorMuonAdam(model, hp, ranks), hp, ranks)
+    return MicroStep(model, NorMuonAdam(model, hp, ranks), hp, ranks)
+
+
+def train(hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str, log: Log, saved: dict | None,
+          watch: Watch) -> int:
+    """The whole run, or what a checkpoint leaves of it: set up, warm up, train, validate. Returns the exit status."""
+    log_environment(log, hp, ranks, attention, kernels)
+    val_tokens, micro_step = read_val_tokens(hp), set_up(hp, ranks, attention, kernels)
+    model = micro_step.model
     losses_of = compiled(model.token_losses) if hp.compile else model.token_losses
     if hp.compile:
         warmup(hp, ranks, micro_step, losses_of, val_tokens, log)
