@@ -741,7 +741,8 @@ def quack_products() -> dict[str, Callable]:
     by_row = gemm_epilogue(ops={"r": ColVecLoad("r")})
     summed = gemm_epilogue(reduces={"squares": ColVecReduce("squares", scaled=True)})
     kinds = {none: plain, relu_square: by_row, root: by_row, sum1: summed, sum2: summed, sum3: summed}
-    fp8 = partial(plain(scaled).gemm, tile_M=rows, tile_N=columns, pingpong=True, cluster_M=2, b_kn=True,
+    fp8 = partial(plain(scaled).gemm, tile_M=config.tile_m, tile_N=config.tile_n, pingpong=config.pingpong,
+                  cluster_M=config.cluster_m, b_kn=True,
                   post_init_attrs=(("fp8_slow_accum", False),))  # its sums stay in the tensor cores
     return {f.__name__: partial(kind(f), config=config, tuned=False) for f, kind in kinds.items()} | {"scaled": fp8}
 
@@ -2473,7 +2474,7 @@ class Rewind:
 
     def __init__(self, optimizer: NorMuonAdam, step: int):
         self.optimizer, self.tensors = optimizer, [x for _, x, _ in optimizer.tensors()]
-        self.copies = [x.clone() for x in self.tensors]
+        self.copies = [torch.empty_like(x) for x in self.tensors]
         self.keep(step)
 
     def keep(self, step: int) -> None:
@@ -2746,7 +2747,9 @@ def main() -> None:
             return
         if args.check:
             check_data(hp)
-            return hp.resume and read_checkpoint(hp.resume, hp)
+            if hp.resume:
+                read_checkpoint(hp.resume, hp)
+            return
         ranks = setup_ranks(hp)
         chosen = on_every_rank(lambda: (choose_attention(hp, ranks.device), choose_kernels(hp, ranks.device)))
         on_every_rank(lambda: check_data(hp))
