@@ -638,6 +638,11 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; for the CPU 2, enough for Triton's interpreter to show mistakes."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 KERNELS = ("quack", "triton", "reference")  # the fastest first; each has those after it for what it does not cover
 
 
@@ -681,7 +686,7 @@ PRODUCT_TILE = (128, 192)  # rows, columns; tuned (H200)
 
 def product_reference(a: Tensor, b: Tensor, epilogue: str = "none", r: Tensor | None = None,
                       c: Tensor | None = None) -> Tensor:
-    """a b [m, n] for a [m, k], b [k, n], after one of these, with r [m] fp32 and c [m, n]."""
+    """a b [m, n] for a [m, k], b [k, n], after one of these, with r [m] fp32 and c [m, n], or fewer columns in one."""
     y = a @ b
     match epilogue:
         case "none":
@@ -690,6 +695,8 @@ def product_reference(a: Tensor, b: Tensor, epilogue: str = "none", r: Tensor | 
             return F.relu(r[:, None] * y).square().to(y.dtype)
         case "root":  # r times the gradient before that square, where c is the square
             return (2 * c.sqrt() * r[:, None] * y).to(y.dtype)
+        case "columns":  # r c added to the first ones
+            return (y + F.pad(r[:, None] * c, (0, y.size(1) - c.size(1)))).to(y.dtype)
 
 
 def product_sum_reference(a: Tensor, b: Tensor, terms: list[Tensor], scales: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -724,10 +731,6 @@ def quack_products() -> dict[str, Callable]:
         y = acc + s0 * c
         return {"D": y, "squares": (y, y)}
 
-    def sum2(acc, c, s0, c1, s1):
-        y = acc + s0 * c + s1 * c1
-        return {"D": y, "squares": (y, y)}
-
     def sum3(acc, c, s0, c1, s1, c2, s2):
         y = acc + s0 * c + s1 * c1 + s2 * c2
         return {"D": y, "squares": (y, y)}
@@ -740,7 +743,7 @@ def quack_products() -> dict[str, Callable]:
     plain = gemm_epilogue()
     by_row = gemm_epilogue(ops={"r": ColVecLoad("r")})
     summed = gemm_epilogue(reduces={"squares": ColVecReduce("squares", scaled=True)})
-    kinds = {none: plain, relu_square: by_row, root: by_row, sum1: summed, sum2: summed, sum3: summed}
+    kinds = {none: plain, relu_square: by_row, root: by_row, sum1: summed, sum3: summed}
     fp8 = partial(plain(scaled).gemm, tile_M=config.tile_m, tile_N=config.tile_n, pingpong=config.pingpong,
                   cluster_M=config.cluster_m, b_kn=True,
                   post_init_attrs=(("fp8_slow_accum", False),))  # its sums stay in the tensor cores
@@ -749,6 +752,10 @@ def quack_products() -> dict[str, Callable]:
 
 @custom_op("speedrun::product", mutates_args=(), device_types="cuda")
 def product(a: Tensor, b: Tensor, epilogue: str = "none", r: Tensor | None = None, c: Tensor | None = None) -> Tensor:
+    if epilogue == "columns":  # here, as TorchInductor would read everything twice for it, in the loops of a reduction
+        y = product(a, b)
+        y[:, : c.size(1)].addcmul_(r[:, None], c)
+        return y
     return quack_products()[epilogue](a, b, c, **({} if r is None else {"r": r[None]}))["D"]
 
 
@@ -825,36 +832,101 @@ class NormedLinear(torch.autograd.Function):
     def backward(ctx, du: Tensor, dseen: Tensor):
         x, r, w = ctx.saved_tensors
         dw = weight_grad(du, x)  # first: cuBLAS gives autograd's thread the CUDA context that tensor descriptors need
-        g = product(du, w) + F.pad(r[:, None] * dseen, (0, x.size(1) - dseen.size(1)))
-        return g.to(x.dtype), None, dw
+        return product(du, w, "columns", r, dseen), None, dw
 
 
-def linear_sum_reference(x: Tensor, w: Tensor, *terms: Tensor) -> tuple[Tensor, None]:
-    """y = x w^T + s c + ... for x [T, k], w [n, k] and terms (c [T, n], s 0-dim fp32), ..."""
-    y = F.linear(x, w)
-    for c, s in zip(terms[::2], terms[1::2]):
-        y = y + s * c
-    return y, None
+def embedding_sums_reference(x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor) -> tuple[Tensor, ...]:
+    """s0[i] x0 + s1[i] bigram [T, D] for each i, for x0, bigram [T, D] and s0, s1 [n] fp32."""
+    return tuple(a * x0 + b * bigram for a, b in zip(s0.unbind(), s1.unbind()))
+
+
+@jit
+def embedding_sums_kernel(x0, bigram, s0, s1, grads, dx0, dbigram, ds, T, D: tl.constexpr, N: tl.constexpr, PROGRAMS,
+                          ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """One program: COLUMNS of every PROGRAMS-th ROWS tokens. `grads` is a tuple of N."""
+    program, columns = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    a, b, ds0, ds1 = (), (), (), ()
+    for i in tl.static_range(N):
+        a += (tl.load(s0 + i),)
+        b += (tl.load(s1 + i),)
+        ds0 += (tl.zeros([ROWS, COLUMNS], tl.float32),)
+        ds1 += (tl.zeros([ROWS, COLUMNS], tl.float32),)
+    for start in range(program * ROWS, T, PROGRAMS * ROWS):
+        rows = start + tl.arange(0, ROWS)
+        mask, at = (rows < T)[:, None] & (columns < D)[None, :], rows.to(tl.int64)[:, None] * D + columns[None, :]
+        x, y = tl.load(x0 + at, mask=mask, other=0.0), tl.load(bigram + at, mask=mask, other=0.0)
+        x, y, dx, dy = x.to(tl.float32), y.to(tl.float32), tl.zeros_like(ds0[0]), tl.zeros_like(ds0[0])
+        sums0, sums1 = (), ()
+        for i in tl.static_range(N):
+            g = tl.load(grads[i] + at, mask=mask, other=0.0).to(tl.float32)
+            dx += a[i] * g
+            dy += b[i] * g
+            sums0 += (ds0[i] + g * x,)
+            sums1 += (ds1[i] + g * y,)
+        ds0, ds1 = sums0, sums1
+        tl.store(dx0 + at, dx.to(dx0.dtype.element_ty), mask=mask)
+        tl.store(dbigram + at, dy.to(dbigram.dtype.element_ty), mask=mask)
+    to = ds + (program * tl.num_programs(1) + tl.program_id(1)) * 2 * N
+    for i in tl.static_range(N):
+        tl.store(to + i, tl.sum(ds0[i]))
+        tl.store(to + N + i, tl.sum(ds1[i]))
+
+
+@custom_op("speedrun::embedding_sums_backward", mutates_args=())
+def embedding_sums_backward(x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor,
+                            grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x0, of bigram, and of s0 and s1 in parts [parts, 2, n] fp32."""
+    (T, D), n, dx0, dbigram = x0.shape, len(grads), torch.empty_like(x0), torch.empty_like(bigram)
+    programs, chunks = multiprocessors(x0.device), triton.cdiv(D, EMBEDDING_SUMS_COLUMNS)
+    ds = s0.new_empty(programs * chunks, 2, n)
+    embedding_sums_kernel[(programs, chunks)](
+        x0, bigram, s0, s1, tuple(g.contiguous() for g in grads), dx0, dbigram, ds, T, D, n, programs,
+        EMBEDDING_SUMS_ROWS, EMBEDDING_SUMS_COLUMNS, num_warps=4)
+    return dx0, dbigram, ds
+
+EMBEDDING_SUMS_ROWS, EMBEDDING_SUMS_COLUMNS = 2, 256  # what is summed fits the registers
+embedding_sums_backward.register_fake(lambda x0, bigram, s0, s1, grads: (
+    torch.empty_like(x0), torch.empty_like(bigram),
+    s0.new_empty(multiprocessors(x0.device) * -(-x0.size(1) // EMBEDDING_SUMS_COLUMNS), 2, len(grads))))
+
+
+class EmbeddingSums(torch.autograd.Function):
+    """In place of each of embedding_sums_reference a stand-in, x0, for LinearSum, which adds the sum in its product.
+
+    So all gradients come last, in one kernel that reads x0 and bigram once and not in each layer."""
+
+    @staticmethod
+    def forward(ctx, x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x0, bigram, s0, s1)
+        return tuple(x0.view_as(x0) for _ in range(len(s0)))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        dx0, dbigram, ds = embedding_sums_backward(*ctx.saved_tensors, list(grads))
+        return dx0, dbigram, *ds.sum(0).unbind()
+
+
+def linear_sum_reference(x: Tensor, w: Tensor, c: Tensor, s: Tensor, added: Tensor, *_) -> tuple[Tensor, None]:
+    """y = x w^T + s c + added for x [T, k], w [n, k], c, added [T, n], s 0-dim fp32."""
+    return F.linear(x, w) + s * c + added, None
 
 
 class LinearSum(torch.autograd.Function):
-    """linear_sum_reference, and r [T] of the result, in place of None."""
+    """linear_sum_reference where `added` stands for s0 x0 + s1 bigram; and r [T] of the result, in place of None."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, *terms: Tensor) -> tuple[Tensor, Tensor]:
-        y, squares = product_sum(x, w.mT, list(terms[::2]), list(terms[1::2]))
+    def forward(ctx, x: Tensor, w: Tensor, c: Tensor, s: Tensor, added: Tensor, x0: Tensor, bigram: Tensor, s0: Tensor,
+                s1: Tensor) -> tuple[Tensor, Tensor]:
+        y, squares = product_sum(x, w.mT, [c, x0, bigram], [s, s0, s1])
         r = inverse_rms(squares, y.size(1))
         ctx.mark_non_differentiable(r)
-        ctx.save_for_backward(x, w, *terms)
+        ctx.save_for_backward(x, w, c, s)
         return y, r
 
     @staticmethod
     def backward(ctx, dy: Tensor, _):
-        x, w, *terms = ctx.saved_tensors
-        dw, grads = dy.mT @ x, []
-        for c, s in zip(terms[::2], terms[1::2]):
-            grads += [s * dy, (dy.float() * c.float()).sum()]
-        return product(dy, w), dw, *grads
+        x, w, c, s = ctx.saved_tensors
+        return product(dy, w), dy.mT @ x, s * dy, (dy.float() * c.float()).sum(), dy, None, None, None, None
 
 
 # --- MLP: relu(norm(x) up^T)^2 down + scale x (So et al., Primer, arXiv 2109.08668)
@@ -1116,7 +1188,7 @@ def gated_heads_backward(y: Tensor, seen: Tensor, w: Tensor, dout: Tensor) -> tu
     (T, H, d), n, programs = y.shape, w.size(1), triton.cdiv(len(y), GATED_ROWS)
     dy, dseen, dw = torch.empty_like(y), seen.new_empty(T, n), w.new_empty(programs, H, n, dtype=torch.float32)
     gated_heads_backward_kernel[(programs,)](y, seen.contiguous(), w, dout.contiguous(), dy, dseen, dw, T, H, d, n,
-                                             GATED_ROWS, triton.next_power_of_2(n))
+                                             GATED_ROWS, triton.next_power_of_2(n), num_warps=1)
     return dy, dseen, dw
 
 GATED_ROWS = 8  # tokens of one program
@@ -1276,7 +1348,7 @@ def softcapped_mtp_loss(logits: Tensor, targets: Tensor, weights: Tensor, grad_d
     fast = grad_dtype.itemsize == 1 and logits.is_cuda  # e5m2 has two bits of mantissa: the errors are lost in it
     pack, total, scale = logits.dtype == torch.bfloat16, torch.empty_like(loss), CAP / CAP_WIDTH / grad_scale
     assert grad_dtype == torch.float32 if not pack else V % 2 == 0 and grad_dtype.itemsize < 4  # kept as bf16 pairs
-    programs = min(T, torch.cuda.get_device_properties(logits.device).multi_processor_count if logits.is_cuda else 2)
+    programs = min(T, multiprocessors(logits.device))
     mtp_loss_kernel[(programs,)](
         logits.view(torch.int32) if pack else logits, weights, total, grad, T, V, scale, half, CAP_SHIFT, CAP_WIDTH, K,
         fast, pack, programs, LOSS_BLOCK, LOSS_BLOCK // 2 if pack else LOSS_BLOCK, num_warps=16)
@@ -1631,6 +1703,18 @@ class Rows(NamedTuple):
     value: tuple[Tensor, ...]  # [T, D] of each value table
 
 
+class Matrices(NamedTuple):
+    """What products multiply activations with: the banks' matrices times the lambdas that else multiply activations.
+
+    These are smaller, and no activation is read for the lambdas' gradients. A training step makes them once, not in
+    each micro-step (see MicroStep)."""
+
+    qkv: Tensor  # [layers with attention, 3D, D]
+    o: Tensor  # [layers with attention, D, D]
+    up: Tensor  # [L, F, D]
+    down: Tensor  # [L, F, D]
+
+
 class Geometry(NamedTuple):
     """What attention needs besides tensors; constants to the compiler, so each stage has its own compiled step."""
 
@@ -1692,6 +1776,7 @@ class GPT(nn.Module):
         for name in ("cos", "sin"):  # row p is position p; paired heads use 2T positions
             table = torch.empty(2 * longest, hp.head_dim // 4, dtype=torch.bfloat16)
             self.register_buffer(name, table, persistent=False)
+        self.register_buffer("attn_layers", torch.tensor(list(ATTN_INDEX)), persistent=False)
         self.use("reference", "reference")
         self.stage, self.scale = -1, hp.attn_scale
 
@@ -1775,25 +1860,38 @@ class GPT(nn.Module):
         gated = GatedHeads.apply if self.fast else gated_heads_reference
         return gated(y, seen, self.attn_gate_bank[ATTN_INDEX[i]])
 
-    def trunk(self, batch: Batch, rows: Rows, g: Geometry) -> Tensor:
+    def matrices(self) -> Matrices:
+        """What the banks and lambdas are to a step."""
+        L, D, F_, attn = len(LAYERS), self.hp.model_dim, self.hp.mlp_dim, len(ATTN_INDEX)
+        post_attn, post_mlp = self.post_lambdas.bfloat16().float().unbind(1)
+        a, b = self.scalars[: 2 * L].view(L, 2).unbind(1)
+        a, b = (x[self.attn_layers] for x in (a, b * post_attn))
+        qk = self.qk_bank[: attn * self.hp.num_heads].view(attn, 2 * D, D)
+        v, o = self.vo_bank[: 2 * attn].view(attn, 2, D, D).unbind(1)
+        up, down = self.mlp_bank[: 2 * L].view(L, 2, F_, D).unbind(1)
+        qkv, o, down = ((scale[:, None, None] * bank).to(bank.dtype) for scale, bank in (
+            (a, torch.cat([qk, v], dim=1)), (b, o), (post_mlp, down)))
+        return Matrices(qkv, o, up, down)
+
+    def trunk(self, batch: Batch, rows: Rows, g: Geometry, matrices: Matrices | None = None) -> Tensor:
         """From tokens to the normalised last hidden state [T, D]."""
-        hp, L, D = self.hp, len(LAYERS), self.hp.model_dim
         linear_sum = LinearSum.apply if self.fused else linear_sum_reference
+        embedding_sums = EmbeddingSums.apply if self.fused else embedding_sums_reference
         mlp = ReluSquareMLP.apply if self.fused else mlp_reference
-        *sa, _, backout_lambda, skip_lambda = self.scalars.unbind()
-        resid, post, x0_lambda, bigram_lambda = (  # flat: [2i] for attention and [2i+1] for the MLP, or [i]
-            p.bfloat16().float().flatten().unbind()
-            for p in (self.resid_lambdas, self.post_lambdas, self.x0_lambdas, self.bigram_lambdas)
-        )
-        # Unbound once: the backward of an unbind is one stack, that of each indexing a pass over the whole bank
-        attn = len(ATTN_INDEX)
-        qk = self.qk_bank[: attn * hp.num_heads].view(attn, 2 * D, D).unbind()
-        vo = self.vo_bank[: attn * 2].view(attn, 2, D, D).unbind()
-        up_down = self.mlp_bank[: 2 * L].view(L, 2, hp.mlp_dim, D).unbind()
+        backout_lambda, skip_lambda = self.scalars[-2:].unbind()
+        resid, x0_lambdas, bigram_lambdas = (
+            p.bfloat16().float() for p in (self.resid_lambdas, self.x0_lambdas, self.bigram_lambdas))
+        # Unbound once: the backward of an unbind is one stack, that of each indexing a pass over all of them
+        resid = resid.flatten().unbind()  # [2i] for attention and [2i+1] for the MLP
+        qkv, o, up, down = (x.unbind() for x in matrices or self.matrices())
 
         x0 = norm(self.smear(rows.embed))
-        x = x0 + bigram_lambda[0] * rows.bigram
+        x = x0 + bigram_lambdas[0] * rows.bigram
         r = self.inverse_rms(x)
+        s0, s1 = (scales[self.attn_layers] for scales in (x0_lambdas, bigram_lambdas))
+        s1 = F.pad(s1[1:], (1, 0))  # the first layer's bigram is in the stream already
+        added = embedding_sums(x0, rows.bigram, s0, s1)
+        embeddings, s0, s1 = (x0.detach(), rows.bigram.detach()), s0.detach().unbind(), s1.detach().unbind()
         after, normed = {}, {-1: self.normed(x, r)}  # layer -> the stream after it; its norm, which several layers read
         for i, layer in enumerate(LAYERS):
             if layer.skip_from is not None:
@@ -1802,21 +1900,17 @@ class GPT(nn.Module):
                 r = self.inverse_rms(x)
             else:
                 j, table = ATTN_INDEX[i], layer.value_table
-                v, o = vo[j].unbind()
-                # scalars multiply weights where they can: these are smaller, and no activation is read for gradients
-                qkv, o = sa[2 * i] * torch.cat([qk[j], v]), sa[2 * i + 1] * post[2 * i] * o
-                y = self.attend(i, *normed[i - 1 if layer.reads is None else layer.reads], qkv,
+                y = self.attend(i, *normed[i - 1 if layer.reads is None else layer.reads], qkv[j],
                                 None if table is None else rows.value[table], batch, g)
-                terms = x, resid[2 * i], x0, x0_lambda[i], rows.bigram, bigram_lambda[i]
-                x, r = linear_sum(y, o, *(terms if i > 0 else terms[:4]))
-            up, down = up_down[i].unbind()
-            x, r = mlp(x, r, up, post[2 * i + 1] * down, resid[2 * i + 1])
+                x, r = linear_sum(y, o[j], x, resid[2 * i], added[j], *embeddings, s0[j], s1[j])
+            x, r = mlp(x, r, up[i], down[i], resid[2 * i + 1])
             after[i], normed[i] = x, self.normed(x, r)
         return norm(x - backout_lambda * after[BACKOUT_LAYER])
 
-    def forward(self, batch: Batch, rows: Rows, g: Geometry, mtp_weights: Tensor, grad_unit: float) -> Tensor:
+    def forward(self, batch: Batch, rows: Rows, g: Geometry, mtp_weights: Tensor, grad_unit: float,
+                matrices: Matrices | None = None) -> Tensor:
         """Training loss, summed over positions; mtp_weights [k] include 1/A, and grad_unit is 1/A."""
-        x = self.trunk(batch, rows, g)
+        x = self.trunk(batch, rows, g, matrices)
         return HeadLoss.apply(x, self.lm_head, batch.targets, mtp_weights, self.hp.fp8_head, grad_unit, self.kernels)
 
     def token_losses(self, batch: Batch, rows: Rows, g: Geometry) -> Tensor:
@@ -2356,7 +2450,9 @@ def check_data(hp: Hyperparameters) -> None:
 # ==== 9. The run ======================================================================================================
 
 class MicroStep:
-    """Forward, backward and collection of one micro-batch, called as micro_step(batch, geometry, weights, grad_unit).
+    """Forward, backward and collection of one micro-batch, called as micro_step(batch, geometry, weights, grad_unit)
+    between begin and end, which belong to a step and not to each micro-step: begin makes the Matrices, end carries
+    their gradients on to the parameters.
 
     With graphs, the second call of a kind (shapes, geometry) is captured as a CUDA graph and replayed from then on, as
     in stage 1 the GPU waits for launches: 253 ms a step become 188 (H200, fa4). The first call runs and so compiles.
@@ -2368,7 +2464,21 @@ class MicroStep:
         self.graphs = hp.graphs and hp.compile and ranks.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None  # graphs run one at a time: one memory
         self.replays: dict[tuple, Callable | None] = {}
+        self.matrices_of = compiled(model.matrices) if hp.compile else model.matrices
+        self.matrices = Matrices(*(x.detach().clone().requires_grad_() for x in model.matrices()))
+        for x in self.matrices:  # like these, at a fixed address
+            x.grad = torch.zeros_like(x)
         self.compiling = False  # during the first call of a kind; then it takes long
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        torch._foreach_copy_(self.matrices, self.matrices_of())
+
+    def end(self) -> None:
+        grads = [x.grad for x in self.matrices]
+        # made anew: a live graph would tie the accumulation of the lambdas' gradients to this stream, and captures fail
+        torch.autograd.backward(self.matrices_of(), grads)
+        torch._foreach_zero_(grads)
 
     def run(self, batch: Batch, geometry: Geometry, weights: Tensor, grad_unit: float) -> Tensor:
         """Add the micro-batch's gradients to the optimizer's; returns the loss, 0-dim fp32."""
@@ -2376,7 +2486,7 @@ class MicroStep:
             rows = self.model.lookup(batch)
         for row in (rows.embed, rows.bigram, *rows.value):
             row.requires_grad_()
-        loss = self.loss_of(batch, rows, geometry, weights, grad_unit)
+        loss = self.loss_of(batch, rows, geometry, weights, grad_unit, self.matrices)
         loss.backward()
         self.optimizer.collect(batch, rows)
         return loss.detach()
@@ -2414,8 +2524,10 @@ def train_step(micro_step: MicroStep, batches: list[Batch], touched: TouchedRows
     geometry = Geometry(p.window_short, p.window_long, p.max_doc_len, model.scale)
     weights = to_device(torch.tensor(p.mtp_weights) / A, optimizer.ranks.device)
     total = 0.0
+    micro_step.begin()
     for batch in batches:
         total = total + micro_step(batch, geometry, weights, 1 / A)
+    micro_step.end()
     loss = total / (len(batches[0].tokens) * sum(p.mtp_weights))
     mean = dist.all_reduce(loss, op=dist.ReduceOp.AVG, async_op=True)
     optimizer.step(p, touched)

@@ -266,7 +266,7 @@ def test_interrupt_while_compiling(watch):
 
 @pytest.mark.parametrize("where, expected", [
     ("forward", r"aten\.mul\.Tensor in mlp_reference:\d+ of trunk:\d+ of forward:\d+, layer 3, and reached qk_bank"),
-    ("backward", r"aten\.mul\.Tensor in run:\d+ of __call__:\d+ of train_step:\d+, and reached vo_bank;"),
+    ("backward", r"aten\.mul\.Tensor in run:\d+ of __call__:\d+ of train_step:\d+, and reached attn_gate_bank;"),
     ("update", r"aten\.\w+\.default in knobs:\d+ of step:\d+ of train_step:\d+, and reached qk_bank"),
 ])
 def test_place_of_the_first_nan(base, tmp_path, monkeypatch, where, expected):
@@ -280,7 +280,7 @@ def test_place_of_the_first_nan(base, tmp_path, monkeypatch, where, expected):
     def poison(micro_step, batches, touched, p, train_step=t.train_step):
         if p.step == 3 and where == "forward":
             model.resid_lambdas.data[3, 1] = 3e38
-        hook = model.vo_bank.register_hook(lambda g: g * math.nan if p.step == 3 and where == "backward" else g)
+        hook = model.attn_gate_bank.register_hook(lambda g: g * math.nan if p.step == 3 and where == "backward" else g)
         if p.step == 3 and where == "update":
             p = p._replace(lr_factor=1e40)
         loss = train_step(micro_step, batches, touched, p)

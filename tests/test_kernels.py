@@ -101,6 +101,15 @@ def row_factors(T, absent, **kwargs):
     return None if absent else 0.5 + torch.rand(T, **kwargs)
 
 
+def layers(linear_sum, embedding_sums):
+    """The stream after layers that add the embeddings, by these functions; n as many as s0 and s1 are long."""
+    def stream(y, w, x, s, x0, bigram, s0, s1):
+        for added, a, b in zip(embedding_sums(x0, bigram, s0, s1), s0.unbind(), s1.unbind(), strict=True):
+            x, _ = linear_sum(y, w, x, s, added, x0.detach(), bigram.detach(), a.detach(), b.detach())
+        return x
+    return stream
+
+
 class TestInterpreted:
     """fp32 on a CPU: the interpreter's bf16 and fp8 arithmetic is wrong. What a kernel leaves unwritten is NaN here."""
 
@@ -122,20 +131,21 @@ class TestInterpreted:
 
     @pytest.mark.parametrize("T,width,D", [(32, 64, 32), (20, 36, 12), (150, 300, 68), (2, 4, 4)])
     def test_products(self, T, width, D):
-        """ReluSquareMLP, NormedLinear and LinearSum of 1 to 3 terms, by the products' references, and their gradients.
+        """ReluSquareMLP, NormedLinear, LinearSum and EmbeddingSums, by the products' references, and their gradients.
 
         r is the norm's own, so that the gradients that fold it in can be compared with those of the norm in float64.
         """
         x, up, down = torch.randn(T, D), torch.randn(width, D), torch.randn(width, D)
-        r, scales = t.inverse_rms(x.square(), D), [torch.tensor(s) for s in (0.7, -0.4, 0.2)]
-        terms = [y for s in scales for y in (torch.randn(T, width), s)]
+        r, scale = t.inverse_rms(x.square(), D), torch.tensor(0.7)
+        streams = [torch.randn(T, width), torch.tensor(-0.4), torch.randn(T, width), torch.randn(T, width)]
         for ours, plain, inputs in [
             (lambda x, *y: t.ReluSquareMLP.apply(x, r, *y)[0], lambda x, *y: t.mlp_reference(x, None, *y)[0],
-             [x, up, down, scales[0]]),
+             [x, up, down, scale]),
             (lambda x, w: through_inputs(*t.NormedLinear.apply(t.FoldedNorm.apply(x, r), r, w), r),
              lambda x, w: through_inputs(*t.normed_linear_reference(t.norm(x), None, w), None), [x, up]),
-            *((lambda *y: t.LinearSum.apply(*y)[0], lambda *y: t.linear_sum_reference(*y)[0], [x, up, *terms[: 2 * n]])
-              for n in (1, 2, 3)),
+            *((layers(t.LinearSum.apply, t.EmbeddingSums.apply),
+               layers(t.linear_sum_reference, t.embedding_sums_reference),
+               [x, up, *streams, torch.randn(n), torch.randn(n)]) for n in (1, 3)),
         ]:
             dy = None if len(inputs) == 2 else torch.randn(T, D if inputs[1] is up and inputs[2] is down else width)
             exact = gradients(plain, to(FP64, *inputs), None if dy is None else dy.double())
@@ -145,7 +155,8 @@ class TestInterpreted:
     def test_inverse_rms_of_products(self, T=7, width=500, D=12):
         """The second result of LinearSum and ReluSquareMLP belongs to the first."""
         x, w, scale = torch.randn(T, D), torch.randn(width, D), torch.tensor(0.5)
-        y, r = t.LinearSum.apply(x, w, torch.randn(T, width), scale)
+        c = torch.randn(T, width)
+        y, r = t.LinearSum.apply(x, w, c, scale, c, c, c, scale, scale)
         torch.testing.assert_close(r[:, None] * y, t.norm(y))
         y, r = t.ReluSquareMLP.apply(x, t.inverse_rms(x.square(), D), w, w, scale)
         torch.testing.assert_close(r[:, None] * y, t.norm(y))
@@ -275,9 +286,10 @@ class TestInterpreted:
         check = torch.library.opcheck
         check(t.symmetric_product, (torch.randn(1, 16, 8), 0.0, 0.5))
         a, b, c, r, scale = torch.randn(8, 4), torch.randn(4, 12), torch.rand(8, 12), torch.rand(8), torch.tensor(0.5)
-        for more in ((), ("relu_square", r), ("root", r, c)):
+        for more in ((), ("relu_square", r), ("root", r, c), ("columns", r, c[:, :5])):
             check(t.product, (a, b, *more))
         check(t.product_sum, (a, b, [c, c + 1], [scale, scale]))
+        check(t.embedding_sums_backward, (c, c + 1, torch.rand(3), torch.rand(3), [c, c - 1, c - 2]))
         check(t.softcapped_mtp_loss, (torch.randn(3, 16), torch.tensor([1, 2, 3]), torch.ones(2), FP32, 0.5))
         for mix in (False, True):
             qkv, *inputs, grads = qkv_inputs(5, 2, 16, mix)
@@ -357,21 +369,22 @@ class TestGPU:
     @pytest.mark.parametrize("T,D,width", [(1000, 768, 3072), (77, 136, 328)])
     def test_products(self, T, D, width):
         """The MLP, the linear layers around attention and their gradients."""
-        scales = [torch.tensor(s, device="cuda") for s in (0.7, -0.4, 0.2)]
+        scale, s0, s1 = (torch.tensor(s, device="cuda") for s in (0.7, [0.3, -0.4, 0.5], [0.2, 0.0, 0.6]))
         x, up, down, w = randn(T, D), randn(width, D) * D**-0.5, randn(width, D) * D**-0.5, randn(D, D) * D**-0.5
-        r, terms = t.inverse_rms(x.float().square(), D), [y for s in scales for y in (randn(T, D), s)]
+        r, streams = t.inverse_rms(x.float().square(), D), [randn(T, D), scale, randn(T, D), randn(T, D)]
         for ours, plain, inputs in [
             (lambda x, *y: t.ReluSquareMLP.apply(x, r, *y)[0], lambda x, *y: t.mlp_reference(x, None, *y)[0],
-             [x, up, down, scales[0]]),
+             [x, up, down, scale]),
             (lambda x, w: (t.NormedLinear.apply(t.FoldedNorm.apply(x, r), r, w)[0] * r[:, None]).to(BF16),
              lambda x, w: t.normed_linear_reference(t.norm(x), None, w)[0], [x, up]),
-            *((lambda *y: t.LinearSum.apply(*y)[0], lambda *y: t.linear_sum_reference(*y)[0], [x, w, *terms[: 2 * n]])
-              for n in (1, 2, 3)),
+            (layers(t.LinearSum.apply, t.EmbeddingSums.apply),
+             layers(t.linear_sum_reference, t.embedding_sums_reference), [x, w, *streams, s0, s1]),
         ]:
             dy = randn(T, inputs[1].size(0) if len(inputs) == 2 else D)
             exact = gradients(plain, to(FP64, *inputs), dy.double())
             as_good(gradients(ours, inputs, dy), gradients(plain, inputs, dy), exact, slack=2.0**-8)
-        y, sums_r = t.LinearSum.apply(x, w, *terms)
+        c = streams[0]
+        y, sums_r = t.LinearSum.apply(x, w, c, scale, c, c, c, scale, scale)
         assert error(sums_r, t.inverse_rms(y.double().square(), D)) <= 2.0**-8
 
     @pytest.mark.parametrize("T,paired,offset,mix", [(1001, *kind) for kind in KINDS] + [(4096, True, True, True)])
