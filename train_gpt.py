@@ -750,11 +750,25 @@ def quack_products() -> dict[str, Callable]:
     return {f.__name__: partial(kind(f), config=config, tuned=False) for f, kind in kinds.items()} | {"scaled": fp8}
 
 
+@jit
+def add_columns_kernel(y, r, c, m, n, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    mask, to = (rows < m)[:, None] & (columns < COLUMNS)[None, :], y + rows[:, None] * n + columns[None, :]
+    more = tl.load(c + rows[:, None] * COLUMNS + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    more *= tl.load(r + rows, mask=rows < m, other=0.0)[:, None]
+    tl.store(to, (tl.load(to, mask=mask, other=0.0).to(tl.float32) + more).to(y.dtype.element_ty), mask=mask)
+
+
+def add_columns(y: Tensor, r: Tensor, c: Tensor) -> None:
+    """y[:, :k] += r c for y [m, n], r [m] fp32, c [m, k], in place."""
+    (m, n), k, rows = y.shape, c.size(1), 64
+    add_columns_kernel[(triton.cdiv(m, rows),)](y, r, c.contiguous(), m, n, k, rows, triton.next_power_of_2(k))
+
+
 @custom_op("speedrun::product", mutates_args=(), device_types="cuda")
 def product(a: Tensor, b: Tensor, epilogue: str = "none", r: Tensor | None = None, c: Tensor | None = None) -> Tensor:
     if epilogue == "columns":  # here, as TorchInductor would read everything twice for it, in the loops of a reduction
-        y = product(a, b)
-        y[:, : c.size(1)].addcmul_(r[:, None], c)
+        add_columns(y := product(a, b), r, c)
         return y
     return quack_products()[epilogue](a, b, c, **({} if r is None else {"r": r[None]}))["D"]
 
@@ -907,8 +921,8 @@ class EmbeddingSums(torch.autograd.Function):
 
 
 def linear_sum_reference(x: Tensor, w: Tensor, c: Tensor, s: Tensor, added: Tensor, *_) -> tuple[Tensor, None]:
-    """y = x w^T + s c + added for x [T, k], w [n, k], c, added [T, n], s 0-dim fp32."""
-    return F.linear(x, w) + s * c + added, None
+    """y = x w^T + s c + added for x [T, k], w [n, k], c, added [T, n], and s [T] fp32, one number repeated."""
+    return F.linear(x, w) + (s[:, None] * c).to(c.dtype) + added, None
 
 
 class LinearSum(torch.autograd.Function):
@@ -917,7 +931,7 @@ class LinearSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, c: Tensor, s: Tensor, added: Tensor, x0: Tensor, bigram: Tensor, s0: Tensor,
                 s1: Tensor) -> tuple[Tensor, Tensor]:
-        y, squares = product_sum(x, w.mT, [c, x0, bigram], [s, s0, s1])
+        y, squares = product_sum(x, w.mT, [c, x0, bigram], [s[0], s0, s1])
         r = inverse_rms(squares, y.size(1))
         ctx.mark_non_differentiable(r)
         ctx.save_for_backward(x, w, c, s)
@@ -926,13 +940,15 @@ class LinearSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor, _):
         x, w, c, s = ctx.saved_tensors
-        return product(dy, w), dy.mT @ x, s * dy, (dy.float() * c.float()).sum(), dy, None, None, None, None
+        dc, ds = (s[:, None] * dy).to(dy.dtype), (dy.float() * c.float()).sum(1)
+        return product(dy, w), dy.mT @ x, dc, ds, dy, None, None, None, None
 
 
 # --- MLP: relu(norm(x) up^T)^2 down + scale x (So et al., Primer, arXiv 2109.08668)
 
 def mlp_reference(x: Tensor, r: None, up: Tensor, down: Tensor, scale: Tensor) -> tuple[Tensor, None]:
-    return F.relu(F.linear(norm(x), up)).square() @ down + scale * x, None
+    """That and None, for x [T, D], up, down [F, D] and scale [T] fp32, one number repeated."""
+    return F.relu(F.linear(norm(x), up)).square() @ down + (scale[:, None] * x).to(x.dtype), None
 
 
 class ReluSquareMLP(torch.autograd.Function):
@@ -941,7 +957,7 @@ class ReluSquareMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, r: Tensor, up: Tensor, down: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         h = product(x, up.mT, "relu_square", r)
-        y, squares = product_sum(h, down, [x], [scale])
+        y, squares = product_sum(h, down, [x], [scale[0]])
         new_r = inverse_rms(squares, y.size(1))
         ctx.mark_non_differentiable(new_r)
         ctx.save_for_backward(x, r, up, down, scale, h)
@@ -952,8 +968,8 @@ class ReluSquareMLP(torch.autograd.Function):
         x, r, up, down, scale, h = ctx.saved_tensors
         d_down = h.mT @ dy
         dpre = product(dy, down.mT, "root", r, h)  # [T, F], times r
-        dx = scale * dy.float() + norm_grad(product(dpre, up), x, r)
-        return dx.to(x.dtype), None, dpre.mT @ x, d_down, (dy.float() * x.float()).sum()
+        dx = scale[:, None] * dy.float() + norm_grad(product(dpre, up), x, r)
+        return dx.to(x.dtype), None, dpre.mT @ x, d_down, (dy.float() * x.float()).sum(1)
 
 
 # --- What attention reads: QK norm, rotary embedding, key offset, value-embedding mix
@@ -1882,7 +1898,8 @@ class GPT(nn.Module):
         resid, x0_lambdas, bigram_lambdas = (
             p.bfloat16().float() for p in (self.resid_lambdas, self.x0_lambdas, self.bigram_lambdas))
         # Unbound once: the backward of an unbind is one stack, that of each indexing a pass over all of them
-        resid = resid.flatten().unbind()  # [2i] for attention and [2i+1] for the MLP
+        # [2i] for attention and [2i+1] for the MLP; as columns, so that all gradients are summed over tokens at once
+        resid = resid.flatten()[:, None].expand(-1, len(batch.tokens)).unbind()
         qkv, o, up, down = (x.unbind() for x in matrices or self.matrices())
 
         x0 = norm(self.smear(rows.embed))

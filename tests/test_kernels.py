@@ -136,8 +136,8 @@ class TestInterpreted:
         r is the norm's own, so that the gradients that fold it in can be compared with those of the norm in float64.
         """
         x, up, down = torch.randn(T, D), torch.randn(width, D), torch.randn(width, D)
-        r, scale = t.inverse_rms(x.square(), D), torch.tensor(0.7)
-        streams = [torch.randn(T, width), torch.tensor(-0.4), torch.randn(T, width), torch.randn(T, width)]
+        r, scale = t.inverse_rms(x.square(), D), torch.full((T,), 0.7)
+        streams = [torch.randn(T, width), torch.full((T,), -0.4), torch.randn(T, width), torch.randn(T, width)]
         for ours, plain, inputs in [
             (lambda x, *y: t.ReluSquareMLP.apply(x, r, *y)[0], lambda x, *y: t.mlp_reference(x, None, *y)[0],
              [x, up, down, scale]),
@@ -152,11 +152,19 @@ class TestInterpreted:
             for a, b in zip(gradients(ours, inputs, dy), exact, strict=True):
                 torch.testing.assert_close(a.double(), b, rtol=0, atol=(T + width + D) * EPS * b.abs().max().item())
 
+    @pytest.mark.parametrize("T,width,k", [(130, 20, 12), (64, 16, 16), (1, 5, 1)])
+    def test_add_columns(self, T, width, k):
+        y, r, c = torch.randn(T, width), torch.rand(T), torch.randn(T, k)
+        plain = F.pad(r.double()[:, None] * c.double(), (0, width - k))
+        exact, size = y.double() + plain, y.double().abs() + plain.abs()
+        t.add_columns(y, r, c)
+        self.within(y, exact, size, 2)
+
     def test_inverse_rms_of_products(self, T=7, width=500, D=12):
         """The second result of LinearSum and ReluSquareMLP belongs to the first."""
-        x, w, scale = torch.randn(T, D), torch.randn(width, D), torch.tensor(0.5)
+        x, w, scale = torch.randn(T, D), torch.randn(width, D), torch.full((T,), 0.5)
         c = torch.randn(T, width)
-        y, r = t.LinearSum.apply(x, w, c, scale, c, c, c, scale, scale)
+        y, r = t.LinearSum.apply(x, w, c, scale, c, c, c, scale[0], scale[0])
         torch.testing.assert_close(r[:, None] * y, t.norm(y))
         y, r = t.ReluSquareMLP.apply(x, t.inverse_rms(x.square(), D), w, w, scale)
         torch.testing.assert_close(r[:, None] * y, t.norm(y))
@@ -306,7 +314,7 @@ class TestInterpreted:
             loss, grad = t.softcapped_mtp_loss(y.detach(), torch.arange(16), torch.ones(2), FP32, 1.0)
             return (q * v).sum() + (k * v).sum() + s.sum() + loss.sum() + grad.sum()
 
-        inputs = [0.3 * torch.randn(shape) for shape in ((16, 96), (32, 96), (32, 96), (16, 32), (16, 2), ())]
+        inputs = [0.3 * torch.randn(shape) for shape in ((16, 96), (32, 96), (32, 96), (16, 32), (16, 2), (16,))]
         graph = torch.compile(everything, fullgraph=True, backend="aot_eager")
         for eager, ours in zip(*(gradients(f, inputs, None) for f in (everything, graph))):
             torch.testing.assert_close(ours, eager)
@@ -369,22 +377,26 @@ class TestGPU:
     @pytest.mark.parametrize("T,D,width", [(1000, 768, 3072), (77, 136, 328)])
     def test_products(self, T, D, width):
         """The MLP, the linear layers around attention and their gradients."""
-        scale, s0, s1 = (torch.tensor(s, device="cuda") for s in (0.7, [0.3, -0.4, 0.5], [0.2, 0.0, 0.6]))
+        scale, s0, s1 = (torch.tensor(s, device="cuda") for s in ([0.7] * T, [0.3, -0.4, 0.5], [0.2, 0.0, 0.6]))
         x, up, down, w = randn(T, D), randn(width, D) * D**-0.5, randn(width, D) * D**-0.5, randn(D, D) * D**-0.5
         r, streams = t.inverse_rms(x.float().square(), D), [randn(T, D), scale, randn(T, D), randn(T, D)]
+
+        def linear(x, w):
+            u, seen = t.NormedLinear.apply(t.FoldedNorm.apply(x, r), r, w)
+            return (u * r[:, None]).to(BF16), seen
+
         for ours, plain, inputs in [
             (lambda x, *y: t.ReluSquareMLP.apply(x, r, *y)[0], lambda x, *y: t.mlp_reference(x, None, *y)[0],
              [x, up, down, scale]),
-            (lambda x, w: (t.NormedLinear.apply(t.FoldedNorm.apply(x, r), r, w)[0] * r[:, None]).to(BF16),
-             lambda x, w: t.normed_linear_reference(t.norm(x), None, w)[0], [x, up]),
+            (linear, lambda x, w: t.normed_linear_reference(t.norm(x), None, w), [x, up]),
             (layers(t.LinearSum.apply, t.EmbeddingSums.apply),
              layers(t.linear_sum_reference, t.embedding_sums_reference), [x, w, *streams, s0, s1]),
         ]:
-            dy = randn(T, inputs[1].size(0) if len(inputs) == 2 else D)
-            exact = gradients(plain, to(FP64, *inputs), dy.double())
+            dy = [randn(T, width), randn(T, t.GATE_INPUTS)] if len(inputs) == 2 else [randn(T, D)]
+            exact = gradients(plain, to(FP64, *inputs), to(FP64, *dy))
             as_good(gradients(ours, inputs, dy), gradients(plain, inputs, dy), exact, slack=2.0**-8)
         c = streams[0]
-        y, sums_r = t.LinearSum.apply(x, w, c, scale, c, c, c, scale, scale)
+        y, sums_r = t.LinearSum.apply(x, w, c, scale, c, c, c, s0[0], s1[0])
         assert error(sums_r, t.inverse_rms(y.double().square(), D)) <= 2.0**-8
 
     @pytest.mark.parametrize("T,paired,offset,mix", [(1001, *kind) for kind in KINDS] + [(4096, True, True, True)])
@@ -513,7 +525,7 @@ class TestGPU:
             return (t.ReluSquareMLP.apply(x, t.inverse_rms(x.detach().float().square(), D), up, down, scale)[0],
                     *t.AttentionInputs.apply(qkv, None, ve, gate, *tables, False, True))
 
-        scale = torch.tensor(0.7, device="cuda")
+        scale = torch.full((T,), 0.7, device="cuda")
         inputs = [randn(T, D), randn(4 * D, D) * D**-0.5, randn(4 * D, D) * D**-0.5, scale, *inputs]
         direction = to(BF16, randn(T, D), *grads)
         graph = torch.compile(both, fullgraph=True, dynamic=False)

@@ -22,6 +22,7 @@ import train_gpt as t
 
 DEVICE, DTYPE, E5M2 = "cuda", torch.bfloat16, torch.float8_e5m2
 VOCABULARY, DIM, WIDTH, HEADS, HEAD_DIM = 50304, 768, 3072, 6, 128
+LAYERS = len(t.ATTN_INDEX)
 BANKS = {"qk": (60, 256, 768), "vo": (20, 768, 768), "mlp": (24, 3072, 768)}
 ATTENTION = tuple((tokens, window, documents) for tokens, documents, windows in (
     (16384, 48, (128, 384)), (32768, 80, (384, 896)), (49152, 110, (640, 1408))) for window in windows)
@@ -70,14 +71,15 @@ def ceilings() -> tuple[float, float]:
 def products(T: int) -> Iterator[Row]:
     """Products with each epilogue, and the MLP; T tokens."""
     x, up, down, dy = randn(T, DIM), randn(WIDTH, DIM) * DIM**-0.5, randn(WIDTH, DIM) * DIM**-0.5, randn(T, DIM)
-    o, scale, r = randn(DIM, DIM) * DIM**-0.5, torch.tensor(0.7, device=DEVICE), t.inverse_rms(x.float().square(), DIM)
+    o, scale = randn(DIM, DIM) * DIM**-0.5, torch.full((T,), 0.7, device=DEVICE)
+    r = t.inverse_rms(x.float().square(), DIM)
     h, moved, work = torch.relu(x @ up.mT).square(), 2 * (T * DIM + T * WIDTH + DIM * WIDTH), 2 * T * DIM * WIDTH
     for epilogue, a, b, *more in (("none", x, up.mT), ("relu_square", x, up.mT, r), ("root", dy, down.mT, r, h)):
         ours, plain = (partial(f, a, b, epilogue, *more) for f in (t.product, t.product_reference))
         size = moved + sum(c.numel() * c.element_size() for c in more)
         yield Row(f"product, {epilogue}", f"{T} x {DIM} x {WIDTH}", ours, size, work, compiled(plain), plain)
     for a, b, terms in ((h, down, 1), (x, o.mT, 3)):
-        ours, plain = (partial(f, a, b, [x, dy, x][:terms], [scale] * terms) for f in (
+        ours, plain = (partial(f, a, b, [x, dy, x][:terms], [scale[0]] * terms) for f in (
             t.product_sum, t.product_sum_reference))
         yield Row(f"product and {terms} terms", f"{T} x {len(b)} x {DIM}", ours,
                   2 * (a.numel() + b.numel() + (1 + terms) * T * DIM), 2 * T * b.numel(), compiled(plain), plain)
@@ -85,6 +87,10 @@ def products(T: int) -> Iterator[Row]:
     ours, plain = lambda x, *y: t.ReluSquareMLP.apply(x, r, *y)[0], lambda x, *y: t.mlp_reference(x, None, *y)[0]
     yield Row("MLP forward + backward", shape, backward(compiled(ours), inputs, dy), 6 * moved, 6 * work,
               backward(compiled(plain), inputs, dy), backward(plain, inputs, dy))
+    scales, grads = torch.rand(2, LAYERS, device=DEVICE), [randn(T, DIM) for _ in range(LAYERS)]
+    ours, plain = (backward(f, [x, dy, *scales], grads) for f in (
+        t.EmbeddingSums.apply, compiled(t.embedding_sums_reference)))
+    yield Row("embedding sums backward", f"{LAYERS} x {T} x {DIM}", ours, 2 * (4 + LAYERS) * T * DIM, compiled=plain)
     dqkv = randn(T, 3 * DIM)
     yield Row("weight gradient of QKV", f"{3 * DIM} x {T} x {DIM}", partial(t.weight_grad, dqkv, x),
               2 * (4 * T * DIM + 3 * DIM * DIM), 6 * T * DIM * DIM, eager=partial(t.weight_grad_reference, dqkv, x))
