@@ -789,20 +789,23 @@ product_sum.register_fake(lambda a, b, terms, scales: (
 WEIGHT_GRAD_ROWS = 1536  # tuned (H200): cuBLAS makes 2,304 x 768 in 0.259 ms, as 1,536 + 768 rows in 0.242
 
 
-def weight_grad_reference(dy: Tensor, x: Tensor) -> Tensor:
-    """dy^T x [n, k] for dy [T, n], x [T, k]."""
-    return dy.mT @ x
+def add_weight_grad_reference(dw: Tensor, dy: Tensor, x: Tensor) -> None:
+    """dw += dy^T x for dy [T, n], x [T, k], dw [n, k], in place."""
+    dw.addmm_(dy.mT, x)
 
 
-@custom_op("speedrun::weight_grad", mutates_args=(), device_types="cuda")
-def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
-    dw = dy.new_empty(dy.size(1), x.size(1))
-    for part, out in zip(dy.mT.split(WEIGHT_GRAD_ROWS), dw.split(WEIGHT_GRAD_ROWS)):
-        torch.mm(part, x, out=out)
-    return dw
+@custom_op("speedrun::add_weight_grad", mutates_args=("dw",))
+def add_weight_grad(dw: Tensor, dy: Tensor, x: Tensor) -> None:
+    rows = WEIGHT_GRAD_ROWS if len(dw) % (2 * WEIGHT_GRAD_ROWS) else len(dw)
+    for out, part in zip(dw.split(rows), dy.mT.split(rows)):
+        add_weight_grad_reference(out, part.mT, x)
 
-weight_grad.register_kernel("cpu")(weight_grad_reference)
-weight_grad.register_fake(lambda dy, x: dy.new_empty(dy.size(1), x.size(1)))
+add_weight_grad.register_fake(lambda dw, dy, x: None)
+
+
+def weight_grad(dw: Tensor | None, dy: Tensor, x: Tensor) -> Tensor | None:
+    """dy^T x for autograd; or None, when it is added to dw, which saves passes over all weights."""
+    return dy.mT @ x if dw is None else add_weight_grad(dw, dy, x)
 
 
 def inverse_rms(squares: Tensor, n: int) -> Tensor:
@@ -829,7 +832,7 @@ class FoldedNorm(torch.autograd.Function):
         return norm_grad(g, *ctx.saved_tensors).to(g.dtype), None
 
 
-def normed_linear_reference(h: Tensor, r: None, w: Tensor) -> tuple[Tensor, Tensor]:
+def normed_linear_reference(h: Tensor, r: None, w: Tensor, *_) -> tuple[Tensor, Tensor]:
     """h w^T and the first GATE_INPUTS channels of h, for a norm h [T, D], w [n, D]."""
     return F.linear(h, w), h[:, :GATE_INPUTS]
 
@@ -838,15 +841,16 @@ class NormedLinear(torch.autograd.Function):
     """normed_linear_reference of a FoldedNorm x; the first result lacks the factor r [T], too."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx, x: Tensor, r: Tensor, w: Tensor, dw: Tensor | None = None) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, r, w)
+        ctx.dw = dw
         return product(x, w.mT), (r[:, None] * x[:, :GATE_INPUTS]).to(x.dtype)
 
     @staticmethod
     def backward(ctx, du: Tensor, dseen: Tensor):
         x, r, w = ctx.saved_tensors
-        dw = weight_grad(du, x)  # first: cuBLAS gives autograd's thread the CUDA context that tensor descriptors need
-        return product(du, w, "columns", r, dseen), None, dw
+        dw = weight_grad(ctx.dw, du, x)  # first: cuBLAS gives this thread the CUDA context that tensor descriptors need
+        return product(du, w, "columns", r, dseen), None, dw, None
 
 
 def embedding_sums_reference(x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor) -> tuple[Tensor, ...]:
@@ -930,23 +934,24 @@ class LinearSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, c: Tensor, s: Tensor, added: Tensor, x0: Tensor, bigram: Tensor, s0: Tensor,
-                s1: Tensor) -> tuple[Tensor, Tensor]:
+                s1: Tensor, dw: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, squares = product_sum(x, w.mT, [c, x0, bigram], [s[0], s0, s1])
         r = inverse_rms(squares, y.size(1))
         ctx.mark_non_differentiable(r)
         ctx.save_for_backward(x, w, c, s)
+        ctx.dw = dw
         return y, r
 
     @staticmethod
     def backward(ctx, dy: Tensor, _):
         x, w, c, s = ctx.saved_tensors
         dc, ds = (s[:, None] * dy).to(dy.dtype), (dy.float() * c.float()).sum(1)
-        return product(dy, w), dy.mT @ x, dc, ds, dy, None, None, None, None
+        return product(dy, w), weight_grad(ctx.dw, dy, x), dc, ds, dy, None, None, None, None, None
 
 
 # --- MLP: relu(norm(x) up^T)^2 down + scale x (So et al., Primer, arXiv 2109.08668)
 
-def mlp_reference(x: Tensor, r: None, up: Tensor, down: Tensor, scale: Tensor) -> tuple[Tensor, None]:
+def mlp_reference(x: Tensor, r: None, up: Tensor, down: Tensor, scale: Tensor, *_) -> tuple[Tensor, None]:
     """That and None, for x [T, D], up, down [F, D] and scale [T] fp32, one number repeated."""
     return F.relu(F.linear(norm(x), up)).square() @ down + (scale[:, None] * x).to(x.dtype), None
 
@@ -955,21 +960,25 @@ class ReluSquareMLP(torch.autograd.Function):
     """mlp_reference, and r [T] of the result; keeps the hidden layer h [T, F], whose root gives the square's slope."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, r: Tensor, up: Tensor, down: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx, x: Tensor, r: Tensor, up: Tensor, down: Tensor, scale: Tensor, d_up: Tensor | None = None,
+                d_down: Tensor | None = None) -> tuple[Tensor, Tensor]:
         h = product(x, up.mT, "relu_square", r)
         y, squares = product_sum(h, down, [x], [scale[0]])
         new_r = inverse_rms(squares, y.size(1))
         ctx.mark_non_differentiable(new_r)
         ctx.save_for_backward(x, r, up, down, scale, h)
+        ctx.grads = d_up, d_down
         return y, new_r
 
     @staticmethod
     def backward(ctx, dy: Tensor, _):
         x, r, up, down, scale, h = ctx.saved_tensors
-        d_down = h.mT @ dy
+        d_up, d_down = ctx.grads
+        d_down = weight_grad(d_down, h, dy)
         dpre = product(dy, down.mT, "root", r, h)  # [T, F], times r
         dx = scale[:, None] * dy.float() + norm_grad(product(dpre, up), x, r)
-        return dx.to(x.dtype), None, dpre.mT @ x, d_down, (dy.float() * x.float()).sum(1)
+        d_up, d_scale = weight_grad(d_up, dpre, x), (dy.float() * x.float()).sum(1)
+        return dx.to(x.dtype), None, d_up, d_down, d_scale, None, None
 
 
 # --- What attention reads: QK norm, rotary embedding, key offset, value-embedding mix
@@ -1856,11 +1865,11 @@ class GPT(nn.Module):
         """norm(x [T, D]), and the factor r [T] that it lacks if products are fused."""
         return FoldedNorm.apply(x, r) if self.fused else norm(x), r
 
-    def attend(self, i: int, h: Tensor, r: Tensor | None, qkv: Tensor, ve: Tensor | None, batch: Batch,
-               g: Geometry) -> Tensor:
+    def attend(self, i: int, h: Tensor, r: Tensor | None, qkv: Tensor, dqkv: Tensor | None, ve: Tensor | None,
+               batch: Batch, g: Geometry) -> Tensor:
         """Gated attention of layer i on normed's h [T, D], r with weights qkv [3D, D], before O; [T, D]."""
         layer, T, H, d = LAYERS[i], h.size(0), self.hp.num_heads, self.hp.head_dim
-        qkv, seen = (NormedLinear.apply if self.fused else normed_linear_reference)(h, r, qkv)
+        qkv, seen = (NormedLinear.apply if self.fused else normed_linear_reference)(h, r, qkv, dqkv)
         gate = None
         if ve is not None:
             half = GATE_INPUTS // 2
@@ -1889,8 +1898,9 @@ class GPT(nn.Module):
             (a, torch.cat([qk, v], dim=1)), (b, o), (post_mlp, down)))
         return Matrices(qkv, o, up, down)
 
-    def trunk(self, batch: Batch, rows: Rows, g: Geometry, matrices: Matrices | None = None) -> Tensor:
-        """From tokens to the normalised last hidden state [T, D]."""
+    def trunk(self, batch: Batch, rows: Rows, g: Geometry, matrices: Matrices | None = None,
+              grads: Matrices | None = None) -> Tensor:
+        """From tokens to the normalised last hidden state [T, D]. Fused products add gradients of matrices to grads."""
         linear_sum = LinearSum.apply if self.fused else linear_sum_reference
         embedding_sums = EmbeddingSums.apply if self.fused else embedding_sums_reference
         mlp = ReluSquareMLP.apply if self.fused else mlp_reference
@@ -1901,6 +1911,7 @@ class GPT(nn.Module):
         # [2i] for attention and [2i+1] for the MLP; as columns, so that all gradients are summed over tokens at once
         resid = resid.flatten()[:, None].expand(-1, len(batch.tokens)).unbind()
         qkv, o, up, down = (x.unbind() for x in matrices or self.matrices())
+        dqkv, do, d_up, d_down = (x.unbind() for x in grads) if grads else [[None] * len(LAYERS)] * 4
 
         x0 = norm(self.smear(rows.embed))
         x = x0 + bigram_lambdas[0] * rows.bigram
@@ -1917,17 +1928,17 @@ class GPT(nn.Module):
                 r = self.inverse_rms(x)
             else:
                 j, table = ATTN_INDEX[i], layer.value_table
-                y = self.attend(i, *normed[i - 1 if layer.reads is None else layer.reads], qkv[j],
+                y = self.attend(i, *normed[i - 1 if layer.reads is None else layer.reads], qkv[j], dqkv[j],
                                 None if table is None else rows.value[table], batch, g)
-                x, r = linear_sum(y, o[j], x, resid[2 * i], added[j], *embeddings, s0[j], s1[j])
-            x, r = mlp(x, r, up[i], down[i], resid[2 * i + 1])
+                x, r = linear_sum(y, o[j], x, resid[2 * i], added[j], *embeddings, s0[j], s1[j], do[j])
+            x, r = mlp(x, r, up[i], down[i], resid[2 * i + 1], d_up[i], d_down[i])
             after[i], normed[i] = x, self.normed(x, r)
         return norm(x - backout_lambda * after[BACKOUT_LAYER])
 
     def forward(self, batch: Batch, rows: Rows, g: Geometry, mtp_weights: Tensor, grad_unit: float,
-                matrices: Matrices | None = None) -> Tensor:
+                matrices: Matrices | None = None, grads: Matrices | None = None) -> Tensor:
         """Training loss, summed over positions; mtp_weights [k] include 1/A, and grad_unit is 1/A."""
-        x = self.trunk(batch, rows, g, matrices)
+        x = self.trunk(batch, rows, g, matrices, grads)
         return HeadLoss.apply(x, self.lm_head, batch.targets, mtp_weights, self.hp.fp8_head, grad_unit, self.kernels)
 
     def token_losses(self, batch: Batch, rows: Rows, g: Geometry) -> Tensor:
@@ -2482,9 +2493,11 @@ class MicroStep:
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None  # graphs run one at a time: one memory
         self.replays: dict[tuple, Callable | None] = {}
         self.matrices_of = compiled(model.matrices) if hp.compile else model.matrices
-        self.matrices = Matrices(*(x.detach().clone().requires_grad_() for x in model.matrices()))
-        for x in self.matrices:  # like these, at a fixed address
-            x.grad = torch.zeros_like(x)
+        # at fixed addresses, which a CUDA graph needs; fused products add up the gradients, else autograd does
+        self.matrices = Matrices(*(x.detach().clone().requires_grad_(not model.fused) for x in model.matrices()))
+        self.grads = Matrices(*(torch.zeros_like(x, requires_grad=False) for x in self.matrices))
+        for x, grad in zip(self.matrices, self.grads):
+            x.grad = grad
         self.compiling = False  # during the first call of a kind; then it takes long
 
     @torch.no_grad()
@@ -2492,10 +2505,9 @@ class MicroStep:
         torch._foreach_copy_(self.matrices, self.matrices_of())
 
     def end(self) -> None:
-        grads = [x.grad for x in self.matrices]
         # made anew: a live graph would tie the accumulation of the lambdas' gradients to this stream, and captures fail
-        torch.autograd.backward(self.matrices_of(), grads)
-        torch._foreach_zero_(grads)
+        torch.autograd.backward(self.matrices_of(), self.grads)
+        torch._foreach_zero_(self.grads)
 
     def run(self, batch: Batch, geometry: Geometry, weights: Tensor, grad_unit: float) -> Tensor:
         """Add the micro-batch's gradients to the optimizer's; returns the loss, 0-dim fp32."""
@@ -2503,7 +2515,7 @@ class MicroStep:
             rows = self.model.lookup(batch)
         for row in (rows.embed, rows.bigram, *rows.value):
             row.requires_grad_()
-        loss = self.loss_of(batch, rows, geometry, weights, grad_unit, self.matrices)
+        loss = self.loss_of(batch, rows, geometry, weights, grad_unit, self.matrices, self.grads)
         loss.backward()
         self.optimizer.collect(batch, rows)
         return loss.detach()

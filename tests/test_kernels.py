@@ -152,6 +152,23 @@ class TestInterpreted:
             for a, b in zip(gradients(ours, inputs, dy), exact, strict=True):
                 torch.testing.assert_close(a.double(), b, rtol=0, atol=(T + width + D) * EPS * b.abs().max().item())
 
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_weight_gradients_are_added(self, compiled, T=20, D=12, width=36):
+        """With buffers, weights' gradients are added to what is there, and autograd gets none."""
+        x, up, down, w = torch.randn(T, D, requires_grad=True), *torch.randn(2, width, D), torch.randn(D, D)
+        r, scale, terms = t.inverse_rms(x.detach().square(), D), torch.full((T,), 0.7), torch.randn(4, T, D).unbind()
+        for f, weights in [
+            (lambda x, up, *dw: t.NormedLinear.apply(x, r, up, *dw)[0], [up]),
+            (lambda x, w, *dw: t.LinearSum.apply(
+                x, w, terms[0], scale, *terms[1:], scale[0], scale[1], *dw)[0], [w]),
+            (lambda x, up, down, *dw: t.ReluSquareMLP.apply(x, r, up, down, scale, *dw)[0], [up, down]),
+        ]:
+            leaves, sums = [y.clone().requires_grad_() for y in weights], [torch.ones_like(y) for y in weights]
+            dx, *exact = torch.autograd.grad(f(x, *leaves).sin().sum(), [x, *leaves])
+            f = torch.compile(f, fullgraph=True, backend="aot_eager") if compiled else f
+            torch.testing.assert_close(torch.autograd.grad(f(x, *weights, *sums).sin().sum(), x)[0], dx)
+            torch.testing.assert_close(sums, [1 + y for y in exact])
+
     @pytest.mark.parametrize("T,width,k", [(130, 20, 12), (64, 16, 16), (1, 5, 1)])
     def test_add_columns(self, T, width, k):
         y, r, c = torch.randn(T, width), torch.rand(T), torch.randn(T, k)
@@ -398,6 +415,13 @@ class TestGPU:
         c = streams[0]
         y, sums_r = t.LinearSum.apply(x, w, c, scale, c, c, c, s0[0], s1[0])
         assert error(sums_r, t.inverse_rms(y.double().square(), D)) <= 2.0**-8
+
+    @pytest.mark.parametrize("rows", [2304, 3072, 768, 100])
+    def test_add_weight_grad(self, rows, T=1000, D=768):
+        dw, dy, x = randn(rows, D), randn(T, rows), randn(T, D)
+        exact, ours, plain = dw.double() + dy.double().mT @ x.double(), dw.clone(), dw + dy.mT @ x
+        t.add_weight_grad(ours, dy, x)
+        as_good([ours], [plain], [exact])
 
     @pytest.mark.parametrize("T,paired,offset,mix", [(1001, *kind) for kind in KINDS] + [(4096, True, True, True)])
     def test_attention_inputs(self, T, paired, offset, mix):
