@@ -686,7 +686,7 @@ PRODUCT_TILE = (128, 192)  # rows, columns; tuned (H200)
 
 def product_reference(a: Tensor, b: Tensor, epilogue: str = "none", r: Tensor | None = None,
                       c: Tensor | None = None) -> Tensor:
-    """a b [m, n] for a [m, k], b [k, n], after one of these, with r [m] fp32 and c [m, n], or fewer columns in one."""
+    """a b [m, n] for a [m, k], b [k, n], after one of these, with r [m] fp32 and c [m, n]."""
     y = a @ b
     match epilogue:
         case "none":
@@ -695,8 +695,6 @@ def product_reference(a: Tensor, b: Tensor, epilogue: str = "none", r: Tensor | 
             return F.relu(r[:, None] * y).square().to(y.dtype)
         case "root":  # r times the gradient before that square, where c is the square
             return (2 * c.sqrt() * r[:, None] * y).to(y.dtype)
-        case "columns":  # r c added to the first ones
-            return (y + F.pad(r[:, None] * c, (0, y.size(1) - c.size(1)))).to(y.dtype)
 
 
 def product_sum_reference(a: Tensor, b: Tensor, terms: list[Tensor], scales: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -750,26 +748,8 @@ def quack_products() -> dict[str, Callable]:
     return {f.__name__: partial(kind(f), config=config, tuned=False) for f, kind in kinds.items()} | {"scaled": fp8}
 
 
-@jit
-def add_columns_kernel(y, r, c, m, n, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    mask, to = (rows < m)[:, None] & (columns < COLUMNS)[None, :], y + rows[:, None] * n + columns[None, :]
-    more = tl.load(c + rows[:, None] * COLUMNS + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    more *= tl.load(r + rows, mask=rows < m, other=0.0)[:, None]
-    tl.store(to, (tl.load(to, mask=mask, other=0.0).to(tl.float32) + more).to(y.dtype.element_ty), mask=mask)
-
-
-def add_columns(y: Tensor, r: Tensor, c: Tensor) -> None:
-    """y[:, :k] += r c for y [m, n], r [m] fp32, c [m, k], in place."""
-    (m, n), k, rows = y.shape, c.size(1), 64
-    add_columns_kernel[(triton.cdiv(m, rows),)](y, r, c.contiguous(), m, n, k, rows, triton.next_power_of_2(k))
-
-
 @custom_op("speedrun::product", mutates_args=(), device_types="cuda")
 def product(a: Tensor, b: Tensor, epilogue: str = "none", r: Tensor | None = None, c: Tensor | None = None) -> Tensor:
-    if epilogue == "columns":  # here, as TorchInductor would read everything twice for it, in the loops of a reduction
-        add_columns(y := product(a, b), r, c)
-        return y
     return quack_products()[epilogue](a, b, c, **({} if r is None else {"r": r[None]}))["D"]
 
 
@@ -784,6 +764,45 @@ product.register_fake(lambda a, b, *_: a.new_empty(a.size(0), b.size(1)))
 product_sum.register_kernel("cpu")(product_sum_reference)
 product_sum.register_fake(lambda a, b, terms, scales: (
     a.new_empty(a.size(0), b.size(1)), scales[0].new_empty(a.size(0), -(-b.size(1) // PRODUCT_TILE[1]))))
+
+
+def add_columns_reference(y: Tensor, c: Tensor, r: Tensor | None = None) -> None:
+    """y[:, :k] += r c for y [m, n], c [m, k], r [m] fp32 or 1, in place."""
+    y[:, : c.size(1)] += c if r is None else r[:, None] * c
+
+
+@jit
+def add_columns_kernel(y, c, r, m, n, COLUMNS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
+                       BLOCK: tl.constexpr):
+    rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    mask, to = (rows < m)[:, None] & (columns < COLUMNS)[None, :], y + rows[:, None] * n + columns[None, :]
+    more = tl.load(c + rows[:, None] * COLUMNS + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    if SCALED:
+        more *= tl.load(r + rows, mask=rows < m, other=0.0)[:, None]
+    tl.store(to, (tl.load(to, mask=mask, other=0.0).to(tl.float32) + more).to(y.dtype.element_ty), mask=mask)
+
+
+@custom_op("speedrun::add_columns", mutates_args=("y",))
+def add_columns(y: Tensor, c: Tensor, r: Tensor | None = None) -> None:
+    """In place, as TorchInductor pads c to full width and reads y twice for it where a reduction follows."""
+    (m, n), k, rows = y.shape, c.size(1), 64
+    add_columns_kernel[(triton.cdiv(m, rows),)](y, c.contiguous(), r, m, n, k, r is not None, rows,
+                                                triton.next_power_of_2(k))
+
+add_columns.register_fake(lambda y, c, r=None: None)
+
+
+class FirstColumns(torch.autograd.Function):
+    """x [T, n] and its first k columns, by which its gradient takes no further pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return x.view_as(x), x[:, :k].contiguous()
+
+    @staticmethod
+    def backward(ctx, dx: Tensor, dcolumns: Tensor):
+        add_columns(dx, dcolumns)
+        return dx, None
 
 
 WEIGHT_GRAD_ROWS = 1536  # tuned (H200): cuBLAS makes 2,304 x 768 in 0.259 ms, as 1,536 + 768 rows in 0.242
@@ -850,7 +869,9 @@ class NormedLinear(torch.autograd.Function):
     def backward(ctx, du: Tensor, dseen: Tensor):
         x, r, w = ctx.saved_tensors
         dw = weight_grad(ctx.dw, du, x)  # first: cuBLAS gives this thread the CUDA context that tensor descriptors need
-        return product(du, w, "columns", r, dseen), None, dw, None
+        dx = product(du, w)
+        add_columns(dx, dseen, r)
+        return dx, None, dw, None
 
 
 def embedding_sums_reference(x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor) -> tuple[Tensor, ...]:
@@ -1872,8 +1893,10 @@ class GPT(nn.Module):
         qkv, seen = (NormedLinear.apply if self.fused else normed_linear_reference)(h, r, qkv, dqkv)
         gate = None
         if ve is not None:
-            half = GATE_INPUTS // 2
-            mixed = seen if layer.paired else torch.cat([seen[:, :half], ve[:, :half]], dim=-1)
+            half, mixed = GATE_INPUTS // 2, seen
+            if not layer.paired:
+                ve, first = FirstColumns.apply(ve, half) if self.fast else (ve, ve[:, :half])
+                mixed = torch.cat([seen[:, :half], first], dim=-1)
             gate = 2 * torch.sigmoid(F.linear(mixed, self.ve_gate_bank[layer.value_table]))  # [T, H]
         inputs = AttentionInputs.apply if self.fast else attention_inputs_reference
         q, k, v = inputs(qkv.view(T, 3, H, d), r, ve, gate, self.cos, self.sin, layer.paired, layer.key_offset)

@@ -169,13 +169,27 @@ class TestInterpreted:
             torch.testing.assert_close(torch.autograd.grad(f(x, *weights, *sums).sin().sum(), x)[0], dx)
             torch.testing.assert_close(sums, [1 + y for y in exact])
 
+    @pytest.mark.parametrize("scaled", [False, True])
     @pytest.mark.parametrize("T,width,k", [(130, 20, 12), (64, 16, 16), (1, 5, 1)])
-    def test_add_columns(self, T, width, k):
-        y, r, c = torch.randn(T, width), torch.rand(T), torch.randn(T, k)
-        plain = F.pad(r.double()[:, None] * c.double(), (0, width - k))
-        exact, size = y.double() + plain, y.double().abs() + plain.abs()
-        t.add_columns(y, r, c)
+    def test_add_columns(self, T, width, k, scaled):
+        y, c, r = torch.randn(T, width), torch.randn(T, k), row_factors(T, not scaled)
+        exact, size = y.double(), y.double().abs()
+        t.add_columns_reference(exact, *to(FP64, c, r))
+        t.add_columns_reference(size, *to(FP64, c.abs(), r))
+        t.add_columns(y, c, r)
         self.within(y, exact, size, 2)
+
+    def test_first_columns(self, T=70, width=12, k=5):
+        """And its gradient, where both results are used."""
+        x, direction = torch.randn(T, width), torch.randn(T, width)
+
+        def use(first_columns):
+            def f(x):
+                y, first = first_columns(x)
+                return y.sin() * torch.cat([first.cos(), y[:, k:]], dim=1)
+            return f
+        ours, plain = use(lambda x: t.FirstColumns.apply(x, k)), use(lambda x: (x, x[:, :k]))
+        torch.testing.assert_close(gradients(ours, [x], direction), gradients(plain, [x], direction))
 
     def test_inverse_rms_of_products(self, T=7, width=500, D=12):
         """The second result of LinearSum and ReluSquareMLP belongs to the first."""
@@ -311,9 +325,11 @@ class TestInterpreted:
         check = torch.library.opcheck
         check(t.symmetric_product, (torch.randn(1, 16, 8), 0.0, 0.5))
         a, b, c, r, scale = torch.randn(8, 4), torch.randn(4, 12), torch.rand(8, 12), torch.rand(8), torch.tensor(0.5)
-        for more in ((), ("relu_square", r), ("root", r, c), ("columns", r, c[:, :5])):
+        for more in ((), ("relu_square", r), ("root", r, c)):
             check(t.product, (a, b, *more))
         check(t.product_sum, (a, b, [c, c + 1], [scale, scale]))
+        check(t.add_columns, (c.clone(), c[:, :5], r))
+        check(t.add_columns, (c.clone(), c[:, :5]))
         check(t.embedding_sums_backward, (c, c + 1, torch.rand(3), torch.rand(3), [c, c - 1, c - 2]))
         check(t.softcapped_mtp_loss, (torch.randn(3, 16), torch.tensor([1, 2, 3]), torch.ones(2), FP32, 0.5))
         for mix in (False, True):
