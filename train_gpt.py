@@ -1249,6 +1249,7 @@ class GatedHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y: Tensor, seen: Tensor, w: Tensor) -> Tensor:
+        y = y.contiguous()  # attention_reference gives it transposed
         ctx.save_for_backward(y, seen, w)
         return gated_heads(y, seen, w)
 

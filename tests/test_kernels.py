@@ -229,8 +229,10 @@ class TestInterpreted:
     def test_gated_heads(self, T, H, d, n):
         inputs, dout = [torch.randn(T, H, d), torch.randn(T, 2 * n)[:, :n], torch.randn(H, n)], torch.randn(T, H * d)
         exact = gradients(t.gated_heads_reference, to(FP64, *inputs), dout.double())
-        for a, b in zip(gradients(t.GatedHeads.apply, inputs, dout), exact, strict=True):
-            torch.testing.assert_close(a.double(), b, rtol=0, atol=(T + d + 8) * EPS * max(b.abs().max().item(), 1))
+        transposed = inputs[0].transpose(0, 1).contiguous().transpose(0, 1)
+        for y in (inputs[0], transposed):
+            for a, b in zip(gradients(t.GatedHeads.apply, [y, *inputs[1:]], dout), exact, strict=True):
+                torch.testing.assert_close(a.double(), b, rtol=0, atol=(T + d + 8) * EPS * max(b.abs().max().item(), 1))
         torch.library.opcheck(t.gated_heads, tuple(inputs))
         torch.library.opcheck(t.gated_heads_backward, (*inputs, dout))
 
@@ -319,6 +321,30 @@ class TestInterpreted:
         exact = t.polar_express(x.double(), False)
         ours, plain = ((t.polar_express(x, fast).double() - exact).norm() for fast in (True, False))
         assert ours <= 2 * plain + EPS * exact.norm()
+
+    @pytest.mark.parametrize("kernels", ["triton", "quack"])
+    def test_model(self, kernels, n=40):
+        """The loss of the whole model and all gradients, as with the references."""
+        hp, _ = t.parse_args(["--preset=demo", "--vocab_size=300"])
+        model = t.GPT(hp)
+        model.initialize(0)
+        model.cos, model.sin = model.cos.float(), model.sin.float()
+        model.set_stage(0)
+        for p in model.parameters():
+            p.data.add_(0.03 * torch.randn(p.shape))
+        tokens = torch.randint(0, 300, (n + 1,), dtype=torch.int32)
+        ids = torch.from_numpy(t.bigram_ids(tokens[:-1].numpy(), hp.bigram_rows))
+        ends = torch.tensor([0, 13, 30, n, n], dtype=torch.int32)
+        batch, geometry = t.Batch(tokens[:-1], tokens[1:].long(), ids, ends), t.Geometry(4, 12, 17, 0.2)
+
+        def results(kernels):
+            model.use("reference", kernels)
+            loss = model(batch, model.lookup(batch), geometry, torch.tensor([1.0, 0.5]), 1.0)
+            return loss.item(), *torch.autograd.grad(loss, tuple(model.parameters()))
+        (loss, *ours), (exact, *plain) = results(kernels), results("reference")
+        assert abs(loss - exact) <= 1e-6 * exact
+        for row, a, b in zip(model.named_parameters(), ours, plain, strict=True):
+            assert (a - b).norm() <= 1e-5 * b.norm(), (row[0], (a - b).norm() / b.norm())
 
     def test_operations(self):
         """Schemas and shapes that torch.compile relies on, and one graph without breaks that holds every operation."""
