@@ -772,11 +772,11 @@ def add_columns_reference(y: Tensor, c: Tensor, r: Tensor | None = None) -> None
 
 
 @jit
-def add_columns_kernel(y, c, r, m, n, COLUMNS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
+def add_columns_kernel(y, c, r, m, n, stride, COLUMNS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
                        BLOCK: tl.constexpr):
     rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     mask, to = (rows < m)[:, None] & (columns < COLUMNS)[None, :], y + rows[:, None] * n + columns[None, :]
-    more = tl.load(c + rows[:, None] * COLUMNS + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    more = tl.load(c + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     if SCALED:
         more *= tl.load(r + rows, mask=rows < m, other=0.0)[:, None]
     tl.store(to, (tl.load(to, mask=mask, other=0.0).to(tl.float32) + more).to(y.dtype.element_ty), mask=mask)
@@ -786,7 +786,8 @@ def add_columns_kernel(y, c, r, m, n, COLUMNS: tl.constexpr, SCALED: tl.constexp
 def add_columns(y: Tensor, c: Tensor, r: Tensor | None = None) -> None:
     """In place, as TorchInductor pads c to full width and reads y twice for it where a reduction follows."""
     (m, n), k, rows = y.shape, c.size(1), 64
-    add_columns_kernel[(triton.cdiv(m, rows),)](y, c.contiguous(), r, m, n, k, r is not None, rows,
+    assert y.is_contiguous() and c.stride(1) == 1
+    add_columns_kernel[(triton.cdiv(m, rows),)](y, c, r, m, n, c.stride(0), k, r is not None, rows,
                                                 triton.next_power_of_2(k))
 
 add_columns.register_fake(lambda y, c, r=None: None)
@@ -797,7 +798,7 @@ class FirstColumns(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        return x.view_as(x), x[:, :k].contiguous()
+        return x.view_as(x), x[:, :k]
 
     @staticmethod
     def backward(ctx, dx: Tensor, dcolumns: Tensor):
@@ -1887,6 +1888,9 @@ class GPT(nn.Module):
         """norm(x [T, D]), and the factor r [T] that it lacks if products are fused."""
         return FoldedNorm.apply(x, r) if self.fused else norm(x), r
 
+    def first_columns(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return FirstColumns.apply(x, k) if self.fast else (x, x[:, :k])
+
     def attend(self, i: int, h: Tensor, r: Tensor | None, qkv: Tensor, dqkv: Tensor | None, ve: Tensor | None,
                batch: Batch, g: Geometry) -> Tensor:
         """Gated attention of layer i on normed's h [T, D], r with weights qkv [3D, D], before O; [T, D]."""
@@ -1896,7 +1900,7 @@ class GPT(nn.Module):
         if ve is not None:
             half, mixed = GATE_INPUTS // 2, seen
             if not layer.paired:
-                ve, first = FirstColumns.apply(ve, half) if self.fast else (ve, ve[:, :half])
+                ve, first = self.first_columns(ve, half)
                 mixed = torch.cat([seen[:, :half], first], dim=-1)
             gate = 2 * torch.sigmoid(F.linear(mixed, self.ve_gate_bank[layer.value_table]))  # [T, H]
         inputs = AttentionInputs.apply if self.fast else attention_inputs_reference
@@ -1937,7 +1941,7 @@ class GPT(nn.Module):
         qkv, o, up, down = (x.unbind() for x in matrices or self.matrices())
         dqkv, do, d_up, d_down = (x.unbind() for x in grads) if grads else [[None] * len(LAYERS)] * 4
 
-        x0 = norm(self.smear(rows.embed))
+        x0, first = self.first_columns(norm(self.smear(rows.embed)), GATE_INPUTS)
         x = x0 + bigram_lambdas[0] * rows.bigram
         r = self.inverse_rms(x)
         s0, s1 = (scales[self.attn_layers] for scales in (x0_lambdas, bigram_lambdas))
@@ -1947,7 +1951,7 @@ class GPT(nn.Module):
         after, normed = {}, {-1: self.normed(x, r)}  # layer -> the stream after it; its norm, which several layers read
         for i, layer in enumerate(LAYERS):
             if layer.skip_from is not None:
-                gate = torch.sigmoid(skip_lambda) * 2 * torch.sigmoid(F.linear(x0[:, :GATE_INPUTS], self.skip_gate))
+                gate = torch.sigmoid(skip_lambda) * 2 * torch.sigmoid(F.linear(first, self.skip_gate))
                 x = x + gate * after[layer.skip_from]
                 r = self.inverse_rms(x)
             else:
