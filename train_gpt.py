@@ -696,12 +696,13 @@ def product_reference(a: Tensor, b: Tensor, epilogue: str = "none", r: Tensor | 
         case "root":  # r times the gradient before that square, where c is the square
             return (2 * c.sqrt() * r[:, None] * y).to(y.dtype)
         case "columns":  # r c added to the first ones
-            return (y + F.pad(r[:, None] * c, (0, y.size(1) - c.size(1)))).to(y.dtype)
+            add_columns_reference(y, r, c)
+            return y
 
 
 def product_sum_reference(a: Tensor, b: Tensor, terms: list[Tensor], scales: list[Tensor]) -> tuple[Tensor, Tensor]:
     """y = a b + scales[0] terms[0] + ... [m, n], scales 0-dim fp32; and of each row of y the sums of squares of each
-    PRODUCT_TILE[1] columns [m, tiles] fp32."""
+    PRODUCT_TILE[1] columns [m, tiles] fp32. quack_products has kernels for 1 and 3 terms."""
     y = a @ b
     for term, scale in zip(terms, scales):
         y = y + scale * term
@@ -750,6 +751,11 @@ def quack_products() -> dict[str, Callable]:
     return {f.__name__: partial(kind(f), config=config, tuned=False) for f, kind in kinds.items()} | {"scaled": fp8}
 
 
+def add_columns_reference(y: Tensor, r: Tensor, c: Tensor) -> None:
+    """y[:, :k] += r c for y [m, n], r [m] fp32, c [m, k], in place."""
+    y[:, : c.size(1)] += r[:, None] * c
+
+
 @jit
 def add_columns_kernel(y, r, c, m, n, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
@@ -760,7 +766,6 @@ def add_columns_kernel(y, r, c, m, n, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 
 
 def add_columns(y: Tensor, r: Tensor, c: Tensor) -> None:
-    """y[:, :k] += r c for y [m, n], r [m] fp32, c [m, k], in place."""
     (m, n), k, rows = y.shape, c.size(1), 64
     add_columns_kernel[(triton.cdiv(m, rows),)](y, r, c.contiguous(), m, n, k, rows, triton.next_power_of_2(k))
 
@@ -1878,7 +1883,7 @@ class GPT(nn.Module):
         return gated(y, seen, self.attn_gate_bank[ATTN_INDEX[i]])
 
     def matrices(self) -> Matrices:
-        """What the banks and lambdas are to a step."""
+        """The Matrices of the current banks and lambdas."""
         L, D, F_, attn = len(LAYERS), self.hp.model_dim, self.hp.mlp_dim, len(ATTN_INDEX)
         post_attn, post_mlp = self.post_lambdas.bfloat16().float().unbind(1)
         a, b = self.scalars[: 2 * L].view(L, 2).unbind(1)
@@ -1898,9 +1903,9 @@ class GPT(nn.Module):
         backout_lambda, skip_lambda = self.scalars[-2:].unbind()
         resid, x0_lambdas, bigram_lambdas = (
             p.bfloat16().float() for p in (self.resid_lambdas, self.x0_lambdas, self.bigram_lambdas))
-        # Unbound once: the backward of an unbind is one stack, that of each indexing a pass over all of them
-        # [2i] for attention and [2i+1] for the MLP; as columns, so that all gradients are summed over tokens at once
+        # [2i] for attention, [2i+1] for the MLP; repeated for each token, so that gradients are summed at once for all
         resid = resid.flatten()[:, None].expand(-1, len(batch.tokens)).unbind()
+        # Unbound once: the backward of an unbind is one stack, that of each indexing a pass over the whole bank
         qkv, o, up, down = (x.unbind() for x in matrices or self.matrices())
 
         x0 = norm(self.smear(rows.embed))
@@ -2484,7 +2489,7 @@ class MicroStep:
         self.replays: dict[tuple, Callable | None] = {}
         self.matrices_of = compiled(model.matrices) if hp.compile else model.matrices
         self.matrices = Matrices(*(x.detach().clone().requires_grad_() for x in model.matrices()))
-        for x in self.matrices:  # like these, at a fixed address
+        for x in self.matrices:  # at fixed addresses like x itself, which a CUDA graph needs
             x.grad = torch.zeros_like(x)
         self.compiling = False  # during the first call of a kind; then it takes long
 
