@@ -699,7 +699,7 @@ def product_reference(a: Tensor, b: Tensor, epilogue: str = "none", r: Tensor | 
 
 def product_sum_reference(a: Tensor, b: Tensor, terms: list[Tensor], scales: list[Tensor]) -> tuple[Tensor, Tensor]:
     """y = a b + scales[0] terms[0] + ... [m, n], scales 0-dim fp32; and of each row of y the sums of squares of each
-    PRODUCT_TILE[1] columns [m, tiles] fp32."""
+    PRODUCT_TILE[1] columns [m, tiles] fp32. quack_products has kernels for 1 and 3 terms."""
     y = a @ b
     for term, scale in zip(terms, scales):
         y = y + scale * term
@@ -1914,7 +1914,7 @@ class GPT(nn.Module):
         return gated(y, seen, self.attn_gate_bank[ATTN_INDEX[i]])
 
     def matrices(self) -> Matrices:
-        """What the banks and lambdas are to a step."""
+        """The Matrices of the current banks and lambdas."""
         L, D, F_, attn = len(LAYERS), self.hp.model_dim, self.hp.mlp_dim, len(ATTN_INDEX)
         post_attn, post_mlp = self.post_lambdas.bfloat16().float().unbind(1)
         a, b = self.scalars[: 2 * L].view(L, 2).unbind(1)
@@ -1935,9 +1935,9 @@ class GPT(nn.Module):
         backout_lambda, skip_lambda = self.scalars[-2:].unbind()
         resid, x0_lambdas, bigram_lambdas = (
             p.bfloat16().float() for p in (self.resid_lambdas, self.x0_lambdas, self.bigram_lambdas))
-        # Unbound once: the backward of an unbind is one stack, that of each indexing a pass over all of them
-        # [2i] for attention and [2i+1] for the MLP; as columns, so that all gradients are summed over tokens at once
+        # [2i] for attention, [2i+1] for the MLP; repeated for each token, so that gradients are summed at once for all
         resid = resid.flatten()[:, None].expand(-1, len(batch.tokens)).unbind()
+        # Unbound once: the backward of an unbind is one stack, that of each indexing a pass over the whole bank
         qkv, o, up, down = (x.unbind() for x in matrices or self.matrices())
         dqkv, do, d_up, d_down = (x.unbind() for x in grads) if grads else [[None] * len(LAYERS)] * 4
 
