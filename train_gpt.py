@@ -684,27 +684,43 @@ def softcap(logits: Tensor) -> Tensor:
 PRODUCT_TILE = (128, 192)  # rows, columns; tuned (H200)
 
 
-def product_reference(a: Tensor, b: Tensor, epilogue: str = "none", r: Tensor | None = None,
-                      c: Tensor | None = None) -> Tensor:
-    """a b [m, n] for a [m, k], b [k, n], after one of these, with r [m] fp32 and c [m, n]."""
+def product_reference(a: Tensor, b: Tensor, r: Tensor | None = None) -> Tensor:
+    """a b [m, n] for a [m, k], b [k, n]; with r [m] fp32 relu(r a b)^2."""
     y = a @ b
-    match epilogue:
-        case "none":
-            return y
-        case "relu_square":
-            return F.relu(r[:, None] * y).square().to(y.dtype)
-        case "root":  # r times the gradient before that square, where c is the square
-            return (2 * c.sqrt() * r[:, None] * y).to(y.dtype)
+    return y if r is None else F.relu(r[:, None] * y).square().to(y.dtype)
+
+
+def tile_sums(y: Tensor) -> Tensor:
+    """Sums of each PRODUCT_TILE[1] columns of y [m, n]: [m, tiles] fp32."""
+    columns = PRODUCT_TILE[1]
+    return F.pad(y.float(), (0, -y.size(1) % columns)).view(len(y), -1, columns).sum(2)
+
+
+def empty_tile_sums(a: Tensor, b: Tensor) -> Tensor:
+    """For a product of a [m, k] and b [k, n]."""
+    return a.new_empty(a.size(0), -(-b.size(1) // PRODUCT_TILE[1]), dtype=torch.float32)
 
 
 def product_sum_reference(a: Tensor, b: Tensor, terms: list[Tensor], scales: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """y = a b + scales[0] terms[0] + ... [m, n], scales 0-dim fp32; and of each row of y the sums of squares of each
-    PRODUCT_TILE[1] columns [m, tiles] fp32. quack_products has kernels for 1 and 3 terms."""
+    """y = a b + scales[0] terms[0] + ... [m, n], scales 0-dim fp32; and tile_sums of y^2. quack_products has kernels
+    for 1 and 3 terms."""
     y = a @ b
     for term, scale in zip(terms, scales):
         y = y + scale * term
-    columns = PRODUCT_TILE[1]
-    return y, F.pad(y.float().square(), (0, -y.size(1) % columns)).view(len(y), -1, columns).sum(2)
+    return y, tile_sums(y.float().square())
+
+
+def product_root_reference(a: Tensor, b: Tensor, c: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """y = r times the gradient of pre where a b [m, n] is that of c = relu(pre)^2, r [m] fp32; tile_sums of y pre."""
+    root = c.sqrt()
+    y = (2 * root * r[:, None] * (a @ b)).to(c.dtype)
+    return y, tile_sums(y * root)
+
+
+def product_norm_grad_reference(a: Tensor, b: Tensor, dy: Tensor, x: Tensor, s: Tensor,
+                                r: Tensor) -> tuple[Tensor, Tensor]:
+    """a b + s dy + r x for dy, x [m, n], s 0-dim fp32, r [m] fp32; and tile_sums of dy x."""
+    return (a @ b + s * dy + r[:, None] * x).to(x.dtype), tile_sums(dy.float() * x.float())
 
 
 @cache
@@ -722,26 +738,32 @@ def quack_products() -> dict[str, Callable]:
         positive = cute.arch.fmax(acc * r, 0.0)
         return {"D": positive * positive}
 
-    def root(acc, c, r):
-        return {"D": 2.0 * cute.math.sqrt(c, fastmath=True) * r * acc}
-
     def sum1(acc, c, s0):
         y = acc + s0 * c
-        return {"D": y, "squares": (y, y)}
+        return {"D": y, "sums": (y, y)}
 
     def sum3(acc, c, s0, c1, s1, c2, s2):
         y = acc + s0 * c + s1 * c1 + s2 * c2
-        return {"D": y, "squares": (y, y)}
+        return {"D": y, "sums": (y, y)}
+
+    def root(acc, c, r):
+        pre = cute.math.sqrt(c, fastmath=True)
+        y = 2.0 * pre * r * acc
+        return {"D": y, "sums": (y, pre)}
+
+    def norm_grad(acc, c, x, s, r):
+        return {"D": acc + s * c + r * x, "sums": (c, x)}
 
     def scaled(acc, scale):
         return {"D": acc * scale}
 
     rows, columns = PRODUCT_TILE
     config = GemmConfig(tile_m=rows, tile_n=columns, pingpong=True, cluster_m=2, is_dynamic_persistent=False)
-    plain = gemm_epilogue()
-    by_row = gemm_epilogue(ops={"r": ColVecLoad("r")})
-    summed = gemm_epilogue(reduces={"squares": ColVecReduce("squares", scaled=True)})
-    kinds = {none: plain, relu_square: by_row, root: by_row, sum1: summed, sum3: summed}
+    by_row, summed = {"ops": {"r": ColVecLoad("r")}}, {"reduces": {"sums": ColVecReduce("sums", scaled=True)}}
+    plain, summed_by_row = gemm_epilogue(), gemm_epilogue(**by_row, **summed)
+    by_row, summed = gemm_epilogue(**by_row), gemm_epilogue(**summed)
+    kinds = {none: plain, relu_square: by_row, sum1: summed, sum3: summed, root: summed_by_row,
+             norm_grad: summed_by_row}
     fp8 = partial(plain(scaled).gemm, tile_M=config.tile_m, tile_N=config.tile_n, pingpong=config.pingpong,
                   cluster_M=config.cluster_m, b_kn=True,
                   post_init_attrs=(("fp8_slow_accum", False),))  # its sums stay in the tensor cores
@@ -749,21 +771,35 @@ def quack_products() -> dict[str, Callable]:
 
 
 @custom_op("speedrun::product", mutates_args=(), device_types="cuda")
-def product(a: Tensor, b: Tensor, epilogue: str = "none", r: Tensor | None = None, c: Tensor | None = None) -> Tensor:
-    return quack_products()[epilogue](a, b, c, **({} if r is None else {"r": r[None]}))["D"]
+def product(a: Tensor, b: Tensor, r: Tensor | None = None) -> Tensor:
+    f = quack_products()
+    return (f["none"](a, b) if r is None else f["relu_square"](a, b, r=r[None]))["D"]
 
 
 @custom_op("speedrun::product_sum", mutates_args=(), device_types="cuda")
 def product_sum(a: Tensor, b: Tensor, terms: list[Tensor], scales: list[Tensor]) -> tuple[Tensor, Tensor]:
     more = {f"c{i}": c for i, c in enumerate(terms) if i} | {f"s{i}": scale for i, scale in enumerate(scales)}
-    squares = scales[0].new_empty(a.size(0), -(-b.size(1) // PRODUCT_TILE[1]))
-    return quack_products()[f"sum{len(terms)}"](a, b, terms[0], squares=squares, **more)["D"], squares
+    sums = empty_tile_sums(a, b)
+    return quack_products()[f"sum{len(terms)}"](a, b, terms[0], sums=sums, **more)["D"], sums
+
+
+@custom_op("speedrun::product_root", mutates_args=(), device_types="cuda")
+def product_root(a: Tensor, b: Tensor, c: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    sums = empty_tile_sums(a, b)
+    return quack_products()["root"](a, b, c, r=r[None], sums=sums)["D"], sums
+
+
+@custom_op("speedrun::product_norm_grad", mutates_args=(), device_types="cuda")
+def product_norm_grad(a: Tensor, b: Tensor, dy: Tensor, x: Tensor, s: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    sums = empty_tile_sums(a, b)
+    return quack_products()["norm_grad"](a, b, dy, x=x, s=s, r=r[None], sums=sums)["D"], sums
 
 product.register_kernel("cpu")(product_reference)
-product.register_fake(lambda a, b, *_: a.new_empty(a.size(0), b.size(1)))
-product_sum.register_kernel("cpu")(product_sum_reference)
-product_sum.register_fake(lambda a, b, terms, scales: (
-    a.new_empty(a.size(0), b.size(1)), scales[0].new_empty(a.size(0), -(-b.size(1) // PRODUCT_TILE[1]))))
+product.register_fake(lambda a, b, r=None: a.new_empty(a.size(0), b.size(1)))
+for op, reference in ((product_sum, product_sum_reference), (product_root, product_root_reference),
+                      (product_norm_grad, product_norm_grad_reference)):
+    op.register_kernel("cpu")(reference)
+    op.register_fake(lambda a, b, *_: (a.new_empty(a.size(0), b.size(1)), empty_tile_sums(a, b)))
 
 
 def add_columns_reference(y: Tensor, c: Tensor, r: Tensor | None = None) -> None:
@@ -984,7 +1020,7 @@ class ReluSquareMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, r: Tensor, up: Tensor, down: Tensor, scale: Tensor, d_up: Tensor | None = None,
                 d_down: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        h = product(x, up.mT, "relu_square", r)
+        h = product(x, up.mT, r)
         y, squares = product_sum(h, down, [x], [scale[0]])
         new_r = inverse_rms(squares, y.size(1))
         ctx.mark_non_differentiable(new_r)
@@ -997,10 +1033,11 @@ class ReluSquareMLP(torch.autograd.Function):
         x, r, up, down, scale, h = ctx.saved_tensors
         d_up, d_down = ctx.grads
         d_down = weight_grad(d_down, h, dy)
-        dpre = product(dy, down.mT, "root", r, h)  # [T, F], times r
-        dx = scale[:, None] * dy.float() + norm_grad(product(dpre, up), x, r)
-        d_up, d_scale = weight_grad(d_up, dpre, x), (dy.float() * x.float()).sum(1)
-        return dx.to(x.dtype), None, d_up, d_down, d_scale, None, None
+        dpre, sums = product_root(dy, down.mT, h, r)  # [T, F], times r
+        # norm_grad of g = dpre up needs the sum of g x, which is that of dpre (x up^T): known before g is
+        factor = -r / x.size(1) * sums.sum(1)
+        dx, d_scale = product_norm_grad(dpre, up, dy, x, scale[0], factor)
+        return dx, None, weight_grad(d_up, dpre, x), d_down, d_scale.sum(1), None, None
 
 
 # --- What attention reads: QK norm, rotary embedding, key offset, value-embedding mix

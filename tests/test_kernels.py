@@ -351,8 +351,10 @@ class TestInterpreted:
         check = torch.library.opcheck
         check(t.symmetric_product, (torch.randn(1, 16, 8), 0.0, 0.5))
         a, b, c, r, scale = torch.randn(8, 4), torch.randn(4, 12), torch.rand(8, 12), torch.rand(8), torch.tensor(0.5)
-        for more in ((), ("relu_square", r), ("root", r, c)):
+        for more in ((), (r,)):
             check(t.product, (a, b, *more))
+        check(t.product_root, (a, b, c, r))
+        check(t.product_norm_grad, (a, b, c, c + 1, scale, r))
         check(t.product_sum, (a, b, [c, c + 1], [scale, scale]))
         check(t.add_columns, (c.clone(), c[:, :5], r))
         check(t.add_columns, (c.clone(), c[:, :5]))

@@ -73,16 +73,16 @@ def products(T: int) -> Iterator[Row]:
     x, up, down, dy = randn(T, DIM), randn(WIDTH, DIM) * DIM**-0.5, randn(WIDTH, DIM) * DIM**-0.5, randn(T, DIM)
     o, scale = randn(DIM, DIM) * DIM**-0.5, torch.full((T,), 0.7, device=DEVICE)
     r = t.inverse_rms(x.float().square(), DIM)
-    h, moved, work = torch.relu(x @ up.mT).square(), 2 * (T * DIM + T * WIDTH + DIM * WIDTH), 2 * T * DIM * WIDTH
-    for epilogue, a, b, *more in (("none", x, up.mT), ("relu_square", x, up.mT, r), ("root", dy, down.mT, r, h)):
-        ours, plain = (partial(f, a, b, epilogue, *more) for f in (t.product, t.product_reference))
-        size = moved + sum(c.numel() * c.element_size() for c in more)
-        yield Row(f"product, {epilogue}", f"{T} x {DIM} x {WIDTH}", ours, size, work, compiled(plain), plain)
-    for a, b, terms in ((h, down, 1), (x, o.mT, 3)):
-        ours, plain = (partial(f, a, b, [x, dy, x][:terms], [scale[0]] * terms) for f in (
-            t.product_sum, t.product_sum_reference))
-        yield Row(f"product and {terms} terms", f"{T} x {len(b)} x {DIM}", ours,
-                  2 * (a.numel() + b.numel() + (1 + terms) * T * DIM), 2 * T * b.numel(), compiled(plain), plain)
+    h, moved, work = t.product_reference(x, up.mT, r), 2 * (T * DIM + T * WIDTH + DIM * WIDTH), 2 * T * DIM * WIDTH
+    for name, a, b, *more in (
+        ("product", x, up.mT), ("product, relu square", x, up.mT, r), ("product_root", dy, down.mT, h, r),
+        ("product_norm_grad", h, up, dy, x, scale[0], r), ("product_sum, 1 term", h, down, [x], [scale[0]]),
+        ("product_sum, 3 terms", x, o.mT, [x, dy, x], [scale[0]] * 3),
+    ):
+        ours, plain = (partial(getattr(t, name.split(",")[0] + suffix), a, b, *more) for suffix in ("", "_reference"))
+        read = [a, b, *(c for y in more for c in (y if isinstance(y, list) else [y]))]
+        yield Row(name, f"{T} x {len(b)} x {b.size(1)}", ours, sum(c.nbytes for c in read) + T * b.size(1) * a.itemsize,
+                  2 * T * b.numel(), compiled(plain), plain)
     inputs, shape = [x, up, down, scale], f"{T} x {DIM} x {WIDTH}"
     ours, plain = lambda x, *y: t.ReluSquareMLP.apply(x, r, *y)[0], lambda x, *y: t.mlp_reference(x, None, *y)[0]
     yield Row("MLP forward + backward", shape, backward(compiled(ours), inputs, dy), 6 * moved, 6 * work,
