@@ -690,15 +690,14 @@ def product_reference(a: Tensor, b: Tensor, r: Tensor | None = None) -> Tensor:
     return y if r is None else F.relu(r[:, None] * y).square().to(y.dtype)
 
 
-def tile_sums(y: Tensor) -> Tensor:
-    """Sums of each PRODUCT_TILE[1] columns of y [m, n]: [m, tiles] fp32."""
-    columns = PRODUCT_TILE[1]
+def tile_sums(y: Tensor, columns: int = PRODUCT_TILE[1]) -> Tensor:
+    """Sums of each `columns` columns of y [m, n]: [m, tiles] fp32."""
     return F.pad(y.float(), (0, -y.size(1) % columns)).view(len(y), -1, columns).sum(2)
 
 
-def empty_tile_sums(a: Tensor, b: Tensor) -> Tensor:
+def empty_tile_sums(a: Tensor, b: Tensor, columns: int = PRODUCT_TILE[1]) -> Tensor:
     """For a product of a [m, k] and b [k, n]."""
-    return a.new_empty(a.size(0), -(-b.size(1) // PRODUCT_TILE[1]), dtype=torch.float32)
+    return a.new_empty(a.size(0), -(-b.size(1) // columns), dtype=torch.float32)
 
 
 def product_sum_reference(a: Tensor, b: Tensor, terms: list[Tensor], scales: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -708,6 +707,12 @@ def product_sum_reference(a: Tensor, b: Tensor, terms: list[Tensor], scales: lis
     for term, scale in zip(terms, scales):
         y = y + scale * term
     return y, tile_sums(y.float().square())
+
+
+def product_dot_reference(a: Tensor, b: Tensor, c: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """y = a b [m, n], and tile_sums of y c for c [m, n]."""
+    y = a @ b
+    return y, tile_sums(y.float() * c.float(), columns)
 
 
 def product_root_reference(a: Tensor, b: Tensor, c: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
@@ -724,12 +729,19 @@ def product_norm_grad_reference(a: Tensor, b: Tensor, dy: Tensor, x: Tensor, s: 
 
 
 @cache
+def quack_config(columns: int):
+    """What tiles of so many columns are computed by; tuned (H200)."""
+    from quack.gemm_config import GemmConfig
+
+    return GemmConfig(tile_m=PRODUCT_TILE[0], tile_n=columns, pingpong=True, cluster_m=2, is_dynamic_persistent=False)
+
+
+@cache
 def quack_products() -> dict[str, Callable]:
     """The kernels by epilogue; quack (Guo, Dao et al., package quack-kernels) builds them around these lines."""
     import cutlass.cute as cute
     from quack.epilogue.frontend import gemm_epilogue
     from quack.epilogue.ops import ColVecLoad, ColVecReduce
-    from quack.gemm_config import GemmConfig
 
     def none(acc):
         return {"D": acc}
@@ -746,6 +758,9 @@ def quack_products() -> dict[str, Callable]:
         y = acc + s0 * c + s1 * c1 + s2 * c2
         return {"D": y, "sums": (y, y)}
 
+    def dot(acc, c):
+        return {"D": acc, "sums": (acc, c)}
+
     def root(acc, c, r):
         pre = cute.math.sqrt(c, fastmath=True)
         y = 2.0 * pre * r * acc
@@ -757,12 +772,11 @@ def quack_products() -> dict[str, Callable]:
     def scaled(acc, scale):
         return {"D": acc * scale}
 
-    rows, columns = PRODUCT_TILE
-    config = GemmConfig(tile_m=rows, tile_n=columns, pingpong=True, cluster_m=2, is_dynamic_persistent=False)
+    config = quack_config(PRODUCT_TILE[1])
     by_row, summed = {"ops": {"r": ColVecLoad("r")}}, {"reduces": {"sums": ColVecReduce("sums", scaled=True)}}
     plain, summed_by_row = gemm_epilogue(), gemm_epilogue(**by_row, **summed)
     by_row, summed = gemm_epilogue(**by_row), gemm_epilogue(**summed)
-    kinds = {none: plain, relu_square: by_row, sum1: summed, sum3: summed, root: summed_by_row,
+    kinds = {none: plain, relu_square: by_row, sum1: summed, sum3: summed, dot: summed, root: summed_by_row,
              norm_grad: summed_by_row}
     fp8 = partial(plain(scaled).gemm, tile_M=config.tile_m, tile_N=config.tile_n, pingpong=config.pingpong,
                   cluster_M=config.cluster_m, b_kn=True,
@@ -783,6 +797,12 @@ def product_sum(a: Tensor, b: Tensor, terms: list[Tensor], scales: list[Tensor])
     return quack_products()[f"sum{len(terms)}"](a, b, terms[0], sums=sums, **more)["D"], sums
 
 
+@custom_op("speedrun::product_dot", mutates_args=(), device_types="cuda")
+def product_dot(a: Tensor, b: Tensor, c: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    sums = empty_tile_sums(a, b, columns)
+    return quack_products()["dot"](a, b, c, sums=sums, config=quack_config(columns))["D"], sums
+
+
 @custom_op("speedrun::product_root", mutates_args=(), device_types="cuda")
 def product_root(a: Tensor, b: Tensor, c: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     sums = empty_tile_sums(a, b)
@@ -796,6 +816,8 @@ def product_norm_grad(a: Tensor, b: Tensor, dy: Tensor, x: Tensor, s: Tensor, r:
 
 product.register_kernel("cpu")(product_reference)
 product.register_fake(lambda a, b, r=None: a.new_empty(a.size(0), b.size(1)))
+product_dot.register_kernel("cpu")(product_dot_reference)
+product_dot.register_fake(lambda a, b, c, columns: (torch.empty_like(c), empty_tile_sums(a, b, columns)))
 for op, reference in ((product_sum, product_sum_reference), (product_root, product_root_reference),
                       (product_norm_grad, product_norm_grad_reference)):
     op.register_kernel("cpu")(reference)
@@ -982,29 +1004,44 @@ class EmbeddingSums(torch.autograd.Function):
         return dx0, dbigram, *ds.sum(0).unbind()
 
 
-def linear_sum_reference(x: Tensor, w: Tensor, c: Tensor, s: Tensor, added: Tensor, *_) -> tuple[Tensor, None]:
-    """y = x w^T + s c + added for x [T, k], w [n, k], c, added [T, n], and s [T] fp32, one number repeated."""
-    return F.linear(x, w) + (s[:, None] * c).to(c.dtype) + added, None
+def gated_heads(y: Tensor, gate: Tensor) -> Tensor:
+    """Heads y [T, H, d] times gate [T, H], as [T, H * d]."""
+    return (gate[..., None] * y).to(y.dtype).flatten(1)
+
+
+def linear_sum_reference(y: Tensor, gate: Tensor, w: Tensor, c: Tensor, s: Tensor, added: Tensor,
+                         *_) -> tuple[Tensor, None]:
+    """gated_heads(y, gate) w^T + s c + added for w [n, H * d], c, added [T, n], and s [T] fp32, one number repeated."""
+    return F.linear(gated_heads(y, gate), w) + (s[:, None] * c).to(c.dtype) + added, None
 
 
 class LinearSum(torch.autograd.Function):
-    """linear_sum_reference where `added` stands for s0 x0 + s1 bigram; and r [T] of the result, in place of None."""
+    """linear_sum_reference where `added` stands for s0 x0 + s1 bigram; and r [T] of the result, in place of None.
+
+    With gate_later the gradient of y lacks the factor gate: attention puts it in, for nothing.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, c: Tensor, s: Tensor, added: Tensor, x0: Tensor, bigram: Tensor, s0: Tensor,
-                s1: Tensor, dw: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y, squares = product_sum(x, w.mT, [c, x0, bigram], [s[0], s0, s1])
-        r = inverse_rms(squares, y.size(1))
+    def forward(ctx, y: Tensor, gate: Tensor, w: Tensor, c: Tensor, s: Tensor, added: Tensor, x0: Tensor,
+                bigram: Tensor, s0: Tensor, s1: Tensor, dw: Tensor | None = None,
+                gate_later: bool = False) -> tuple[Tensor, Tensor]:
+        y = y.contiguous()  # attention_reference gives it transposed
+        x = gated_heads(y, gate)
+        out, squares = product_sum(x, w.mT, [c, x0, bigram], [s[0], s0, s1])
+        r = inverse_rms(squares, out.size(1))
         ctx.mark_non_differentiable(r)
-        ctx.save_for_backward(x, w, c, s)
-        ctx.dw = dw
-        return y, r
+        ctx.save_for_backward(y, gate, x, w, c, s)
+        ctx.dw, ctx.gate_later = dw, gate_later
+        return out, r
 
     @staticmethod
-    def backward(ctx, dy: Tensor, _):
-        x, w, c, s = ctx.saved_tensors
-        dc, ds = (s[:, None] * dy).to(dy.dtype), (dy.float() * c.float()).sum(1)
-        return product(dy, w), weight_grad(ctx.dw, dy, x), dc, ds, dy, None, None, None, None, None
+    def backward(ctx, dout: Tensor, _):
+        y, gate, x, w, c, s = ctx.saved_tensors
+        dc, ds = (s[:, None] * dout).to(dout.dtype), (dout.float() * c.float()).sum(1)
+        dw = weight_grad(ctx.dw, dout, x)
+        dx, dgate = product_dot(dout, w, y.flatten(1), y.size(2))
+        dy = (dx if ctx.gate_later else gated_heads(dx.view_as(y), gate)).view_as(y)
+        return dy, dgate.to(gate.dtype), dw, dc, ds, dout, None, None, None, None, None, None
 
 
 # --- MLP: relu(norm(x) up^T)^2 down + scale x (So et al., Primer, arXiv 2109.08668)
@@ -1182,7 +1219,8 @@ def attention_inputs_backward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, 
                               key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of qkv, ve and gate; the last two are empty without a value embedding."""
     (T, _, H, d), mix = qkv.shape, ve is not None
-    dqkv, dve, dgate = torch.empty_like(qkv), qkv.new_empty(T if mix else 0, H * d), qkv.new_empty(T if mix else 0, H)
+    dqkv, dve = torch.empty_like(qkv), qkv.new_empty(T if mix else 0, H * d)
+    dgate = torch.empty_like(gate) if mix else qkv.new_empty(0, H)
     dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
     attention_inputs_backward_kernel[(H, triton.cdiv(T, ATTENTION_INPUT_ROWS))](
         qkv, r, ve, gate, cos, sin, dq, dk, dv, dqkv, dve, dgate, T, FP32_EPS, H, d, paired, key_offset,
@@ -1191,9 +1229,9 @@ def attention_inputs_backward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, 
 
 attention_inputs_forward.register_fake(lambda qkv, *_: tuple(
     qkv.new_empty(qkv.size(0), *qkv.shape[2:]) for _ in range(3)))
-attention_inputs_backward.register_fake(lambda qkv, _r, ve, *_: (
+attention_inputs_backward.register_fake(lambda qkv, _r, ve, gate, *_: (
     torch.empty_like(qkv), qkv.new_empty(0 if ve is None else qkv.size(0), qkv.shape[2:].numel()),
-    qkv.new_empty(0 if ve is None else qkv.size(0), qkv.size(2))))
+    qkv.new_empty(0, qkv.size(2)) if ve is None else torch.empty_like(gate)))
 
 
 class AttentionInputs(torch.autograd.Function):
@@ -1212,89 +1250,82 @@ class AttentionInputs(torch.autograd.Function):
         return (dqkv, None, *((dve, dgate) if ve is not None else (None, None)), None, None, None, None)
 
 
-# --- What attention gives: each head is scaled by its gate
+# --- Gates of heads and of value embeddings
 
-def gated_heads_reference(y: Tensor, seen: Tensor, w: Tensor) -> Tensor:
-    """y [T, H, d] times sigmoid(seen w^T), for seen [T, n], w [H, n]; as [T, H * d]."""
-    return (y * torch.sigmoid(F.linear(seen, w))[..., None]).flatten(1)
-
-
-@jit
-def gate_values(seen, w, rows, head, columns, inside, N: tl.constexpr):
-    s = tl.load(seen + rows[:, None] * N + columns[None, :], mask=inside[:, None] & (columns < N)[None, :], other=0.0)
-    weight = tl.load(w + head * N + columns, mask=columns < N, other=0.0).to(tl.float32)
-    s = s.to(tl.float32)
-    return s, weight, tl.sigmoid(tl.sum(s * weight[None, :], 1))[:, None]
+def gates_reference(seen: Tensor, w: Tensor, factor: float = 1.0) -> Tensor:
+    """factor sigmoid(seen w^T) [T, H], for seen [T, n], w [H, n]."""
+    return factor * torch.sigmoid(F.linear(seen, w))
 
 
 @jit
-def gated_heads_kernel(y, seen, w, out, T, H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
-                       COLUMNS: tl.constexpr):
-    """One program: ROWS tokens of one head."""
-    head, rows = tl.program_id(0), tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = rows < T
-    _, _, g = gate_values(seen, w, rows, head, tl.arange(0, COLUMNS), inside, N)
-    at = rows[:, None] * (H * D) + head * D + tl.arange(0, D)[None, :]
-    x = tl.load(y + at, mask=inside[:, None], other=0.0).to(tl.float32)
-    tl.store(out + at, (x * g).to(out.dtype.element_ty), mask=inside[:, None])
-
-
-@jit
-def gated_heads_backward_kernel(y, seen, w, dout, dy, dseen, dw, T, H: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
-                                ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """One program: ROWS tokens, whose part of w's gradient it stores."""
-    rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    inside, sums = rows < T, tl.zeros([ROWS, COLUMNS], tl.float32)
+def gates_kernel(seen, w, gate, T, FACTOR: tl.constexpr, H: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+                 COLUMNS: tl.constexpr):
+    """One program: ROWS tokens."""
+    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    inside, used = rows < T, columns < N
+    s = tl.load(seen + rows[:, None] * N + columns[None, :], mask=inside[:, None] & used[None, :], other=0.0)
     for head in tl.static_range(H):
-        s, weight, g = gate_values(seen, w, rows, head, columns, inside, N)
-        at = rows[:, None] * (H * D) + head * D + tl.arange(0, D)[None, :]
-        grad = tl.load(dout + at, mask=inside[:, None], other=0.0).to(tl.float32)
-        x = tl.load(y + at, mask=inside[:, None], other=0.0).to(tl.float32)
-        tl.store(dy + at, (grad * g).to(dy.dtype.element_ty), mask=inside[:, None])
-        dlogit = tl.sum(grad * x, 1)[:, None] * g * (1.0 - g)
+        weight = tl.load(w + head * N + columns, mask=used, other=0.0).to(tl.float32)
+        value = FACTOR * tl.sigmoid(tl.sum(s.to(tl.float32) * weight[None, :], 1))
+        tl.store(gate + rows * H + head, value, mask=inside)
+
+
+@jit
+def gates_backward_kernel(seen, w, gate, dgate, dseen, dw, T, FACTOR: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
+                          ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """One program: ROWS tokens, whose part of w's gradient it stores."""
+    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    inside, used, sums = rows < T, columns < N, tl.zeros([ROWS, COLUMNS], tl.float32)
+    at, mask = rows[:, None] * N + columns[None, :], inside[:, None] & used[None, :]
+    s = tl.load(seen + at, mask=mask, other=0.0).to(tl.float32)
+    for head in tl.static_range(H):
+        weight = tl.load(w + head * N + columns, mask=used, other=0.0).to(tl.float32)
+        g = tl.load(gate + rows * H + head, mask=inside, other=0.0)
+        dlogit = (tl.load(dgate + rows * H + head, mask=inside, other=0.0) * g * (1.0 - g / FACTOR))[:, None]
         sums += dlogit * weight[None, :]
-        tl.store(dw + (tl.program_id(0) * H + head) * N + columns, tl.sum(dlogit * s, 0), mask=columns < N)
-    at = rows[:, None] * N + columns[None, :]
-    tl.store(dseen + at, sums.to(dseen.dtype.element_ty), mask=inside[:, None] & (columns < N)[None, :])
+        tl.store(dw + (tl.program_id(0) * H + head) * N + columns, tl.sum(dlogit * s, 0), mask=used)
+    tl.store(dseen + at, sums.to(dseen.dtype.element_ty), mask=mask)
 
 
-@custom_op("speedrun::gated_heads", mutates_args=())
-def gated_heads(y: Tensor, seen: Tensor, w: Tensor) -> Tensor:
-    (T, H, d), n, out = y.shape, w.size(1), y.new_empty(y.size(0), y.size(1) * y.size(2))
-    gated_heads_kernel[(H, triton.cdiv(T, GATED_ROWS))](y, seen.contiguous(), w, out, T, H, d, n, GATED_ROWS,
-                                                        triton.next_power_of_2(n))
-    return out
+@custom_op("speedrun::gates", mutates_args=())
+def gates(seen: Tensor, w: Tensor, factor: float) -> Tensor:
+    (T, n), H = seen.shape, len(w)
+    gate = seen.new_empty(T, H, dtype=torch.float32)
+    gates_kernel[(triton.cdiv(T, GATE_ROWS),)](seen.contiguous(), w, gate, T, factor, H, n, GATE_ROWS,
+                                               triton.next_power_of_2(n))
+    return gate
 
 
-@custom_op("speedrun::gated_heads_backward", mutates_args=())
-def gated_heads_backward(y: Tensor, seen: Tensor, w: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of y, of seen, and of w in parts [programs, H, n] fp32."""
-    (T, H, d), n, programs = y.shape, w.size(1), triton.cdiv(len(y), GATED_ROWS)
-    dy, dseen, dw = torch.empty_like(y), seen.new_empty(T, n), w.new_empty(programs, H, n, dtype=torch.float32)
-    gated_heads_backward_kernel[(programs,)](y, seen.contiguous(), w, dout.contiguous(), dy, dseen, dw, T, H, d, n,
-                                             GATED_ROWS, triton.next_power_of_2(n), num_warps=1)
-    return dy, dseen, dw
+@custom_op("speedrun::gates_backward", mutates_args=())
+def gates_backward(seen: Tensor, w: Tensor, gate: Tensor, dgate: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """Gradients of seen, and of w in parts [programs, H, n] fp32."""
+    (T, n), H, programs = seen.shape, len(w), triton.cdiv(len(seen), GATE_ROWS)
+    dseen, dw = seen.new_empty(T, n), w.new_empty(programs, H, n, dtype=torch.float32)
+    gates_backward_kernel[(programs,)](seen.contiguous(), w, gate, dgate.contiguous(), dseen, dw, T, factor, H, n,
+                                       GATE_ROWS, triton.next_power_of_2(n))
+    return dseen, dw
 
-GATED_ROWS = 8  # tokens of one program
-gated_heads.register_fake(lambda y, *_: y.new_empty(y.size(0), y.size(1) * y.size(2)))
-gated_heads_backward.register_fake(lambda y, seen, w, _: (
-    torch.empty_like(y), seen.new_empty(seen.shape),
-    w.new_empty(-(-len(y) // GATED_ROWS), *w.shape, dtype=torch.float32)))
+GATE_ROWS = 256  # tokens of one program
+gates.register_fake(lambda seen, w, _: seen.new_empty(len(seen), len(w), dtype=torch.float32))
+gates_backward.register_fake(lambda seen, w, *_: (
+    seen.new_empty(seen.shape), w.new_empty(-(-len(seen) // GATE_ROWS), *w.shape, dtype=torch.float32)))
 
 
-class GatedHeads(torch.autograd.Function):
-    """gated_heads_reference, forward and backward in one kernel each."""
-
-    @staticmethod
-    def forward(ctx, y: Tensor, seen: Tensor, w: Tensor) -> Tensor:
-        y = y.contiguous()  # attention_reference gives it transposed
-        ctx.save_for_backward(y, seen, w)
-        return gated_heads(y, seen, w)
+class Gates(torch.autograd.Function):
+    """gates_reference in fp32, forward and backward in one kernel each: products so thin take longer by themselves."""
 
     @staticmethod
-    def backward(ctx, dout: Tensor):
-        dy, dseen, dw = gated_heads_backward(*ctx.saved_tensors, dout)
-        return dy, dseen, dw.sum(0).to(ctx.saved_tensors[2].dtype)
+    def forward(ctx, seen: Tensor, w: Tensor, factor: float = 1.0) -> Tensor:
+        gate = gates(seen, w, factor)
+        ctx.save_for_backward(seen, w, gate)
+        ctx.factor = factor
+        return gate
+
+    @staticmethod
+    def backward(ctx, dgate: Tensor):
+        seen, w, gate = ctx.saved_tensors
+        dseen, dw = gates_backward(seen, w, gate, dgate, ctx.factor)
+        return dseen, dw.sum(0).to(w.dtype), None
 
 
 # --- Loss of the head
@@ -1684,7 +1715,7 @@ def attention_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len
 
 
 @custom_op("speedrun::flash4", mutates_args=())
-def flash4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int,
+def flash4(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, cu_seqlens: Tensor, max_len: int, window: int,
            scale: float) -> tuple[Tensor, Tensor]:
     """Output [T, h, d] and log-sum-exp [h, T] fp32 of FlashAttention-4 (package flash-attn-4; Hopper or newer)."""
     from flash_attn.cute.interface import _flash_attn_fwd
@@ -1701,8 +1732,9 @@ def flash4_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, 
     from flash_attn.cute.interface import _flash_attn_bwd
 
     dq, dk, dv, *_ = _flash_attn_bwd(
-        q, k, v, out, dout.contiguous(), lse, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_len,
-        max_seqlen_k=max_len, softmax_scale=scale, causal=True, window_size_left=window, window_size_right=0)
+        q, k, v, out, dout.contiguous(), lse.contiguous(), cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_len, max_seqlen_k=max_len, softmax_scale=scale, causal=True, window_size_left=window,
+        window_size_right=0)
     return dq, dk, dv
 
 
@@ -1713,8 +1745,10 @@ def flash4_save(ctx, inputs, output) -> None:
 
 
 def flash4_grad(ctx, dout: Tensor, _dlse: Tensor):
-    q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
-    return (*flash4_backward(q, k, v, out, dout, lse, cu_seqlens, *ctx.options), None, None, None, None)
+    """Softmax weights are exp(score - lse) there, and all gradients linear in them: lse can hold a factor of dout."""
+    q, k, v, gate, cu_seqlens, out, lse = ctx.saved_tensors
+    lse = lse if gate is None else lse - gate.mT.log()
+    return (*flash4_backward(q, k, v, out, dout, lse, cu_seqlens, *ctx.options), None, None, None, None, None)
 
 flash4.register_fake(lambda q, k, v, *_: (
     torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
@@ -1722,10 +1756,16 @@ flash4_backward.register_fake(lambda q, k, v, *_: (torch.empty_like(q), torch.em
 flash4.register_autograd(flash4_grad, setup_context=flash4_save)
 
 
+def attention_flash4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int, scale: float,
+                     gate: Tensor | None = None) -> Tensor:
+    """attention_reference by FlashAttention-4. The gradient that comes in lacks the factor gate [T, h], if given."""
+    return flash4(q, k, v, gate, cu_seqlens, max_len, window, scale)[0]
+
+
 def load_flash4() -> Callable:
     import flash_attn.cute.interface  # noqa: F401, fails here if it cannot work
 
-    return lambda *x: flash4(*x)[0]
+    return attention_flash4
 
 
 def attention_flash3(varlen: Callable, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int,
@@ -1869,6 +1909,7 @@ class GPT(nn.Module):
         """Compute with this one of ATTENTION_BACKENDS and this one of KERNELS."""
         self.attention = ATTENTION_BACKENDS[attention]()
         self.kernels, self.fast, self.fused = kernels, kernels != "reference", kernels == "quack"
+        self.gate_later = self.fused and attention == "fa4"
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
@@ -1929,26 +1970,27 @@ class GPT(nn.Module):
         return FirstColumns.apply(x, k) if self.fast else (x, x[:, :k])
 
     def attend(self, i: int, h: Tensor, r: Tensor | None, qkv: Tensor, dqkv: Tensor | None, ve: Tensor | None,
-               batch: Batch, g: Geometry) -> Tensor:
-        """Gated attention of layer i on normed's h [T, D], r with weights qkv [3D, D], before O; [T, D]."""
+               batch: Batch, g: Geometry) -> tuple[Tensor, Tensor]:
+        """Attention of layer i on normed's h [T, D], r, with weights qkv [3D, D]: heads [T, H, d], gates [T, H]."""
         layer, T, H, d = LAYERS[i], h.size(0), self.hp.num_heads, self.hp.head_dim
         qkv, seen = (NormedLinear.apply if self.fused else normed_linear_reference)(h, r, qkv, dqkv)
-        gate = None
+        gates = Gates.apply if self.fast else gates_reference
+        gate, ve_gate = gates(seen, self.attn_gate_bank[ATTN_INDEX[i]]), None
         if ve is not None:
             half, mixed = GATE_INPUTS // 2, seen
             if not layer.paired:
                 ve, first = self.first_columns(ve, half)
                 mixed = torch.cat([seen[:, :half], first], dim=-1)
-            gate = 2 * torch.sigmoid(F.linear(mixed, self.ve_gate_bank[layer.value_table]))  # [T, H]
+            ve_gate = gates(mixed, self.ve_gate_bank[layer.value_table], 2.0)  # [T, H]
         inputs = AttentionInputs.apply if self.fast else attention_inputs_reference
-        q, k, v = inputs(qkv.view(T, 3, H, d), r, ve, gate, self.cos, self.sin, layer.paired, layer.key_offset)
+        q, k, v = inputs(qkv.view(T, 3, H, d), r, ve, ve_gate, self.cos, self.sin, layer.paired, layer.key_offset)
         # A paired token becomes two, heads 0..H/2-1 and then the rest: the same memory seen as [2T, H/2, d]
         n = 2 if layer.paired else 1
         q, k, v = (x.reshape(n * T, H // n, d) for x in (q, k, v))
         window = g.window_short if layer.window == "short" else g.window_long
-        y = self.attention(q, k, v, batch.cu_seqlens * n, g.max_len * n, window, g.scale).reshape(T, H, d)
-        gated = GatedHeads.apply if self.fast else gated_heads_reference
-        return gated(y, seen, self.attn_gate_bank[ATTN_INDEX[i]])
+        more = [gate.detach().view(n * T, H // n)] if self.gate_later else []
+        y = self.attention(q, k, v, batch.cu_seqlens * n, g.max_len * n, window, g.scale, *more)
+        return y.reshape(T, H, d), gate
 
     def matrices(self) -> Matrices:
         """The Matrices of the current banks and lambdas."""
@@ -1993,9 +2035,10 @@ class GPT(nn.Module):
                 r = self.inverse_rms(x)
             else:
                 j, table = ATTN_INDEX[i], layer.value_table
-                y = self.attend(i, *normed[i - 1 if layer.reads is None else layer.reads], qkv[j], dqkv[j],
+                y, gate = self.attend(i, *normed[i - 1 if layer.reads is None else layer.reads], qkv[j], dqkv[j],
                                 None if table is None else rows.value[table], batch, g)
-                x, r = linear_sum(y, o[j], x, resid[2 * i], added[j], *embeddings, s0[j], s1[j], do[j])
+                x, r = linear_sum(y, gate, o[j], x, resid[2 * i], added[j], *embeddings, s0[j], s1[j], do[j],
+                                  self.gate_later)
             x, r = mlp(x, r, up[i], down[i], resid[2 * i + 1], d_up[i], d_down[i])
             after[i], normed[i] = x, self.normed(x, r)
         return norm(x - backout_lambda * after[BACKOUT_LAYER])

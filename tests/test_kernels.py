@@ -103,9 +103,10 @@ def row_factors(T, absent, **kwargs):
 
 def layers(linear_sum, embedding_sums):
     """The stream after layers that add the embeddings, by these functions; n as many as s0 and s1 are long."""
-    def stream(y, w, x, s, x0, bigram, s0, s1):
+    def stream(y, w, x, s, x0, bigram, gate, s0, s1):
         for added, a, b in zip(embedding_sums(x0, bigram, s0, s1), s0.unbind(), s1.unbind(), strict=True):
-            x, _ = linear_sum(y, w, x, s, added, x0.detach(), bigram.detach(), a.detach(), b.detach())
+            x, _ = linear_sum(y.unflatten(1, (2, -1)), gate, w, x, s, added, x0.detach(), bigram.detach(), a.detach(),
+                              b.detach())
         return x
     return stream
 
@@ -137,7 +138,8 @@ class TestInterpreted:
         """
         x, up, down = torch.randn(T, D), torch.randn(width, D), torch.randn(width, D)
         r, scale = t.inverse_rms(x.square(), D), torch.full((T,), 0.7)
-        streams = [torch.randn(T, width), torch.full((T,), -0.4), torch.randn(T, width), torch.randn(T, width)]
+        streams = [torch.randn(T, width), torch.full((T,), -0.4), torch.randn(T, width), torch.randn(T, width),
+                   torch.rand(T, 2)]
         for ours, plain, inputs in [
             (lambda x, *y: t.ReluSquareMLP.apply(x, r, *y)[0], lambda x, *y: t.mlp_reference(x, None, *y)[0],
              [x, up, down, scale]),
@@ -156,11 +158,12 @@ class TestInterpreted:
     def test_weight_gradients_are_added(self, compiled, T=20, D=12, width=36):
         """With buffers, weights' gradients are added to what is there, and autograd gets none."""
         x, up, down, w = torch.randn(T, D, requires_grad=True), *torch.randn(2, width, D), torch.randn(D, D)
+        gate = torch.rand(T, 2)
         r, scale, terms = t.inverse_rms(x.detach().square(), D), torch.full((T,), 0.7), torch.randn(4, T, D).unbind()
         for f, weights in [
             (lambda x, up, *dw: t.NormedLinear.apply(x, r, up, *dw)[0], [up]),
             (lambda x, w, *dw: t.LinearSum.apply(
-                x, w, terms[0], scale, *terms[1:], scale[0], scale[1], *dw)[0], [w]),
+                x.unflatten(1, (2, -1)), gate, w, terms[0], scale, *terms[1:], scale[0], scale[1], *dw)[0], [w]),
             (lambda x, up, down, *dw: t.ReluSquareMLP.apply(x, r, up, down, scale, *dw)[0], [up, down]),
         ]:
             leaves, sums = [y.clone().requires_grad_() for y in weights], [torch.ones_like(y) for y in weights]
@@ -195,7 +198,7 @@ class TestInterpreted:
         """The second result of LinearSum and ReluSquareMLP belongs to the first."""
         x, w, scale = torch.randn(T, D), torch.randn(width, D), torch.full((T,), 0.5)
         c = torch.randn(T, width)
-        y, r = t.LinearSum.apply(x, w, c, scale, c, c, c, scale[0], scale[0])
+        y, r = t.LinearSum.apply(x[:, None], torch.rand(T, 1), w, c, scale, c, c, c, scale[0], scale[0])
         torch.testing.assert_close(r[:, None] * y, t.norm(y))
         y, r = t.ReluSquareMLP.apply(x, t.inverse_rms(x.square(), D), w, w, scale)
         torch.testing.assert_close(r[:, None] * y, t.norm(y))
@@ -225,16 +228,26 @@ class TestInterpreted:
         for a, b, c in zip(ours, exact, sizes, strict=True):
             self.within(a, b, c, d + 8)
 
-    @pytest.mark.parametrize("T,H,d,n", [(37, 6, 16, 12), (16, 2, 32, 16), (1, 2, 16, 5)])
-    def test_gated_heads(self, T, H, d, n):
-        inputs, dout = [torch.randn(T, H, d), torch.randn(T, 2 * n)[:, :n], torch.randn(H, n)], torch.randn(T, H * d)
-        exact = gradients(t.gated_heads_reference, to(FP64, *inputs), dout.double())
-        transposed = inputs[0].transpose(0, 1).contiguous().transpose(0, 1)
-        for y in (inputs[0], transposed):
-            for a, b in zip(gradients(t.GatedHeads.apply, [y, *inputs[1:]], dout), exact, strict=True):
-                torch.testing.assert_close(a.double(), b, rtol=0, atol=(T + d + 8) * EPS * max(b.abs().max().item(), 1))
-        torch.library.opcheck(t.gated_heads, tuple(inputs))
-        torch.library.opcheck(t.gated_heads_backward, (*inputs, dout))
+    @pytest.mark.parametrize("T,H,n,factor", [(137, 6, 12, 1.0), (16, 2, 16, 2.0), (1, 2, 5, 1.0)])
+    def test_gates(self, T, H, n, factor):
+        inputs, dgate = [torch.randn(T, 2 * n)[:, :n], torch.randn(H, n)], torch.randn(T, H)
+        exact = gradients(lambda *x: t.gates_reference(*x, factor), to(FP64, *inputs), dgate.double())
+        for a, b in zip(gradients(lambda *x: t.Gates.apply(*x, factor), inputs, dgate), exact, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=0, atol=(T + n + 8) * EPS * max(b.abs().max().item(), 1))
+        torch.library.opcheck(t.gates, (*inputs, factor))
+        torch.library.opcheck(t.gates_backward, (*inputs, t.gates(*inputs, factor), dgate, factor))
+
+    def test_gate_later(self, T=20, H=3, d=4):
+        """With it, LinearSum's gradient of heads lacks the gate and nothing else."""
+        y, gate, w, c = torch.randn(T, H, d), torch.rand(T, H), torch.randn(H * d, H * d), torch.randn(T, H * d)
+        s, dout = torch.full((T,), 0.3), torch.randn(T, H * d)
+
+        def results(later):
+            return gradients(lambda y, gate, w: t.LinearSum.apply(
+                y.transpose(0, 1).contiguous().transpose(0, 1), gate, w, c, s, c, c, c, s[0], s[0], None, later)[0],
+                [y, gate, w], dout)
+        (dy, *now), (lacking, *later) = results(False)[-3:], results(True)[-3:]
+        torch.testing.assert_close([gate[..., None] * lacking, *later], [dy, *now])
 
     @pytest.mark.parametrize("paired,offset,mix", KINDS)
     def test_attention_inputs_operations(self, paired, offset, mix):
@@ -353,6 +366,7 @@ class TestInterpreted:
         a, b, c, r, scale = torch.randn(8, 4), torch.randn(4, 12), torch.rand(8, 12), torch.rand(8), torch.tensor(0.5)
         for more in ((), (r,)):
             check(t.product, (a, b, *more))
+        check(t.product_dot, (a, b, c, 5))
         check(t.product_root, (a, b, c, r))
         check(t.product_norm_grad, (a, b, c, c + 1, scale, r))
         check(t.product_sum, (a, b, [c, c + 1], [scale, scale]))
@@ -401,6 +415,7 @@ def installed(name):
     return importlib.util.find_spec(name) is not None
 
 
+needs_fa4 = pytest.mark.skipif(not (HOPPER and installed("flash_attn")), reason="flash_attn is not installed")
 needs_quack = pytest.mark.skipif(not installed("quack"), reason="needs the package quack-kernels")
 
 
@@ -435,12 +450,13 @@ class TestGPU:
         torch.cuda.empty_cache()
 
     @needs_quack
-    @pytest.mark.parametrize("T,D,width", [(1000, 768, 3072), (77, 136, 328)])
+    @pytest.mark.parametrize("T,D,width", [(1000, 256, 3072), (77, 256, 328)])
     def test_products(self, T, D, width):
         """The MLP, the linear layers around attention and their gradients."""
         scale, s0, s1 = (torch.tensor(s, device="cuda") for s in ([0.7] * T, [0.3, -0.4, 0.5], [0.2, 0.0, 0.6]))
         x, up, down, w = randn(T, D), randn(width, D) * D**-0.5, randn(width, D) * D**-0.5, randn(D, D) * D**-0.5
-        r, streams = t.inverse_rms(x.float().square(), D), [randn(T, D), scale, randn(T, D), randn(T, D)]
+        r, gate = t.inverse_rms(x.float().square(), D), torch.rand(T, 2, device="cuda")
+        streams = [randn(T, D), scale, randn(T, D), randn(T, D), gate]
 
         def linear(x, w):
             u, seen = t.NormedLinear.apply(t.FoldedNorm.apply(x, r), r, w)
@@ -457,7 +473,7 @@ class TestGPU:
             exact = gradients(plain, to(FP64, *inputs), to(FP64, *dy))
             as_good(gradients(ours, inputs, dy), gradients(plain, inputs, dy), exact, slack=2.0**-8)
         c = streams[0]
-        y, sums_r = t.LinearSum.apply(x, w, c, scale, c, c, c, s0[0], s1[0])
+        y, sums_r = t.LinearSum.apply(x.unflatten(1, (2, -1)), gate, w, c, scale, c, c, c, s0[0], s1[0])
         assert error(sums_r, t.inverse_rms(y.double().square(), D)) <= 2.0**-8
 
     @pytest.mark.parametrize("rows", [2304, 3072, 768, 100])
@@ -480,11 +496,12 @@ class TestGPU:
         as_good(results(t.AttentionInputs.apply), results(t.attention_inputs_reference),
                 results(t.attention_inputs_reference, FP64))
 
-    @pytest.mark.parametrize("T,n", [(1001, 12), (4096, 12)])
-    def test_gated_heads(self, T, n):
-        inputs, dout = [randn(T, 6, 128), randn(T, n), randn(6, n)], randn(T, 768)
-        as_good(gradients(t.GatedHeads.apply, inputs, dout), gradients(t.gated_heads_reference, inputs, dout),
-                gradients(t.gated_heads_reference, to(FP64, *inputs), dout.double()))
+    @pytest.mark.parametrize("T,factor", [(1001, 1.0), (4096, 2.0)])
+    def test_gates(self, T, factor):
+        inputs, dgate = [randn(T, 12), randn(6, 12)], torch.randn(T, 6, device="cuda")
+        exact = gradients(lambda *x: t.gates_reference(*x, factor), to(FP64, *inputs), dgate.double())
+        plain = gradients(lambda *x: t.gates_reference(*x, factor).float(), inputs, dgate)
+        as_good(gradients(lambda *x: t.Gates.apply(*x, factor), inputs, dgate), plain, exact)
 
     @pytest.mark.parametrize("T,V,count,spread,dtype", [
         (512, 50304, 3, 4, E5M2), (37, 1002, 2, 8, E5M2), (5, 50258, 1, 4, BF16), (300, 1003, 3, 4, FP32)])
@@ -567,8 +584,7 @@ class TestGPU:
         _, grad, _ = exact_loss(logits, targets, weights, 1.0)
         as_good(ours, plain, [grad @ w.double().T, x.double().T @ grad], slack=1e-4)
 
-    @pytest.mark.parametrize("backend", ["torch", pytest.param("fa4", marks=pytest.mark.skipif(
-        not (HOPPER and installed("flash_attn")), reason="flash_attn is not installed"))])
+    @pytest.mark.parametrize("backend", ["torch", pytest.param("fa4", marks=needs_fa4)])
     @pytest.mark.parametrize("T,H,window,lengths", [
         (2048, 6, 384, (700, 300, 1)), (1537, 3, 128, (513, 90, 1, 2, 333)), (1001, 6, 2000, (1001,))])
     def test_attention(self, backend, T, H, window, lengths):
@@ -581,6 +597,15 @@ class TestGPU:
 
         as_good(results(t.ATTENTION_BACKENDS[backend]()), results(t.attention_reference),
                 results(t.attention_reference, FP64))
+
+    @needs_fa4
+    def test_attention_with_gate(self, T=700, H=3, lengths=(300, 1, 399)):
+        """Its gradients are those of the gradient that comes in, times the gate."""
+        inputs, dy, gate = [randn(T, H, 128) for _ in range(3)], randn(T, H, 128), torch.rand(T, H, device="cuda")
+        options, scaled = (document_ends(T, lengths), max(lengths), 200, 0.1), gate[..., None] * dy
+        exact = gradients(lambda *x: t.attention_reference(*x, *options), to(FP64, *inputs), scaled.double())
+        plain = gradients(lambda *x: t.attention_reference(*x, *options), inputs, scaled.to(BF16))
+        as_good(gradients(lambda *x: t.attention_flash4(*x, *options, gate), inputs, dy), plain, exact)
 
     @needs_quack
     def test_compiled(self):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as t
@@ -76,13 +77,14 @@ def products(T: int) -> Iterator[Row]:
     h, moved, work = t.product_reference(x, up.mT, r), 2 * (T * DIM + T * WIDTH + DIM * WIDTH), 2 * T * DIM * WIDTH
     for name, a, b, *more in (
         ("product", x, up.mT), ("product, relu square", x, up.mT, r), ("product_root", dy, down.mT, h, r),
-        ("product_norm_grad", h, up, dy, x, scale[0], r), ("product_sum, 1 term", h, down, [x], [scale[0]]),
+        ("product_norm_grad", h, up, dy, x, scale[0], r), ("product_dot", dy, o, x, HEAD_DIM),
+        ("product_sum, 1 term", h, down, [x], [scale[0]]),
         ("product_sum, 3 terms", x, o.mT, [x, dy, x], [scale[0]] * 3),
     ):
         ours, plain = (partial(getattr(t, name.split(",")[0] + suffix), a, b, *more) for suffix in ("", "_reference"))
-        read = [a, b, *(c for y in more for c in (y if isinstance(y, list) else [y]))]
-        yield Row(name, f"{T} x {len(b)} x {b.size(1)}", ours, sum(c.nbytes for c in read) + T * b.size(1) * a.itemsize,
-                  2 * T * b.numel(), compiled(plain), plain)
+        size = sum(c.nbytes for c in tree_leaves((a, b, more)) if isinstance(c, torch.Tensor))
+        yield Row(name, f"{T} x {len(b)} x {b.size(1)}", ours, size + T * b.size(1) * a.itemsize, 2 * T * b.numel(),
+                  compiled(plain), plain)
     inputs, shape = [x, up, down, scale], f"{T} x {DIM} x {WIDTH}"
     ours, plain = lambda x, *y: t.ReluSquareMLP.apply(x, r, *y)[0], lambda x, *y: t.mlp_reference(x, None, *y)[0]
     yield Row("MLP forward + backward", shape, backward(compiled(ours), inputs, dy), 6 * moved, 6 * work,
@@ -115,12 +117,13 @@ def attention_inputs(T: int) -> Iterator[Row]:
               backward(graph, inputs, grads), backward(plain, inputs, grads))
 
 
-def gated_heads(T: int) -> Iterator[Row]:
-    """Heads times their gates; T tokens."""
-    inputs, dy = [randn(T, HEADS, HEAD_DIM), randn(T, t.GATE_INPUTS), randn(HEADS, t.GATE_INPUTS)], randn(T, DIM)
-    ours, plain = t.GatedHeads.apply, t.gated_heads_reference
-    yield Row("gated heads forward + backward", f"{T} x {HEADS} x {HEAD_DIM}", backward(compiled(ours), inputs, dy),
-              10 * T * DIM, 0, backward(compiled(plain), inputs, dy), backward(plain, inputs, dy))
+def gates(T: int) -> Iterator[Row]:
+    """Gates of heads; T tokens."""
+    inputs, dgate = [randn(T, t.GATE_INPUTS), randn(HEADS, t.GATE_INPUTS)], torch.randn(T, HEADS, device=DEVICE)
+    ours, plain = t.Gates.apply, lambda *x: t.gates_reference(*x).float()
+    yield Row("gates forward + backward", f"{T} x {HEADS} x {t.GATE_INPUTS}", backward(compiled(ours), inputs, dgate),
+              T * (2 * 3 * t.GATE_INPUTS + 4 * 3 * HEADS), 0, backward(compiled(plain), inputs, dgate),
+              backward(plain, inputs, dgate))
 
 
 def logits(T: int) -> Iterator[Row]:
@@ -191,7 +194,7 @@ def attention(backend: str, _T: int) -> Iterator[Row]:
         yield Row(f"attention {backend} forward + backward", shape, both, 12 * size, 3.5 * work)
 
 
-GROUPS = {f.__name__: f for f in (products, attention_inputs, gated_heads, logits, loss, tables, symmetric)} | {
+GROUPS = {f.__name__: f for f in (products, attention_inputs, gates, logits, loss, tables, symmetric)} | {
     f"attention {backend}": partial(attention, backend) for backend in ("torch", "fa4")}
 
 
