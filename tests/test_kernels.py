@@ -335,9 +335,17 @@ class TestInterpreted:
         ours, plain = ((t.polar_express(x, fast).double() - exact).norm() for fast in (True, False))
         assert ours <= 2 * plain + EPS * exact.norm()
 
-    @pytest.mark.parametrize("kernels", ["triton", "quack"])
-    def test_model(self, kernels, n=40):
-        """The loss of the whole model and all gradients, as with the references."""
+    @pytest.mark.parametrize("kernels,attention", [("triton", "reference"), ("quack", "reference"), ("quack", "fa4")])
+    def test_model(self, kernels, attention, monkeypatch, n=40):
+        """The loss of the whole model and all gradients, as with the references; by an fa4 that puts the gate in."""
+        def flash4(*inputs_and_options):
+            *x, gate = inputs_and_options
+            y = t.attention_reference(*x)
+            if y.requires_grad:
+                y.register_hook(lambda dy: gate[..., None] * dy)
+            return y
+
+        monkeypatch.setitem(t.ATTENTION_BACKENDS, "fa4", lambda: flash4)
         hp, _ = t.parse_args(["--preset=demo", "--vocab_size=300"])
         model = t.GPT(hp)
         model.initialize(0)
@@ -350,11 +358,11 @@ class TestInterpreted:
         ends = torch.tensor([0, 13, 30, n, n], dtype=torch.int32)
         batch, geometry = t.Batch(tokens[:-1], tokens[1:].long(), ids, ends), t.Geometry(4, 12, 17, 0.2)
 
-        def results(kernels):
-            model.use("reference", kernels)
+        def results(*used):
+            model.use(*used)
             loss = model(batch, model.lookup(batch), geometry, torch.tensor([1.0, 0.5]), 1.0)
             return loss.item(), *torch.autograd.grad(loss, tuple(model.parameters()))
-        (loss, *ours), (exact, *plain) = results(kernels), results("reference")
+        (loss, *ours), (exact, *plain) = results(attention, kernels), results("reference", "reference")
         assert abs(loss - exact) <= 1e-6 * exact
         for row, a, b in zip(model.named_parameters(), ours, plain, strict=True):
             assert (a - b).norm() <= 1e-5 * b.norm(), (row[0], (a - b).norm() / b.norm())
