@@ -48,6 +48,7 @@ from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, NoReturn
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -690,14 +691,15 @@ def product_reference(a: Tensor, b: Tensor, r: Tensor | None = None) -> Tensor:
     return y if r is None else F.relu(r[:, None] * y).square().to(y.dtype)
 
 
-def tile_sums(y: Tensor, columns: int = PRODUCT_TILE[1]) -> Tensor:
-    """Sums of each `columns` columns of y [m, n]: [m, tiles] fp32."""
+def tile_sums(y: Tensor) -> Tensor:
+    """Sums of each PRODUCT_TILE[1] columns of y [m, n]: [m, tiles] fp32."""
+    columns = PRODUCT_TILE[1]
     return F.pad(y.float(), (0, -y.size(1) % columns)).view(len(y), -1, columns).sum(2)
 
 
-def empty_tile_sums(a: Tensor, b: Tensor, columns: int = PRODUCT_TILE[1]) -> Tensor:
+def empty_tile_sums(a: Tensor, b: Tensor) -> Tensor:
     """For a product of a [m, k] and b [k, n]."""
-    return a.new_empty(a.size(0), -(-b.size(1) // columns), dtype=torch.float32)
+    return a.new_empty(a.size(0), -(-b.size(1) // PRODUCT_TILE[1]), dtype=torch.float32)
 
 
 def product_sum_reference(a: Tensor, b: Tensor, terms: list[Tensor], scales: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -707,12 +709,6 @@ def product_sum_reference(a: Tensor, b: Tensor, terms: list[Tensor], scales: lis
     for term, scale in zip(terms, scales):
         y = y + scale * term
     return y, tile_sums(y.float().square())
-
-
-def product_dot_reference(a: Tensor, b: Tensor, c: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """y = a b [m, n], and tile_sums of y c for c [m, n]."""
-    y = a @ b
-    return y, tile_sums(y.float() * c.float(), columns)
 
 
 def product_root_reference(a: Tensor, b: Tensor, c: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
@@ -729,19 +725,12 @@ def product_norm_grad_reference(a: Tensor, b: Tensor, dy: Tensor, x: Tensor, s: 
 
 
 @cache
-def quack_config(columns: int):
-    """What tiles of so many columns are computed by; tuned (H200)."""
-    from quack.gemm_config import GemmConfig
-
-    return GemmConfig(tile_m=PRODUCT_TILE[0], tile_n=columns, pingpong=True, cluster_m=2, is_dynamic_persistent=False)
-
-
-@cache
 def quack_products() -> dict[str, Callable]:
     """The kernels by epilogue; quack (Guo, Dao et al., package quack-kernels) builds them around these lines."""
     import cutlass.cute as cute
     from quack.epilogue.frontend import gemm_epilogue
     from quack.epilogue.ops import ColVecLoad, ColVecReduce
+    from quack.gemm_config import GemmConfig
 
     def none(acc):
         return {"D": acc}
@@ -758,9 +747,6 @@ def quack_products() -> dict[str, Callable]:
         y = acc + s0 * c + s1 * c1 + s2 * c2
         return {"D": y, "sums": (y, y)}
 
-    def dot(acc, c):
-        return {"D": acc, "sums": (acc, c)}
-
     def root(acc, c, r):
         pre = cute.math.sqrt(c, fastmath=True)
         y = 2.0 * pre * r * acc
@@ -772,11 +758,12 @@ def quack_products() -> dict[str, Callable]:
     def scaled(acc, scale):
         return {"D": acc * scale}
 
-    config = quack_config(PRODUCT_TILE[1])
+    rows, columns = PRODUCT_TILE
+    config = GemmConfig(tile_m=rows, tile_n=columns, pingpong=True, cluster_m=2, is_dynamic_persistent=False)
     by_row, summed = {"ops": {"r": ColVecLoad("r")}}, {"reduces": {"sums": ColVecReduce("sums", scaled=True)}}
     plain, summed_by_row = gemm_epilogue(), gemm_epilogue(**by_row, **summed)
     by_row, summed = gemm_epilogue(**by_row), gemm_epilogue(**summed)
-    kinds = {none: plain, relu_square: by_row, sum1: summed, sum3: summed, dot: summed, root: summed_by_row,
+    kinds = {none: plain, relu_square: by_row, sum1: summed, sum3: summed, root: summed_by_row,
              norm_grad: summed_by_row}
     fp8 = partial(plain(scaled).gemm, tile_M=config.tile_m, tile_N=config.tile_n, pingpong=config.pingpong,
                   cluster_M=config.cluster_m, b_kn=True,
@@ -784,40 +771,36 @@ def quack_products() -> dict[str, Callable]:
     return {f.__name__: partial(kind(f), config=config, tuned=False) for f, kind in kinds.items()} | {"scaled": fp8}
 
 
-@custom_op("speedrun::product", mutates_args=(), device_types="cuda")
+# Without the tag, TorchInductor stores an input again for each of its readers
+product_op = partial(custom_op, mutates_args=(), device_types="cuda", tags=[torch.Tag.flexible_layout])
+
+
+@product_op("speedrun::product")
 def product(a: Tensor, b: Tensor, r: Tensor | None = None) -> Tensor:
     f = quack_products()
     return (f["none"](a, b) if r is None else f["relu_square"](a, b, r=r[None]))["D"]
 
 
-@custom_op("speedrun::product_sum", mutates_args=(), device_types="cuda")
+@product_op("speedrun::product_sum")
 def product_sum(a: Tensor, b: Tensor, terms: list[Tensor], scales: list[Tensor]) -> tuple[Tensor, Tensor]:
     more = {f"c{i}": c for i, c in enumerate(terms) if i} | {f"s{i}": scale for i, scale in enumerate(scales)}
     sums = empty_tile_sums(a, b)
     return quack_products()[f"sum{len(terms)}"](a, b, terms[0], sums=sums, **more)["D"], sums
 
 
-@custom_op("speedrun::product_dot", mutates_args=(), device_types="cuda")
-def product_dot(a: Tensor, b: Tensor, c: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    sums = empty_tile_sums(a, b, columns)
-    return quack_products()["dot"](a, b, c, sums=sums, config=quack_config(columns))["D"], sums
-
-
-@custom_op("speedrun::product_root", mutates_args=(), device_types="cuda")
+@product_op("speedrun::product_root")
 def product_root(a: Tensor, b: Tensor, c: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     sums = empty_tile_sums(a, b)
     return quack_products()["root"](a, b, c, r=r[None], sums=sums)["D"], sums
 
 
-@custom_op("speedrun::product_norm_grad", mutates_args=(), device_types="cuda")
+@product_op("speedrun::product_norm_grad")
 def product_norm_grad(a: Tensor, b: Tensor, dy: Tensor, x: Tensor, s: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     sums = empty_tile_sums(a, b)
     return quack_products()["norm_grad"](a, b, dy, x=x, s=s, r=r[None], sums=sums)["D"], sums
 
 product.register_kernel("cpu")(product_reference)
 product.register_fake(lambda a, b, r=None: a.new_empty(a.size(0), b.size(1)))
-product_dot.register_kernel("cpu")(product_dot_reference)
-product_dot.register_fake(lambda a, b, c, columns: (torch.empty_like(c), empty_tile_sums(a, b, columns)))
 for op, reference in ((product_sum, product_sum_reference), (product_root, product_root_reference),
                       (product_norm_grad, product_norm_grad_reference)):
     op.register_kernel("cpu")(reference)
@@ -852,7 +835,7 @@ add_columns.register_fake(lambda y, c, r=None: None)
 
 
 class FirstColumns(torch.autograd.Function):
-    """x [T, n] and its first k columns, by which its gradient takes no further pass."""
+    """x [T, n] and its first k columns, whose gradient is added to that of x in place: no reader of x may keep that."""
 
     @staticmethod
     def forward(ctx, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -867,23 +850,20 @@ class FirstColumns(torch.autograd.Function):
 WEIGHT_GRAD_ROWS = 1536  # tuned (H200): cuBLAS makes 2,304 x 768 in 0.259 ms, as 1,536 + 768 rows in 0.242
 
 
-def add_weight_grad_reference(dw: Tensor, dy: Tensor, x: Tensor) -> None:
-    """dw += dy^T x for dy [T, n], x [T, k], dw [n, k], in place."""
-    dw.addmm_(dy.mT, x)
+def weight_grad_reference(dy: Tensor, x: Tensor) -> Tensor:
+    """dy^T x [n, k] for dy [T, n], x [T, k]."""
+    return dy.mT @ x
 
 
-@custom_op("speedrun::add_weight_grad", mutates_args=("dw",))
-def add_weight_grad(dw: Tensor, dy: Tensor, x: Tensor) -> None:
-    rows = WEIGHT_GRAD_ROWS if len(dw) % (2 * WEIGHT_GRAD_ROWS) else len(dw)
-    for out, part in zip(dw.split(rows), dy.mT.split(rows)):
-        add_weight_grad_reference(out, part.mT, x)
+@product_op("speedrun::weight_grad")
+def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
+    dw = dy.new_empty(dy.size(1), x.size(1))
+    for part, out in zip(dy.mT.split(WEIGHT_GRAD_ROWS), dw.split(WEIGHT_GRAD_ROWS)):
+        torch.mm(part, x, out=out)
+    return dw
 
-add_weight_grad.register_fake(lambda dw, dy, x: None)
-
-
-def weight_grad(dw: Tensor | None, dy: Tensor, x: Tensor) -> Tensor | None:
-    """dy^T x for autograd; or None, when it is added to dw, which saves passes over all weights."""
-    return dy.mT @ x if dw is None else add_weight_grad(dw, dy, x)
+weight_grad.register_kernel("cpu")(weight_grad_reference)
+weight_grad.register_fake(lambda dy, x: dy.new_empty(dy.size(1), x.size(1)))
 
 
 def inverse_rms(squares: Tensor, n: int) -> Tensor:
@@ -910,7 +890,7 @@ class FoldedNorm(torch.autograd.Function):
         return norm_grad(g, *ctx.saved_tensors).to(g.dtype), None
 
 
-def normed_linear_reference(h: Tensor, r: None, w: Tensor, *_) -> tuple[Tensor, Tensor]:
+def normed_linear_reference(h: Tensor, r: None, w: Tensor) -> tuple[Tensor, Tensor]:
     """h w^T and the first GATE_INPUTS channels of h, for a norm h [T, D], w [n, D]."""
     return F.linear(h, w), h[:, :GATE_INPUTS]
 
@@ -919,18 +899,17 @@ class NormedLinear(torch.autograd.Function):
     """normed_linear_reference of a FoldedNorm x; the first result lacks the factor r [T], too."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, r: Tensor, w: Tensor, dw: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(ctx, x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, r, w)
-        ctx.dw = dw
         return product(x, w.mT), (r[:, None] * x[:, :GATE_INPUTS]).to(x.dtype)
 
     @staticmethod
     def backward(ctx, du: Tensor, dseen: Tensor):
         x, r, w = ctx.saved_tensors
-        dw = weight_grad(ctx.dw, du, x)  # first: cuBLAS gives this thread the CUDA context that tensor descriptors need
+        dw = weight_grad(du, x)  # first: cuBLAS gives autograd's thread the CUDA context that tensor descriptors need
         dx = product(du, w)
         add_columns(dx, dseen, r)
-        return dx, None, dw, None
+        return dx, None, dw
 
 
 def embedding_sums_reference(x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor) -> tuple[Tensor, ...]:
@@ -1004,49 +983,33 @@ class EmbeddingSums(torch.autograd.Function):
         return dx0, dbigram, *ds.sum(0).unbind()
 
 
-def gated_heads(y: Tensor, gate: Tensor) -> Tensor:
-    """Heads y [T, H, d] times gate [T, H], as [T, H * d]."""
-    return (gate[..., None] * y).to(y.dtype).flatten(1)
-
-
-def linear_sum_reference(y: Tensor, gate: Tensor, w: Tensor, c: Tensor, s: Tensor, added: Tensor,
-                         *_) -> tuple[Tensor, None]:
-    """gated_heads(y, gate) w^T + s c + added for w [n, H * d], c, added [T, n], and s [T] fp32, one number repeated."""
-    return F.linear(gated_heads(y, gate), w) + (s[:, None] * c).to(c.dtype) + added, None
+def linear_sum_reference(x: Tensor, w: Tensor, c: Tensor, s: Tensor, added: Tensor, *_) -> tuple[Tensor, None]:
+    """y = x w^T + s c + added for x [T, k], w [n, k], c, added [T, n], and s [T] fp32, one number repeated."""
+    return F.linear(x, w) + (s[:, None] * c).to(c.dtype) + added, None
 
 
 class LinearSum(torch.autograd.Function):
-    """linear_sum_reference where `added` stands for s0 x0 + s1 bigram; and r [T] of the result, in place of None.
-
-    With gate_later the gradient of y lacks the factor gate: attention puts it in, for nothing.
-    """
+    """linear_sum_reference where `added` stands for s0 x0 + s1 bigram; and r [T] of the result, in place of None."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, gate: Tensor, w: Tensor, c: Tensor, s: Tensor, added: Tensor, x0: Tensor,
-                bigram: Tensor, s0: Tensor, s1: Tensor, dw: Tensor | None = None,
-                gate_later: bool = False) -> tuple[Tensor, Tensor]:
-        y = y.contiguous()  # attention_reference gives it transposed
-        x = gated_heads(y, gate)
-        out, squares = product_sum(x, w.mT, [c, x0, bigram], [s[0], s0, s1])
-        r = inverse_rms(squares, out.size(1))
+    def forward(ctx, x: Tensor, w: Tensor, c: Tensor, s: Tensor, added: Tensor, x0: Tensor, bigram: Tensor, s0: Tensor,
+                s1: Tensor) -> tuple[Tensor, Tensor]:
+        y, squares = product_sum(x, w.mT, [c, x0, bigram], [s[0], s0, s1])
+        r = inverse_rms(squares, y.size(1))
         ctx.mark_non_differentiable(r)
-        ctx.save_for_backward(y, gate, x, w, c, s)
-        ctx.dw, ctx.gate_later = dw, gate_later
-        return out, r
+        ctx.save_for_backward(x, w, c, s)
+        return y, r
 
     @staticmethod
-    def backward(ctx, dout: Tensor, _):
-        y, gate, x, w, c, s = ctx.saved_tensors
-        dc, ds = (s[:, None] * dout).to(dout.dtype), (dout.float() * c.float()).sum(1)
-        dw = weight_grad(ctx.dw, dout, x)
-        dx, dgate = product_dot(dout, w, y.flatten(1), y.size(2))
-        dy = (dx if ctx.gate_later else gated_heads(dx.view_as(y), gate)).view_as(y)
-        return dy, dgate.to(gate.dtype), dw, dc, ds, dout, None, None, None, None, None, None
+    def backward(ctx, dy: Tensor, _):
+        x, w, c, s = ctx.saved_tensors
+        dc, ds = (s[:, None] * dy).to(dy.dtype), (dy.float() * c.float()).sum(1)
+        return product(dy, w), dy.mT @ x, dc, ds, dy, None, None, None, None
 
 
 # --- MLP: relu(norm(x) up^T)^2 down + scale x (So et al., Primer, arXiv 2109.08668)
 
-def mlp_reference(x: Tensor, r: None, up: Tensor, down: Tensor, scale: Tensor, *_) -> tuple[Tensor, None]:
+def mlp_reference(x: Tensor, r: None, up: Tensor, down: Tensor, scale: Tensor) -> tuple[Tensor, None]:
     """That and None, for x [T, D], up, down [F, D] and scale [T] fp32, one number repeated."""
     return F.relu(F.linear(norm(x), up)).square() @ down + (scale[:, None] * x).to(x.dtype), None
 
@@ -1055,26 +1018,23 @@ class ReluSquareMLP(torch.autograd.Function):
     """mlp_reference, and r [T] of the result; keeps the hidden layer h [T, F], whose root gives the square's slope."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, r: Tensor, up: Tensor, down: Tensor, scale: Tensor, d_up: Tensor | None = None,
-                d_down: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(ctx, x: Tensor, r: Tensor, up: Tensor, down: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         h = product(x, up.mT, r)
         y, squares = product_sum(h, down, [x], [scale[0]])
         new_r = inverse_rms(squares, y.size(1))
         ctx.mark_non_differentiable(new_r)
         ctx.save_for_backward(x, r, up, down, scale, h)
-        ctx.grads = d_up, d_down
         return y, new_r
 
     @staticmethod
     def backward(ctx, dy: Tensor, _):
         x, r, up, down, scale, h = ctx.saved_tensors
-        d_up, d_down = ctx.grads
-        d_down = weight_grad(d_down, h, dy)
+        d_down = h.mT @ dy
         dpre, sums = product_root(dy, down.mT, h, r)  # [T, F], times r
         # norm_grad of g = dpre up needs the sum of g x, which is that of dpre (x up^T): known before g is
         factor = -r / x.size(1) * sums.sum(1)
         dx, d_scale = product_norm_grad(dpre, up, dy, x, scale[0], factor)
-        return dx, None, weight_grad(d_up, dpre, x), d_down, d_scale.sum(1), None, None
+        return dx, None, dpre.mT @ x, d_down, d_scale.sum(1)
 
 
 # --- What attention reads: QK norm, rotary embedding, key offset, value-embedding mix
@@ -1568,8 +1528,8 @@ class HeadLoss(torch.autograd.Function):
         if ctx.fp8:
             s = grad_loss.float() * ctx.grad_scale
             dx = fp8_product(grad, w.T, s * W_SCALE, ctx.dtypes[0])
-            turned = transposed(grad) if ctx.fast else grad.T.contiguous()  # [V, T]
-            dw = fp8_product(x.T.contiguous(), turned.T, s * X_SCALE, ctx.dtypes[1])
+            x, turned = (transposed(y) if ctx.fast else y.T.contiguous() for y in (x, grad))  # [D, T], [V, T]
+            dw = fp8_product(x, turned.T, s * X_SCALE, ctx.dtypes[1])
         else:
             dx, dw = grad_loss * (grad @ w.T), grad_loss * (x.T @ grad)
         return dx.to(ctx.dtypes[0]), dw.to(ctx.dtypes[1]), None, None, None, None, None
@@ -1680,17 +1640,23 @@ def polar_express(x: Tensor, fast: bool) -> Tensor:
 
 
 
-# ==== 5. Attention: attention(q, k, v, cu_seqlens, max_len, window, scale) with interchangeable backends ==============
+# ==== 5. Attention: attention(q, k, v, cu_seqlens, max_len, window, scale, gate) with interchangeable backends ========
 
 REFERENCE_BLOCK = 256  # queries at a time, so that the mask stays small
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int,
-                        scale: float) -> Tensor:
+def gated(y: Tensor, gate: Tensor | None) -> Tensor:
+    """y [T, h, d], each head times gate [T, h] if given."""
+    return y if gate is None else (gate[..., None] * y).to(y.dtype)
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int, scale: float,
+                        gate: Tensor | None = None) -> Tensor:
     """Causal attention inside documents with a left window, in plain PyTorch; runs on any device.
 
     q, k, v [T, h, d]; cu_seqlens int32, document ends from 0 to T, padded with T. A query sees itself and the `window`
-    tokens before it in its document. Returns [T, h, d]. max_len, the longest document, is for other backends.
+    tokens before it in its document. Returns [T, h, d], times gate [T, h] if given. max_len, the longest document, is
+    for other backends.
     """
     T = q.size(0)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, h, T, d]
@@ -1703,19 +1669,20 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max
         back = position[query, None] - position[None, key]
         seen = (back >= 0) & (back <= window) & (document[query, None] == document[None, key])
         out.append(F.scaled_dot_product_attention(q[:, :, query], k[:, :, key], v[:, :, key], seen, scale=scale))
-    return torch.cat(out, dim=2)[0].transpose(0, 1)
+    return gated(torch.cat(out, dim=2)[0].transpose(0, 1), gate)
 
 
-def attention_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int,
-                    scale: float) -> Tensor:
+def attention_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int, scale: float,
+                    gate: Tensor | None = None) -> Tensor:
     """attention_reference by the varlen kernels that torch ships (FlashAttention-2; GPU, bf16)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, scale=scale, window_size=(window, 0))
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, scale=scale, window_size=(window, 0))
+    return gated(out, gate)
 
 
 @custom_op("speedrun::flash4", mutates_args=())
-def flash4(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, cu_seqlens: Tensor, max_len: int, window: int,
+def flash4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int,
            scale: float) -> tuple[Tensor, Tensor]:
     """Output [T, h, d] and log-sum-exp [h, T] fp32 of FlashAttention-4 (package flash-attn-4; Hopper or newer)."""
     from flash_attn.cute.interface import _flash_attn_fwd
@@ -1728,38 +1695,81 @@ def flash4(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, cu_seqlens: Ten
 
 @custom_op("speedrun::flash4_backward", mutates_args=())
 def flash4_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, cu_seqlens: Tensor,
-                    max_len: int, window: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    from flash_attn.cute.interface import _flash_attn_bwd
+                    max_len: int, window: int, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v; and the sums [T, h] fp32 of out dout over each head, which the package makes and hides."""
+    from flash_attn.cute import interface
 
-    dq, dk, dv, *_ = _flash_attn_bwd(
-        q, k, v, out, dout.contiguous(), lse.contiguous(), cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_len, max_seqlen_k=max_len, softmax_scale=scale, causal=True, window_size_left=window,
-        window_size_right=0)
-    return dq, dk, dv
+    preprocess, hidden = interface._bwd_preprocess, []
 
+    def keep(out, dout, sums, *more, **options):
+        hidden.append((sums, more[9]))  # and the rows of a block
+        preprocess(out, dout, sums, *more, **options)
 
-def flash4_save(ctx, inputs, output) -> None:
-    *tensors, max_len, window, scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.options = max_len, window, scale
-
-
-def flash4_grad(ctx, dout: Tensor, _dlse: Tensor):
-    """Softmax weights are exp(score - lse) there, and all gradients linear in them: lse can hold a factor of dout."""
-    q, k, v, gate, cu_seqlens, out, lse = ctx.saved_tensors
-    lse = lse if gate is None else lse - gate.mT.log()
-    return (*flash4_backward(q, k, v, out, dout, lse, cu_seqlens, *ctx.options), None, None, None, None, None)
+    with patch.object(interface, "_bwd_preprocess", keep):
+        dq, dk, dv, *_ = interface._flash_attn_bwd(
+            q, k, v, out, dout.contiguous(), lse.contiguous(), cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=max_len, max_seqlen_k=max_len, softmax_scale=scale, causal=True, window_size_left=window,
+            window_size_right=0)
+    (sums, block), = hidden
+    return dq, dk, dv, unpadded(sums, cu_seqlens, block, len(q))
 
 flash4.register_fake(lambda q, k, v, *_: (
     torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
-flash4_backward.register_fake(lambda q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
-flash4.register_autograd(flash4_grad, setup_context=flash4_save)
+flash4_backward.register_fake(lambda q, k, v, *_: (
+    torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), q.new_empty(q.shape[:2], dtype=torch.float32)))
+
+
+def unpadded_reference(x: Tensor, cu_seqlens: Tensor, block: int, T: int) -> Tensor:
+    """x [h, ...] without what fills up blocks, [T, h]: document i begins at block floor(cu_seqlens[i] / block + i)."""
+    position = torch.arange(T, device=x.device, dtype=torch.int32)
+    document = torch.searchsorted(cu_seqlens, position, right=True) - 1
+    start = cu_seqlens[document]
+    return x[:, (start + document * block) // block * block + position - start].mT
+
+
+@jit
+def unpadded_kernel(x, cu_seqlens, out, T, room, ENDS: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
+                    ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    rows, ends = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    ends = tl.load(cu_seqlens + ends, mask=ends < ENDS, other=T)
+    document = tl.sum((ends[None, :] <= rows[:, None]).to(tl.int32), 1) - 1
+    inside = rows < T
+    start = tl.load(cu_seqlens + document, mask=inside, other=0)
+    at = (start + document * BLOCK) // BLOCK * BLOCK + rows - start
+    for head in tl.static_range(H):
+        tl.store(out + rows * H + head, tl.load(x + head * room + at, mask=inside), mask=inside)
+
+
+def unpadded(x: Tensor, cu_seqlens: Tensor, block: int, T: int) -> Tensor:
+    (h, room), rows, out = x.shape, 64, x.new_empty(T, len(x))
+    unpadded_kernel[(triton.cdiv(T, rows),)](x, cu_seqlens, out, T, room, len(cu_seqlens), h, block, rows,
+                                             triton.next_power_of_2(len(cu_seqlens)))
+    return out
+
+
+class Flash4(torch.autograd.Function):
+    """The gate costs these gradients no pass: they are linear in the weights of the softmax, exp(score - lse) there, so
+    that lse can hold a factor of the gradient that comes in."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, cu_seqlens: Tensor, *options) -> Tensor:
+        out, lse = flash4(q, k, v, cu_seqlens, *options)
+        ctx.save_for_backward(q, k, v, gate, cu_seqlens, out, lse)
+        ctx.options = options
+        return gated(out, gate)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        q, k, v, gate, cu_seqlens, out, lse = ctx.saved_tensors
+        lse = lse if gate is None else lse - gate.float().mT.log()
+        *grads, dgate = flash4_backward(q, k, v, out, dy, lse, cu_seqlens, *ctx.options)
+        return *grads, None if gate is None else dgate.to(gate.dtype), None, None, None, None
 
 
 def attention_flash4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int, scale: float,
                      gate: Tensor | None = None) -> Tensor:
-    """attention_reference by FlashAttention-4. The gradient that comes in lacks the factor gate [T, h], if given."""
-    return flash4(q, k, v, gate, cu_seqlens, max_len, window, scale)[0]
+    """attention_reference by FlashAttention-4."""
+    return Flash4.apply(q, k, v, gate, cu_seqlens, max_len, window, scale)
 
 
 def load_flash4() -> Callable:
@@ -1769,11 +1779,11 @@ def load_flash4() -> Callable:
 
 
 def attention_flash3(varlen: Callable, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int,
-                     scale: float) -> Tensor:
+                     scale: float, gate: Tensor | None = None) -> Tensor:
     """attention_reference by FlashAttention-3's function `varlen` (Hopper)."""
     out = varlen(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, softmax_scale=scale, causal=True,
                  window_size=(window, 0))
-    return out[0] if isinstance(out, tuple) else out  # some versions add the log-sum-exp
+    return gated(out[0] if isinstance(out, tuple) else out, gate)  # some versions add the log-sum-exp
 
 
 def load_flash3() -> Callable:
@@ -1909,7 +1919,6 @@ class GPT(nn.Module):
         """Compute with this one of ATTENTION_BACKENDS and this one of KERNELS."""
         self.attention = ATTENTION_BACKENDS[attention]()
         self.kernels, self.fast, self.fused = kernels, kernels != "reference", kernels == "quack"
-        self.gate_later = self.fused and attention == "fa4"
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
@@ -1969,11 +1978,11 @@ class GPT(nn.Module):
     def first_columns(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return FirstColumns.apply(x, k) if self.fast else (x, x[:, :k])
 
-    def attend(self, i: int, h: Tensor, r: Tensor | None, qkv: Tensor, dqkv: Tensor | None, ve: Tensor | None,
-               batch: Batch, g: Geometry) -> tuple[Tensor, Tensor]:
-        """Attention of layer i on normed's h [T, D], r, with weights qkv [3D, D]: heads [T, H, d], gates [T, H]."""
+    def attend(self, i: int, h: Tensor, r: Tensor | None, qkv: Tensor, ve: Tensor | None, batch: Batch,
+               g: Geometry) -> Tensor:
+        """Gated attention of layer i on normed's h [T, D], r with weights qkv [3D, D], before O; [T, D]."""
         layer, T, H, d = LAYERS[i], h.size(0), self.hp.num_heads, self.hp.head_dim
-        qkv, seen = (NormedLinear.apply if self.fused else normed_linear_reference)(h, r, qkv, dqkv)
+        qkv, seen = (NormedLinear.apply if self.fused else normed_linear_reference)(h, r, qkv)
         gates = Gates.apply if self.fast else gates_reference
         gate, ve_gate = gates(seen, self.attn_gate_bank[ATTN_INDEX[i]]), None
         if ve is not None:
@@ -1988,9 +1997,8 @@ class GPT(nn.Module):
         n = 2 if layer.paired else 1
         q, k, v = (x.reshape(n * T, H // n, d) for x in (q, k, v))
         window = g.window_short if layer.window == "short" else g.window_long
-        more = [gate.detach().view(n * T, H // n)] if self.gate_later else []
-        y = self.attention(q, k, v, batch.cu_seqlens * n, g.max_len * n, window, g.scale, *more)
-        return y.reshape(T, H, d), gate
+        return self.attention(q, k, v, batch.cu_seqlens * n, g.max_len * n, window, g.scale,
+                              gate.view(n * T, H // n)).reshape(T, H * d)
 
     def matrices(self) -> Matrices:
         """The Matrices of the current banks and lambdas."""
@@ -2005,9 +2013,8 @@ class GPT(nn.Module):
             (a, torch.cat([qk, v], dim=1)), (b, o), (post_mlp, down)))
         return Matrices(qkv, o, up, down)
 
-    def trunk(self, batch: Batch, rows: Rows, g: Geometry, matrices: Matrices | None = None,
-              grads: Matrices | None = None) -> Tensor:
-        """From tokens to the normalised last hidden state [T, D]. Fused products add gradients of matrices to grads."""
+    def trunk(self, batch: Batch, rows: Rows, g: Geometry, matrices: Matrices | None = None) -> Tensor:
+        """From tokens to the normalised last hidden state [T, D]."""
         linear_sum = LinearSum.apply if self.fused else linear_sum_reference
         embedding_sums = EmbeddingSums.apply if self.fused else embedding_sums_reference
         mlp = ReluSquareMLP.apply if self.fused else mlp_reference
@@ -2018,7 +2025,6 @@ class GPT(nn.Module):
         resid = resid.flatten()[:, None].expand(-1, len(batch.tokens)).unbind()
         # Unbound once: the backward of an unbind is one stack, that of each indexing a pass over the whole bank
         qkv, o, up, down = (x.unbind() for x in matrices or self.matrices())
-        dqkv, do, d_up, d_down = (x.unbind() for x in grads) if grads else [[None] * len(LAYERS)] * 4
 
         x0, first = self.first_columns(norm(self.smear(rows.embed)), GATE_INPUTS)
         x = x0 + bigram_lambdas[0] * rows.bigram
@@ -2035,18 +2041,17 @@ class GPT(nn.Module):
                 r = self.inverse_rms(x)
             else:
                 j, table = ATTN_INDEX[i], layer.value_table
-                y, gate = self.attend(i, *normed[i - 1 if layer.reads is None else layer.reads], qkv[j], dqkv[j],
+                y = self.attend(i, *normed[i - 1 if layer.reads is None else layer.reads], qkv[j],
                                 None if table is None else rows.value[table], batch, g)
-                x, r = linear_sum(y, gate, o[j], x, resid[2 * i], added[j], *embeddings, s0[j], s1[j], do[j],
-                                  self.gate_later)
-            x, r = mlp(x, r, up[i], down[i], resid[2 * i + 1], d_up[i], d_down[i])
+                x, r = linear_sum(y, o[j], x, resid[2 * i], added[j], *embeddings, s0[j], s1[j])
+            x, r = mlp(x, r, up[i], down[i], resid[2 * i + 1])
             after[i], normed[i] = x, self.normed(x, r)
         return norm(x - backout_lambda * after[BACKOUT_LAYER])
 
     def forward(self, batch: Batch, rows: Rows, g: Geometry, mtp_weights: Tensor, grad_unit: float,
-                matrices: Matrices | None = None, grads: Matrices | None = None) -> Tensor:
+                matrices: Matrices | None = None) -> Tensor:
         """Training loss, summed over positions; mtp_weights [k] include 1/A, and grad_unit is 1/A."""
-        x = self.trunk(batch, rows, g, matrices, grads)
+        x = self.trunk(batch, rows, g, matrices)
         return HeadLoss.apply(x, self.lm_head, batch.targets, mtp_weights, self.hp.fp8_head, grad_unit, self.kernels)
 
     def token_losses(self, batch: Batch, rows: Rows, g: Geometry) -> Tensor:
@@ -2601,11 +2606,9 @@ class MicroStep:
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None  # graphs run one at a time: one memory
         self.replays: dict[tuple, Callable | None] = {}
         self.matrices_of = compiled(model.matrices) if hp.compile else model.matrices
-        # at fixed addresses, which a CUDA graph needs; fused products add up the gradients, else autograd does
-        self.matrices = Matrices(*(x.detach().clone().requires_grad_(not model.fused) for x in model.matrices()))
-        self.grads = Matrices(*(torch.zeros_like(x, requires_grad=False) for x in self.matrices))
-        for x, grad in zip(self.matrices, self.grads):
-            x.grad = grad
+        self.matrices = Matrices(*(x.detach().clone().requires_grad_() for x in model.matrices()))
+        for x in self.matrices:  # at fixed addresses like x itself, which a CUDA graph needs
+            x.grad = torch.zeros_like(x)
         self.compiling = False  # during the first call of a kind; then it takes long
 
     @torch.no_grad()
@@ -2613,9 +2616,10 @@ class MicroStep:
         torch._foreach_copy_(self.matrices, self.matrices_of())
 
     def end(self) -> None:
+        grads = [x.grad for x in self.matrices]
         # made anew: a live graph would tie the accumulation of the lambdas' gradients to this stream, and captures fail
-        torch.autograd.backward(self.matrices_of(), self.grads)
-        torch._foreach_zero_(self.grads)
+        torch.autograd.backward(self.matrices_of(), grads)
+        torch._foreach_zero_(grads)
 
     def run(self, batch: Batch, geometry: Geometry, weights: Tensor, grad_unit: float) -> Tensor:
         """Add the micro-batch's gradients to the optimizer's; returns the loss, 0-dim fp32."""
@@ -2623,7 +2627,7 @@ class MicroStep:
             rows = self.model.lookup(batch)
         for row in (rows.embed, rows.bigram, *rows.value):
             row.requires_grad_()
-        loss = self.loss_of(batch, rows, geometry, weights, grad_unit, self.matrices, self.grads)
+        loss = self.loss_of(batch, rows, geometry, weights, grad_unit, self.matrices)
         loss.backward()
         self.optimizer.collect(batch, rows)
         return loss.detach()

@@ -103,10 +103,9 @@ def row_factors(T, absent, **kwargs):
 
 def layers(linear_sum, embedding_sums):
     """The stream after layers that add the embeddings, by these functions; n as many as s0 and s1 are long."""
-    def stream(y, w, x, s, x0, bigram, gate, s0, s1):
+    def stream(y, w, x, s, x0, bigram, s0, s1):
         for added, a, b in zip(embedding_sums(x0, bigram, s0, s1), s0.unbind(), s1.unbind(), strict=True):
-            x, _ = linear_sum(y.unflatten(1, (2, -1)), gate, w, x, s, added, x0.detach(), bigram.detach(), a.detach(),
-                              b.detach())
+            x, _ = linear_sum(y, w, x, s, added, x0.detach(), bigram.detach(), a.detach(), b.detach())
         return x
     return stream
 
@@ -138,8 +137,7 @@ class TestInterpreted:
         """
         x, up, down = torch.randn(T, D), torch.randn(width, D), torch.randn(width, D)
         r, scale = t.inverse_rms(x.square(), D), torch.full((T,), 0.7)
-        streams = [torch.randn(T, width), torch.full((T,), -0.4), torch.randn(T, width), torch.randn(T, width),
-                   torch.rand(T, 2)]
+        streams = [torch.randn(T, width), torch.full((T,), -0.4), torch.randn(T, width), torch.randn(T, width)]
         for ours, plain, inputs in [
             (lambda x, *y: t.ReluSquareMLP.apply(x, r, *y)[0], lambda x, *y: t.mlp_reference(x, None, *y)[0],
              [x, up, down, scale]),
@@ -153,24 +151,6 @@ class TestInterpreted:
             exact = gradients(plain, to(FP64, *inputs), None if dy is None else dy.double())
             for a, b in zip(gradients(ours, inputs, dy), exact, strict=True):
                 torch.testing.assert_close(a.double(), b, rtol=0, atol=(T + width + D) * EPS * b.abs().max().item())
-
-    @pytest.mark.parametrize("compiled", [False, True])
-    def test_weight_gradients_are_added(self, compiled, T=20, D=12, width=36):
-        """With buffers, weights' gradients are added to what is there, and autograd gets none."""
-        x, up, down, w = torch.randn(T, D, requires_grad=True), *torch.randn(2, width, D), torch.randn(D, D)
-        gate = torch.rand(T, 2)
-        r, scale, terms = t.inverse_rms(x.detach().square(), D), torch.full((T,), 0.7), torch.randn(4, T, D).unbind()
-        for f, weights in [
-            (lambda x, up, *dw: t.NormedLinear.apply(x, r, up, *dw)[0], [up]),
-            (lambda x, w, *dw: t.LinearSum.apply(
-                x.unflatten(1, (2, -1)), gate, w, terms[0], scale, *terms[1:], scale[0], scale[1], *dw)[0], [w]),
-            (lambda x, up, down, *dw: t.ReluSquareMLP.apply(x, r, up, down, scale, *dw)[0], [up, down]),
-        ]:
-            leaves, sums = [y.clone().requires_grad_() for y in weights], [torch.ones_like(y) for y in weights]
-            dx, *exact = torch.autograd.grad(f(x, *leaves).sin().sum(), [x, *leaves])
-            f = torch.compile(f, fullgraph=True, backend="aot_eager") if compiled else f
-            torch.testing.assert_close(torch.autograd.grad(f(x, *weights, *sums).sin().sum(), x)[0], dx)
-            torch.testing.assert_close(sums, [1 + y for y in exact])
 
     @pytest.mark.parametrize("scaled", [False, True])
     @pytest.mark.parametrize("T,width,k", [(130, 20, 12), (64, 16, 16), (1, 5, 1)])
@@ -198,7 +178,7 @@ class TestInterpreted:
         """The second result of LinearSum and ReluSquareMLP belongs to the first."""
         x, w, scale = torch.randn(T, D), torch.randn(width, D), torch.full((T,), 0.5)
         c = torch.randn(T, width)
-        y, r = t.LinearSum.apply(x[:, None], torch.rand(T, 1), w, c, scale, c, c, c, scale[0], scale[0])
+        y, r = t.LinearSum.apply(x, w, c, scale, c, c, c, scale[0], scale[0])
         torch.testing.assert_close(r[:, None] * y, t.norm(y))
         y, r = t.ReluSquareMLP.apply(x, t.inverse_rms(x.square(), D), w, w, scale)
         torch.testing.assert_close(r[:, None] * y, t.norm(y))
@@ -237,17 +217,18 @@ class TestInterpreted:
         torch.library.opcheck(t.gates, (*inputs, factor))
         torch.library.opcheck(t.gates_backward, (*inputs, t.gates(*inputs, factor), dgate, factor))
 
-    def test_gate_later(self, T=20, H=3, d=4):
-        """With it, LinearSum's gradient of heads lacks the gate and nothing else."""
-        y, gate, w, c = torch.randn(T, H, d), torch.rand(T, H), torch.randn(H * d, H * d), torch.randn(T, H * d)
-        s, dout = torch.full((T,), 0.3), torch.randn(T, H * d)
-
-        def results(later):
-            return gradients(lambda y, gate, w: t.LinearSum.apply(
-                y.transpose(0, 1).contiguous().transpose(0, 1), gate, w, c, s, c, c, c, s[0], s[0], None, later)[0],
-                [y, gate, w], dout)
-        (dy, *now), (lacking, *later) = results(False)[-3:], results(True)[-3:]
-        torch.testing.assert_close([gate[..., None] * lacking, *later], [dy, *now])
+    @pytest.mark.parametrize("T,block,ends", [(200, 64, [0, 70, 71, 128, 199, 200, 200, 200]), (5, 8, [0, 5])])
+    def test_unpadded(self, T, block, ends, h=3):
+        """Documents begin at multiples of the block, with room between them; what fills it is left out."""
+        blocks = [-(-(end - start) // block) for start, end in itertools.pairwise(ends)]
+        x, cu_seqlens = torch.full((h, (T // block + len(ends)) * block), float("nan")), torch.tensor(ends).int()
+        documents = [torch.randn(h, end - start) for start, end in itertools.pairwise(ends)]
+        for i, document in enumerate(documents):
+            at = (ends[i] // block + i) * block
+            assert at >= sum(blocks[:i]) * block
+            x[:, at : at + document.size(1)] = document
+        for f in (t.unpadded, t.unpadded_reference):
+            assert torch.equal(f(x, cu_seqlens, block, T), torch.cat(documents, dim=1).mT)
 
     @pytest.mark.parametrize("paired,offset,mix", KINDS)
     def test_attention_inputs_operations(self, paired, offset, mix):
@@ -335,17 +316,9 @@ class TestInterpreted:
         ours, plain = ((t.polar_express(x, fast).double() - exact).norm() for fast in (True, False))
         assert ours <= 2 * plain + EPS * exact.norm()
 
-    @pytest.mark.parametrize("kernels,attention", [("triton", "reference"), ("quack", "reference"), ("quack", "fa4")])
-    def test_model(self, kernels, attention, monkeypatch, n=40):
-        """The loss of the whole model and all gradients, as with the references; by an fa4 that puts the gate in."""
-        def flash4(*inputs_and_options):
-            *x, gate = inputs_and_options
-            y = t.attention_reference(*x)
-            if y.requires_grad:
-                y.register_hook(lambda dy: gate[..., None] * dy)
-            return y
-
-        monkeypatch.setitem(t.ATTENTION_BACKENDS, "fa4", lambda: flash4)
+    @pytest.mark.parametrize("kernels", ["triton", "quack"])
+    def test_model(self, kernels, n=40):
+        """The loss of the whole model and all gradients, as with the references."""
         hp, _ = t.parse_args(["--preset=demo", "--vocab_size=300"])
         model = t.GPT(hp)
         model.initialize(0)
@@ -358,11 +331,11 @@ class TestInterpreted:
         ends = torch.tensor([0, 13, 30, n, n], dtype=torch.int32)
         batch, geometry = t.Batch(tokens[:-1], tokens[1:].long(), ids, ends), t.Geometry(4, 12, 17, 0.2)
 
-        def results(*used):
-            model.use(*used)
+        def results(kernels):
+            model.use("reference", kernels)
             loss = model(batch, model.lookup(batch), geometry, torch.tensor([1.0, 0.5]), 1.0)
             return loss.item(), *torch.autograd.grad(loss, tuple(model.parameters()))
-        (loss, *ours), (exact, *plain) = results(attention, kernels), results("reference", "reference")
+        (loss, *ours), (exact, *plain) = results(kernels), results("reference")
         assert abs(loss - exact) <= 1e-6 * exact
         for row, a, b in zip(model.named_parameters(), ours, plain, strict=True):
             assert (a - b).norm() <= 1e-5 * b.norm(), (row[0], (a - b).norm() / b.norm())
@@ -374,7 +347,6 @@ class TestInterpreted:
         a, b, c, r, scale = torch.randn(8, 4), torch.randn(4, 12), torch.rand(8, 12), torch.rand(8), torch.tensor(0.5)
         for more in ((), (r,)):
             check(t.product, (a, b, *more))
-        check(t.product_dot, (a, b, c, 5))
         check(t.product_root, (a, b, c, r))
         check(t.product_norm_grad, (a, b, c, c + 1, scale, r))
         check(t.product_sum, (a, b, [c, c + 1], [scale, scale]))
@@ -458,13 +430,12 @@ class TestGPU:
         torch.cuda.empty_cache()
 
     @needs_quack
-    @pytest.mark.parametrize("T,D,width", [(1000, 256, 3072), (77, 256, 328)])
+    @pytest.mark.parametrize("T,D,width", [(1000, 768, 3072), (77, 136, 328)])
     def test_products(self, T, D, width):
         """The MLP, the linear layers around attention and their gradients."""
         scale, s0, s1 = (torch.tensor(s, device="cuda") for s in ([0.7] * T, [0.3, -0.4, 0.5], [0.2, 0.0, 0.6]))
         x, up, down, w = randn(T, D), randn(width, D) * D**-0.5, randn(width, D) * D**-0.5, randn(D, D) * D**-0.5
-        r, gate = t.inverse_rms(x.float().square(), D), torch.rand(T, 2, device="cuda")
-        streams = [randn(T, D), scale, randn(T, D), randn(T, D), gate]
+        r, streams = t.inverse_rms(x.float().square(), D), [randn(T, D), scale, randn(T, D), randn(T, D)]
 
         def linear(x, w):
             u, seen = t.NormedLinear.apply(t.FoldedNorm.apply(x, r), r, w)
@@ -481,15 +452,8 @@ class TestGPU:
             exact = gradients(plain, to(FP64, *inputs), to(FP64, *dy))
             as_good(gradients(ours, inputs, dy), gradients(plain, inputs, dy), exact, slack=2.0**-8)
         c = streams[0]
-        y, sums_r = t.LinearSum.apply(x.unflatten(1, (2, -1)), gate, w, c, scale, c, c, c, s0[0], s1[0])
+        y, sums_r = t.LinearSum.apply(x, w, c, scale, c, c, c, s0[0], s1[0])
         assert error(sums_r, t.inverse_rms(y.double().square(), D)) <= 2.0**-8
-
-    @pytest.mark.parametrize("rows", [2304, 3072, 768, 100])
-    def test_add_weight_grad(self, rows, T=1000, D=768):
-        dw, dy, x = randn(rows, D), randn(T, rows), randn(T, D)
-        exact, ours, plain = dw.double() + dy.double().mT @ x.double(), dw.clone(), dw + dy.mT @ x
-        t.add_weight_grad(ours, dy, x)
-        as_good([ours], [plain], [exact])
 
     @pytest.mark.parametrize("T,paired,offset,mix", [(1001, *kind) for kind in KINDS] + [(4096, True, True, True)])
     def test_attention_inputs(self, T, paired, offset, mix):
@@ -592,28 +556,22 @@ class TestGPU:
         _, grad, _ = exact_loss(logits, targets, weights, 1.0)
         as_good(ours, plain, [grad @ w.double().T, x.double().T @ grad], slack=1e-4)
 
+    @pytest.mark.parametrize("has_gate", [False, True])
     @pytest.mark.parametrize("backend", ["torch", pytest.param("fa4", marks=needs_fa4)])
     @pytest.mark.parametrize("T,H,window,lengths", [
         (2048, 6, 384, (700, 300, 1)), (1537, 3, 128, (513, 90, 1, 2, 333)), (1001, 6, 2000, (1001,))])
-    def test_attention(self, backend, T, H, window, lengths):
+    def test_attention(self, backend, T, H, window, lengths, has_gate):
         """Output and gradients: windows inside and beyond the documents, which are many, of one token, or one."""
         inputs, dy, ends = [randn(T, H, 128) for _ in range(3)], randn(T, H, 128), document_ends(T, lengths)
+        inputs += [torch.rand(T, H, device="cuda")] if has_gate else []
 
         def results(f, dtype=BF16):
-            return gradients(lambda q, k, v: f(q, k, v, ends, max(lengths), window, 0.1), to(dtype, *inputs),
-                             dy.to(dtype))
+            gate = to(FP64 if dtype == FP64 else FP32, *inputs[3:])
+            return gradients(lambda q, k, v, *gate: f(q, k, v, ends, max(lengths), window, 0.1, *gate),
+                             [*to(dtype, *inputs[:3]), *gate], dy.to(dtype))
 
         as_good(results(t.ATTENTION_BACKENDS[backend]()), results(t.attention_reference),
                 results(t.attention_reference, FP64))
-
-    @needs_fa4
-    def test_attention_with_gate(self, T=700, H=3, lengths=(300, 1, 399)):
-        """Its gradients are those of the gradient that comes in, times the gate."""
-        inputs, dy, gate = [randn(T, H, 128) for _ in range(3)], randn(T, H, 128), torch.rand(T, H, device="cuda")
-        options, scaled = (document_ends(T, lengths), max(lengths), 200, 0.1), gate[..., None] * dy
-        exact = gradients(lambda *x: t.attention_reference(*x, *options), to(FP64, *inputs), scaled.double())
-        plain = gradients(lambda *x: t.attention_reference(*x, *options), inputs, scaled.to(BF16))
-        as_good(gradients(lambda *x: t.attention_flash4(*x, *options, gate), inputs, dy), plain, exact)
 
     @needs_quack
     def test_compiled(self):

@@ -77,7 +77,7 @@ def products(T: int) -> Iterator[Row]:
     h, moved, work = t.product_reference(x, up.mT, r), 2 * (T * DIM + T * WIDTH + DIM * WIDTH), 2 * T * DIM * WIDTH
     for name, a, b, *more in (
         ("product", x, up.mT), ("product, relu square", x, up.mT, r), ("product_root", dy, down.mT, h, r),
-        ("product_norm_grad", h, up, dy, x, scale[0], r), ("product_dot", dy, o, x, HEAD_DIM),
+        ("product_norm_grad", h, up, dy, x, scale[0], r),
         ("product_sum, 1 term", h, down, [x], [scale[0]]),
         ("product_sum, 3 terms", x, o.mT, [x, dy, x], [scale[0]] * 3),
     ):
@@ -94,14 +94,8 @@ def products(T: int) -> Iterator[Row]:
         t.EmbeddingSums.apply, compiled(t.embedding_sums_reference)))
     yield Row("embedding sums backward", f"{LAYERS} x {T} x {DIM}", ours, 2 * (4 + LAYERS) * T * DIM, compiled=plain)
     dqkv = randn(T, 3 * DIM)
-
-    def added(f: Callable) -> Callable:
-        dw = torch.zeros(3 * DIM, DIM, device=DEVICE, dtype=DTYPE)
-        return lambda: (f(dw, dqkv, x), dw)[1]
-
-    ours, plain = added(t.add_weight_grad), added(t.add_weight_grad_reference)
-    yield Row("weight gradient of QKV", f"{3 * DIM} x {T} x {DIM}", ours, 2 * (4 * T * DIM + 6 * DIM * DIM),
-              6 * T * DIM * DIM, eager=plain)
+    yield Row("weight gradient of QKV", f"{3 * DIM} x {T} x {DIM}", partial(t.weight_grad, dqkv, x),
+              2 * (4 * T * DIM + 3 * DIM * DIM), 6 * T * DIM * DIM, eager=partial(t.weight_grad_reference, dqkv, x))
 
 
 def attention_inputs(T: int) -> Iterator[Row]:
