@@ -44,7 +44,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache, partial
+from functools import cache, partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, NoReturn
@@ -1701,6 +1701,7 @@ def flash4_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, 
 
     preprocess, hidden = interface._bwd_preprocess, []
 
+    @wraps(preprocess)  # which looks for its cache under its own name
     def keep(out, dout, sums, *more, **options):
         hidden.append((sums, more[9]))  # and the rows of a block
         preprocess(out, dout, sums, *more, **options)
