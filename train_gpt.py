@@ -807,31 +807,27 @@ for op, reference in ((product_sum, product_sum_reference), (product_root, produ
     op.register_fake(lambda a, b, *_: (a.new_empty(a.size(0), b.size(1)), empty_tile_sums(a, b)))
 
 
-def add_columns_reference(y: Tensor, c: Tensor, r: Tensor | None = None) -> None:
-    """y[:, :k] += r c for y [m, n], c [m, k], r [m] fp32 or 1, in place."""
-    y[:, : c.size(1)] += c if r is None else r[:, None] * c
+def add_columns_reference(y: Tensor, c: Tensor) -> None:
+    """y[:, :k] += c for y [m, n], c [m, k], in place."""
+    y[:, : c.size(1)] += c
 
 
 @jit
-def add_columns_kernel(y, c, r, m, n, stride, COLUMNS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
-                       BLOCK: tl.constexpr):
+def add_columns_kernel(y, c, m, n, stride, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     mask, to = (rows < m)[:, None] & (columns < COLUMNS)[None, :], y + rows[:, None] * n + columns[None, :]
     more = tl.load(c + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    if SCALED:
-        more *= tl.load(r + rows, mask=rows < m, other=0.0)[:, None]
     tl.store(to, (tl.load(to, mask=mask, other=0.0).to(tl.float32) + more).to(y.dtype.element_ty), mask=mask)
 
 
 @custom_op("speedrun::add_columns", mutates_args=("y",))
-def add_columns(y: Tensor, c: Tensor, r: Tensor | None = None) -> None:
+def add_columns(y: Tensor, c: Tensor) -> None:
     """In place, as TorchInductor pads c to full width and reads y twice for it where a reduction follows."""
     (m, n), k, rows = y.shape, c.size(1), 64
     assert y.is_contiguous() and c.stride(1) == 1
-    add_columns_kernel[(triton.cdiv(m, rows),)](y, c, r, m, n, c.stride(0), k, r is not None, rows,
-                                                triton.next_power_of_2(k))
+    add_columns_kernel[(triton.cdiv(m, rows),)](y, c, m, n, c.stride(0), k, rows, triton.next_power_of_2(k))
 
-add_columns.register_fake(lambda y, c, r=None: None)
+add_columns.register_fake(lambda y, c: None)
 
 
 class FirstColumns(torch.autograd.Function):
@@ -890,26 +886,19 @@ class FoldedNorm(torch.autograd.Function):
         return norm_grad(g, *ctx.saved_tensors).to(g.dtype), None
 
 
-def normed_linear_reference(h: Tensor, r: None, w: Tensor) -> tuple[Tensor, Tensor]:
-    """h w^T and the first GATE_INPUTS channels of h, for a norm h [T, D], w [n, D]."""
-    return F.linear(h, w), h[:, :GATE_INPUTS]
-
-
 class NormedLinear(torch.autograd.Function):
-    """normed_linear_reference of a FoldedNorm x; the first result lacks the factor r [T], too."""
+    """F.linear(x, w) of a FoldedNorm x [T, D], w [n, D]; the result lacks the factor r [T], too."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, r, w)
-        return product(x, w.mT), (r[:, None] * x[:, :GATE_INPUTS]).to(x.dtype)
+    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return product(x, w.mT)
 
     @staticmethod
-    def backward(ctx, du: Tensor, dseen: Tensor):
-        x, r, w = ctx.saved_tensors
+    def backward(ctx, du: Tensor):
+        x, w = ctx.saved_tensors
         dw = weight_grad(du, x)  # first: cuBLAS gives autograd's thread the CUDA context that tensor descriptors need
-        dx = product(du, w)
-        add_columns(dx, dseen, r)
-        return dx, None, dw
+        return product(du, w), dw
 
 
 def embedding_sums_reference(x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor) -> tuple[Tensor, ...]:
@@ -1212,80 +1201,146 @@ class AttentionInputs(torch.autograd.Function):
 
 # --- Gates of heads and of value embeddings
 
-def gates_reference(seen: Tensor, w: Tensor, factor: float = 1.0) -> Tensor:
-    """factor sigmoid(seen w^T) [T, H], for seen [T, n], w [H, n]."""
-    return factor * torch.sigmoid(F.linear(seen, w))
+VALUE_GATE_MAX = 2.0
+
+
+def gates_reference(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor,
+                    w_value: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Gates of heads, sigmoid(seen w^T) [T, H] for seen [T, n], w [H, n]; and of the value embedding, or None.
+
+    seen lacks the factor r [T] if there is one. The latter see `other` [T, n/2], if given, in place of its second half.
+    """
+    seen = seen if r is None else (r[:, None] * seen).to(seen.dtype)
+    gate = torch.sigmoid(F.linear(seen, w))
+    if w_value is None:
+        return gate, None
+    seen = seen if other is None else torch.cat([seen[:, : seen.size(1) // 2], other], dim=1)
+    return gate, VALUE_GATE_MAX * torch.sigmoid(F.linear(seen, w_value))
 
 
 @jit
-def gates_kernel(seen, w, gate, T, FACTOR: tl.constexpr, H: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
-                 COLUMNS: tl.constexpr):
+def seen_by_gates(seen, seen_stride, r, other, other_stride, rows, columns, inside, N: tl.constexpr,
+                  SCALED: tl.constexpr, MIXED: tl.constexpr):
+    """What gates of heads see and what gates of values see, and the factor of the first; all fp32."""
+    front = inside[:, None] & (columns < N)[None, :]
+    s = tl.load(seen + rows[:, None] * seen_stride + columns[None, :], mask=front, other=0.0).to(tl.float32)
+    factor = tl.full(rows.shape, 1.0, tl.float32)
+    if SCALED:
+        factor = tl.load(r + rows, mask=inside, other=0.0)
+        s *= factor[:, None]
+    mixed = s
+    if MIXED:
+        back = front & (columns >= N // 2)[None, :]
+        o = tl.load(other + rows[:, None] * other_stride + columns[None, :] - N // 2, mask=back, other=0.0)
+        mixed = tl.where((columns < N // 2)[None, :], s, o.to(tl.float32))
+    return s, mixed, factor[:, None]
+
+
+@jit
+def gates_kernel(seen, seen_stride, r, other, other_stride, w, w_value, gate, value_gate, T, MAX: tl.constexpr,
+                 H: tl.constexpr, N: tl.constexpr, SCALED: tl.constexpr, MIXED: tl.constexpr, VALUE: tl.constexpr,
+                 ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """One program: ROWS tokens."""
-    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     inside, used = rows < T, columns < N
-    s = tl.load(seen + rows[:, None] * N + columns[None, :], mask=inside[:, None] & used[None, :], other=0.0)
+    s, mixed, _ = seen_by_gates(seen, seen_stride, r, other, other_stride, rows, columns, inside, N, SCALED, MIXED)
     for head in tl.static_range(H):
-        weight = tl.load(w + head * N + columns, mask=used, other=0.0).to(tl.float32)
-        value = FACTOR * tl.sigmoid(tl.sum(s.to(tl.float32) * weight[None, :], 1))
-        tl.store(gate + rows * H + head, value, mask=inside)
+        weight = tl.load(w + head * N + columns, mask=used, other=0.0).to(tl.float32)[None, :]
+        tl.store(gate + rows * H + head, tl.sigmoid(tl.sum(s * weight, 1)), mask=inside)
+        if VALUE:
+            weight = tl.load(w_value + head * N + columns, mask=used, other=0.0).to(tl.float32)[None, :]
+            tl.store(value_gate + rows * H + head, MAX * tl.sigmoid(tl.sum(mixed * weight, 1)), mask=inside)
 
 
 @jit
-def gates_backward_kernel(seen, w, gate, dgate, dseen, dw, T, FACTOR: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
-                          ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """One program: ROWS tokens, whose part of w's gradient it stores."""
-    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    inside, used, sums = rows < T, columns < N, tl.zeros([ROWS, COLUMNS], tl.float32)
-    at, mask = rows[:, None] * N + columns[None, :], inside[:, None] & used[None, :]
-    s = tl.load(seen + at, mask=mask, other=0.0).to(tl.float32)
+def gates_backward_kernel(seen, seen_stride, r, other, other_stride, w, w_value, gate, value_gate, dgate, dvalue_gate,
+                          dseen, dother, dw, T, MAX: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
+                          SCALED: tl.constexpr, MIXED: tl.constexpr, VALUE: tl.constexpr, ROWS: tl.constexpr,
+                          COLUMNS: tl.constexpr):
+    """One program: ROWS tokens, whose part of the weights' gradients it stores."""
+    rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    inside, used, dw = rows < T, columns < N, dw + tl.program_id(0) * H * (1 + VALUE) * N + columns
+    s, mixed, factor = seen_by_gates(seen, seen_stride, r, other, other_stride, rows, columns, inside, N, SCALED, MIXED)
+    ds, dmixed = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
     for head in tl.static_range(H):
-        weight = tl.load(w + head * N + columns, mask=used, other=0.0).to(tl.float32)
+        weight = tl.load(w + head * N + columns, mask=used, other=0.0).to(tl.float32)[None, :]
         g = tl.load(gate + rows * H + head, mask=inside, other=0.0)
-        dlogit = (tl.load(dgate + rows * H + head, mask=inside, other=0.0) * g * (1.0 - g / FACTOR))[:, None]
-        sums += dlogit * weight[None, :]
-        tl.store(dw + (tl.program_id(0) * H + head) * N + columns, tl.sum(dlogit * s, 0), mask=used)
-    tl.store(dseen + at, sums.to(dseen.dtype.element_ty), mask=mask)
+        dlogit = (tl.load(dgate + rows * H + head, mask=inside, other=0.0) * g * (1.0 - g))[:, None]
+        ds += dlogit * weight
+        tl.store(dw + head * N, tl.sum(dlogit * s, 0), mask=used)
+        if VALUE:
+            weight = tl.load(w_value + head * N + columns, mask=used, other=0.0).to(tl.float32)[None, :]
+            g = tl.load(value_gate + rows * H + head, mask=inside, other=0.0)
+            dlogit = tl.load(dvalue_gate + rows * H + head, mask=inside, other=0.0) * g * (1.0 - g / MAX)
+            dmixed += dlogit[:, None] * weight
+            tl.store(dw + (H + head) * N, tl.sum(dlogit[:, None] * mixed, 0), mask=used)
+    mask = inside[:, None] & used[None, :]
+    if MIXED:
+        back = mask & (columns >= N // 2)[None, :]
+        tl.store(dother + rows[:, None] * (N // 2) + columns[None, :] - N // 2, dmixed.to(dother.dtype.element_ty),
+                 mask=back)
+        dmixed = tl.where((columns < N // 2)[None, :], dmixed, 0.0)
+    ds = factor * (ds + dmixed)
+    tl.store(dseen + rows[:, None] * N + columns[None, :], ds.to(dseen.dtype.element_ty), mask=mask)
+
+
+def gates_options(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor, w_value: Tensor | None) -> tuple:
+    """The constants of both kernels."""
+    assert seen.stride(1) == 1 and (other is None or other.stride(1) == 1) and w.is_contiguous()
+    return (VALUE_GATE_MAX, *w.shape, r is not None, other is not None, w_value is not None, GATE_ROWS,
+            triton.next_power_of_2(w.size(1)))
 
 
 @custom_op("speedrun::gates", mutates_args=())
-def gates(seen: Tensor, w: Tensor, factor: float) -> Tensor:
-    (T, n), H = seen.shape, len(w)
-    gate = seen.new_empty(T, H, dtype=torch.float32)
-    gates_kernel[(triton.cdiv(T, GATE_ROWS),)](seen.contiguous(), w, gate, T, factor, H, n, GATE_ROWS,
-                                               triton.next_power_of_2(n))
-    return gate
+def gates(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor,
+          w_value: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both in fp32, the second of no tokens where there is none."""
+    T, H = len(seen), len(w)
+    gate, value_gate = (w.new_empty(n, H, dtype=torch.float32) for n in (T, 0 if w_value is None else T))
+    gates_kernel[(triton.cdiv(T, GATE_ROWS),)](
+        seen, seen.stride(0), r, other, 0 if other is None else other.stride(0), w, w_value, gate, value_gate, T,
+        *gates_options(seen, r, other, w, w_value))
+    return gate, value_gate
 
 
 @custom_op("speedrun::gates_backward", mutates_args=())
-def gates_backward(seen: Tensor, w: Tensor, gate: Tensor, dgate: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """Gradients of seen, and of w in parts [programs, H, n] fp32."""
+def gates_backward(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor, w_value: Tensor | None,
+                   gate: Tensor, value_gate: Tensor, dgate: Tensor,
+                   dvalue_gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of seen, of other, and of both weights in parts [programs, H or 2 H, n] fp32."""
     (T, n), H, programs = seen.shape, len(w), triton.cdiv(len(seen), GATE_ROWS)
-    dseen, dw = seen.new_empty(T, n), w.new_empty(programs, H, n, dtype=torch.float32)
-    gates_backward_kernel[(programs,)](seen.contiguous(), w, gate, dgate.contiguous(), dseen, dw, T, factor, H, n,
-                                       GATE_ROWS, triton.next_power_of_2(n))
-    return dseen, dw
+    dseen, dother = seen.new_empty(T, n), seen.new_empty(0 if other is None else T, n // 2)
+    dw = w.new_empty(programs, H if w_value is None else 2 * H, n, dtype=torch.float32)
+    gates_backward_kernel[(programs,)](
+        seen, seen.stride(0), r, other, 0 if other is None else other.stride(0), w, w_value, gate, value_gate,
+        dgate.contiguous(), None if dvalue_gate is None else dvalue_gate.contiguous(), dseen, dother, dw, T,
+        *gates_options(seen, r, other, w, w_value))
+    return dseen, dother, dw
 
 GATE_ROWS = 256  # tokens of one program
-gates.register_fake(lambda seen, w, _: seen.new_empty(len(seen), len(w), dtype=torch.float32))
-gates_backward.register_fake(lambda seen, w, *_: (
-    seen.new_empty(seen.shape), w.new_empty(-(-len(seen) // GATE_ROWS), *w.shape, dtype=torch.float32)))
+gates.register_fake(lambda seen, _r, _other, w, w_value: tuple(
+    w.new_empty(n, len(w), dtype=torch.float32) for n in (len(seen), 0 if w_value is None else len(seen))))
+gates_backward.register_fake(lambda seen, _r, other, w, w_value, *_: (
+    seen.new_empty(seen.shape), seen.new_empty(0 if other is None else len(seen), seen.size(1) // 2),
+    w.new_empty(-(-len(seen) // GATE_ROWS), len(w) * (1 if w_value is None else 2), w.size(1), dtype=torch.float32)))
 
 
 class Gates(torch.autograd.Function):
-    """gates_reference in fp32, forward and backward in one kernel each: products so thin take longer by themselves."""
+    """gates_reference in fp32, in one kernel forward and one backward: products so thin take longer by themselves."""
 
     @staticmethod
-    def forward(ctx, seen: Tensor, w: Tensor, factor: float = 1.0) -> Tensor:
-        gate = gates(seen, w, factor)
-        ctx.save_for_backward(seen, w, gate)
-        ctx.factor = factor
-        return gate
+    def forward(ctx, seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor,
+                w_value: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        gate, value_gate = gates(seen, r, other, w, w_value)
+        ctx.save_for_backward(seen, r, other, w, w_value, gate, value_gate)
+        return gate, None if w_value is None else value_gate
 
     @staticmethod
-    def backward(ctx, dgate: Tensor):
-        seen, w, gate = ctx.saved_tensors
-        dseen, dw = gates_backward(seen, w, gate, dgate, ctx.factor)
-        return dseen, dw.sum(0).to(w.dtype), None
+    def backward(ctx, dgate: Tensor, dvalue_gate: Tensor | None):
+        _, _, other, w, w_value, *_ = ctx.saved_tensors
+        dseen, dother, dw = gates_backward(*ctx.saved_tensors, dgate, None if w_value is None else dvalue_gate)
+        dw, dw_value = dw.sum(0).to(w.dtype).split([len(w), dw.size(1) - len(w)])
+        return dseen, None, None if other is None else dother, dw, None if w_value is None else dw_value
 
 
 # --- Loss of the head
@@ -1537,24 +1592,39 @@ class HeadLoss(torch.autograd.Function):
 
 # --- Gradients of embedding tables
 
-def scatter_add_rows_reference(rows: Tensor, ids: Tensor, out: Tensor) -> None:
-    """out[ids[i]] += rows[i] for rows [T, D], ids [T] int32, out [table rows, D] fp32, in place."""
+def scatter_add_rows_reference(rows: Tensor, ids: Tensor, out: Tensor, order: Tensor | None = None) -> None:
+    """out[ids[i]] += rows[i] for rows [T, D], ids [T] int32, out [table rows, D] fp32, in place.
+
+    order [T] int32 can name the rows such that equal ids are neighbours.
+    """
     out.index_add_(0, ids, rows.to(out.dtype))
 
 
 @jit
-def scatter_add_kernel(rows, ids, out, D, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    g = tl.load(rows + row * D + columns, mask=columns < D, other=0.0).to(tl.float32)
-    to = out + tl.load(ids + row).to(tl.int64) * D + columns
-    tl.atomic_add(to, g, mask=columns < D, sem="relaxed")
+def scatter_add_kernel(rows, ids, order, out, T, D, ORDERED: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: COUNT rows, all in flight at once. Neighbours that go to one row of the table go there as a sum."""
+    columns, first = tl.arange(0, BLOCK), tl.program_id(0) * COUNT
+    mask, ats, values = columns < D, (), ()
+    for i in tl.static_range(COUNT):
+        row, inside = first + i, first + i < T
+        row = tl.load(order + row, mask=inside, other=0).to(tl.int64) if ORDERED else row.to(tl.int64)
+        ats += (tl.load(ids + row, mask=inside, other=0).to(tl.int64),)
+        values += (tl.load(rows + row * D + columns, mask=mask & inside, other=0.0),)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(COUNT):
+        sums += values[i].to(tl.float32)
+        last = True if i == COUNT - 1 else ats[i] != ats[i + 1]
+        tl.atomic_add(out + ats[i] * D + columns, sums, mask=mask & last, sem="relaxed")
+        sums = tl.where(last, 0.0, sums)
 
 
-def scatter_add_rows(rows: Tensor, ids: Tensor, out: Tensor) -> None:
+def scatter_add_rows(rows: Tensor, ids: Tensor, out: Tensor, order: Tensor | None = None) -> None:
     assert rows.is_contiguous() and out.is_contiguous() and out.dtype == torch.float32
-    T, D = rows.shape
-    scatter_add_kernel[(T,)](rows, ids, out, D, triton.next_power_of_2(D), num_warps=4)
+    (T, D), count = rows.shape, SCATTER_ROWS
+    scatter_add_kernel[(triton.cdiv(T, count),)](rows, ids, order, out, T, D, order is not None, count,
+                                                 triton.next_power_of_2(D), num_warps=4)
+
+SCATTER_ROWS = 16  # of one program
 
 
 # --- Symmetric products, for Polar Express
@@ -1828,6 +1898,7 @@ class Batch(NamedTuple):
     targets: Tensor  # [T] int64
     bigram_ids: Tensor  # [T] int32
     cu_seqlens: Tensor  # [documents + 1] int32, padded with T to a fixed length
+    order: Tensor  # [T] int32, positions by token: the gradients of a table's row come one after the other
 
 
 class Rows(NamedTuple):
@@ -1983,15 +2054,14 @@ class GPT(nn.Module):
                g: Geometry) -> Tensor:
         """Gated attention of layer i on normed's h [T, D], r with weights qkv [3D, D], before O; [T, D]."""
         layer, T, H, d = LAYERS[i], h.size(0), self.hp.num_heads, self.hp.head_dim
-        qkv, seen = (NormedLinear.apply if self.fused else normed_linear_reference)(h, r, qkv)
-        gates = Gates.apply if self.fast else gates_reference
-        gate, ve_gate = gates(seen, self.attn_gate_bank[ATTN_INDEX[i]]), None
-        if ve is not None:
-            half, mixed = GATE_INPUTS // 2, seen
-            if not layer.paired:
-                ve, first = self.first_columns(ve, half)
-                mixed = torch.cat([seen[:, :half], first], dim=-1)
-            ve_gate = gates(mixed, self.ve_gate_bank[layer.value_table], 2.0)  # [T, H]
+        h, seen = self.first_columns(h, GATE_INPUTS)
+        qkv = (NormedLinear.apply if self.fused else F.linear)(h, qkv)
+        ve_first = None
+        if ve is not None and not layer.paired:
+            ve, ve_first = self.first_columns(ve, GATE_INPUTS // 2)
+        gate, ve_gate = (Gates.apply if self.fast else gates_reference)(
+            seen, r, ve_first, self.attn_gate_bank[ATTN_INDEX[i]],
+            None if ve is None else self.ve_gate_bank[layer.value_table])
         inputs = AttentionInputs.apply if self.fast else attention_inputs_reference
         q, k, v = inputs(qkv.view(T, 3, H, d), r, ve, ve_gate, self.cos, self.sin, layer.paired, layer.key_offset)
         # A paired token becomes two, heads 0..H/2-1 and then the rest: the same memory seen as [2T, H/2, d]
@@ -2196,10 +2266,10 @@ class NorMuonAdam:
     def collect(self, batch: Batch, rows: Rows) -> None:
         """Add the gradients of a micro-batch's table rows to the tables' gradients; only these rows are touched."""
         add, grads = self.scatter_add_rows, self.table_grads
-        add(rows.embed.grad, batch.tokens, grads["embed"])
+        add(rows.embed.grad, batch.tokens, grads["embed"], batch.order)
         add(rows.bigram.grad, batch.bigram_ids, grads["bigram_embed"])
         for row, grad in zip(rows.value, grads["value_embeds"].chunk(NUM_VALUE_TABLES)):
-            add(row.grad, batch.tokens, grad)
+            add(row.grad, batch.tokens, grad, batch.order)
 
     def shard(self, row: Param) -> Tensor:
         """The part of a parameter that this rank updates, as a view."""
@@ -2472,7 +2542,8 @@ class Packer:
         cu_seqlens[0] = 0
         cu_seqlens[1 : len(ends) + 1] = np.minimum(ends, n)
         inputs, targets = tokens[:-1].astype(np.int32), tokens[1:].astype(np.int64)
-        tensors = (torch.from_numpy(a) for a in (inputs, targets, bigram_ids(inputs, self.rows), cu_seqlens))
+        order = np.argsort(tokens[:-1], kind="stable").astype(np.int32)  # fast for uint16, as tokens are in shards
+        tensors = map(torch.from_numpy, (inputs, targets, bigram_ids(inputs, self.rows), cu_seqlens, order))
         return Batch(*(t.pin_memory() if self.pin else t for t in tensors))
 
 

@@ -22,6 +22,8 @@ TANH_ERROR = 2.0**-11  # of tanh.approx.f32, which the loss kernel uses for e5m2
 ROUNDING = 8 * t.CAP * EPS  # of exp(z), z in (0, CAP): some roundings of the exponent
 BF16, FP32, FP64, E5M2 = torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2
 KINDS = list(itertools.product((False, True), repeat=3))  # paired, key offset, value embedding
+# of gates: whether the norm's factor is apart; whether there are gates of values, and a half that only they see
+GATE_KINDS = list(itertools.product((False, True), ("heads", "values", "mixed")))
 
 
 @pytest.fixture(autouse=True)
@@ -91,10 +93,31 @@ def qkv_inputs(T, H, d, mix, **kwargs):
     return qkv, *((torch.randn(T, H * d, **kwargs), torch.rand(T, H, **kwargs)) if mix else (None, None)), grads
 
 
+def normed_linear(x, r, w):
+    """The product and what gates see of a norm whose factor r both lack."""
+    h, seen = t.FirstColumns.apply(t.FoldedNorm.apply(x, r), t.GATE_INPUTS)
+    return t.NormedLinear.apply(h, w), seen
+
+
 def through_inputs(u, seen, r):
-    """A scalar of normed_linear's results, where u is used as attention uses it: times r, if that is left out of it."""
-    u = u if r is None else r[:, None] * u
+    """A scalar of normed_linear's results, used as attention and gates use them: times r, if that is left out."""
+    u, seen = (u, seen) if r is None else (r[:, None] * u, r[:, None] * seen)
     return (u.sin() + 0.1 * u.square()).sum() + (seen * torch.arange(seen.size(1)).cos()).sum()
+
+
+def gates_inputs(T, H, n, kind, **kwargs):
+    """Inputs of gates but for r, views of wider ones as in the model; r; and the gradients of its results."""
+    scaled, of = kind
+    seen, other, *w = (torch.randn(m, 2 * n, **kwargs)[:, :n] for m in (T, T, H, H))
+    w, w_value = (x.contiguous() for x in w)
+    inputs = [seen, other[:, : n // 2] if of == "mixed" else None, w, w_value if of != "heads" else None]
+    directions = [torch.randn(T, H, **kwargs) for _ in range(1 if of == "heads" else 2)]
+    return inputs, row_factors(T, not scaled, **kwargs), directions
+
+
+def gates_of(f, r):
+    """f with that r, its results in fp32, or fp64, and without None."""
+    return lambda seen, *x: tuple(y.to(torch.promote_types(y.dtype, FP32)) for y in f(seen, r, *x) if y is not None)
 
 
 def row_factors(T, absent, **kwargs):
@@ -141,8 +164,8 @@ class TestInterpreted:
         for ours, plain, inputs in [
             (lambda x, *y: t.ReluSquareMLP.apply(x, r, *y)[0], lambda x, *y: t.mlp_reference(x, None, *y)[0],
              [x, up, down, scale]),
-            (lambda x, w: through_inputs(*t.NormedLinear.apply(t.FoldedNorm.apply(x, r), r, w), r),
-             lambda x, w: through_inputs(*t.normed_linear_reference(t.norm(x), None, w), None), [x, up]),
+            (lambda x, w: through_inputs(*normed_linear(x, r, w), r),
+             lambda x, w: through_inputs(F.linear(t.norm(x), w), t.norm(x)[:, : t.GATE_INPUTS], None), [x, up]),
             *((layers(t.LinearSum.apply, t.EmbeddingSums.apply),
                layers(t.linear_sum_reference, t.embedding_sums_reference),
                [x, up, *streams, torch.randn(n), torch.randn(n)]) for n in (1, 3)),
@@ -152,15 +175,14 @@ class TestInterpreted:
             for a, b in zip(gradients(ours, inputs, dy), exact, strict=True):
                 torch.testing.assert_close(a.double(), b, rtol=0, atol=(T + width + D) * EPS * b.abs().max().item())
 
-    @pytest.mark.parametrize("scaled", [False, True])
     @pytest.mark.parametrize("T,width,k", [(130, 20, 12), (64, 16, 16), (1, 5, 1)])
-    def test_add_columns(self, T, width, k, scaled):
-        y, c, r = torch.randn(T, width), torch.randn(T, k), row_factors(T, not scaled)
+    def test_add_columns(self, T, width, k):
+        y, c = torch.randn(T, width), torch.randn(T, 2 * k)[:, :k]
         exact, size = y.double(), y.double().abs()
-        t.add_columns_reference(exact, *to(FP64, c, r))
-        t.add_columns_reference(size, *to(FP64, c.abs(), r))
-        t.add_columns(y, c, r)
-        self.within(y, exact, size, 2)
+        t.add_columns_reference(exact, c.double())
+        t.add_columns_reference(size, c.double().abs())
+        t.add_columns(y, c)
+        self.within(y, exact, size, 1)
 
     def test_first_columns(self, T=70, width=12, k=5):
         """And its gradient, where both results are used."""
@@ -208,14 +230,18 @@ class TestInterpreted:
         for a, b, c in zip(ours, exact, sizes, strict=True):
             self.within(a, b, c, d + 8)
 
-    @pytest.mark.parametrize("T,H,n,factor", [(137, 6, 12, 1.0), (16, 2, 16, 2.0), (1, 2, 5, 1.0)])
-    def test_gates(self, T, H, n, factor):
-        inputs, dgate = [torch.randn(T, 2 * n)[:, :n], torch.randn(H, n)], torch.randn(T, H)
-        exact = gradients(lambda *x: t.gates_reference(*x, factor), to(FP64, *inputs), dgate.double())
-        for a, b in zip(gradients(lambda *x: t.Gates.apply(*x, factor), inputs, dgate), exact, strict=True):
+    @pytest.mark.parametrize("kind", GATE_KINDS)
+    @pytest.mark.parametrize("T,H,n", [(37, 6, 12), (300, 2, 16), (1, 2, 6)])
+    def test_gates(self, T, H, n, kind):
+        inputs, r, directions = gates_inputs(T, H, n, kind)
+        exact = gradients(gates_of(t.gates_reference, r if r is None else r.double()), to(FP64, *inputs),
+                          to(FP64, *directions))
+        for a, b in zip(gradients(gates_of(t.Gates.apply, r), inputs, directions), exact, strict=True):
             torch.testing.assert_close(a.double(), b, rtol=0, atol=(T + n + 8) * EPS * max(b.abs().max().item(), 1))
-        torch.library.opcheck(t.gates, (*inputs, factor))
-        torch.library.opcheck(t.gates_backward, (*inputs, t.gates(*inputs, factor), dgate, factor))
+        inputs.insert(1, r)
+        torch.library.opcheck(t.gates, tuple(inputs))
+        dgates = directions if len(directions) == 2 else [*directions, None]
+        torch.library.opcheck(t.gates_backward, (*inputs, *t.gates(*inputs), *dgates))
 
     @pytest.mark.parametrize("T,block,ends", [(200, 64, [0, 70, 71, 128, 199, 200, 200, 200]), (5, 8, [0, 5])])
     def test_unpadded(self, T, block, ends, h=3):
@@ -278,14 +304,15 @@ class TestInterpreted:
         assert ours.dtype == E5M2 and ours.is_contiguous()
         assert torch.equal(ours.view(torch.uint8), src.view(torch.uint8).T)
 
-    @pytest.mark.parametrize("T,D,rows", [(40, 24, 7), (9, 100, 50), (1, 1, 1)])
-    def test_scatter_add_rows(self, T, D, rows):
+    @pytest.mark.parametrize("ordered", [False, True])
+    @pytest.mark.parametrize("T,D,rows", [(40, 24, 7), (9, 100, 50), (50, 16, 1), (1, 1, 1)])
+    def test_scatter_add_rows(self, T, D, rows, ordered):
         """Repeated ids add up, and other rows stay."""
         x, ids, out = torch.randn(T, D), torch.randint(0, rows, (T,), dtype=torch.int32), torch.randn(rows, D)
         exact, size = out.double(), out.double().abs()
         t.scatter_add_rows_reference(x.double(), ids, exact)
         t.scatter_add_rows_reference(x.double().abs(), ids, size)
-        t.scatter_add_rows(x, ids, out)
+        t.scatter_add_rows(x, ids, out, ids.argsort().int() if ordered else None)
         self.within(out, exact, size, T)
 
     @pytest.mark.parametrize("K,n,k", [(1, 16, 16), (2, 32, 48), (3, 20, 37), (2, 7, 5), (1, 140, 24), (2, 300, 70),
@@ -329,7 +356,8 @@ class TestInterpreted:
         tokens = torch.randint(0, 300, (n + 1,), dtype=torch.int32)
         ids = torch.from_numpy(t.bigram_ids(tokens[:-1].numpy(), hp.bigram_rows))
         ends = torch.tensor([0, 13, 30, n, n], dtype=torch.int32)
-        batch, geometry = t.Batch(tokens[:-1], tokens[1:].long(), ids, ends), t.Geometry(4, 12, 17, 0.2)
+        order, geometry = tokens[:-1].argsort().int(), t.Geometry(4, 12, 17, 0.2)
+        batch = t.Batch(tokens[:-1], tokens[1:].long(), ids, ends, order)
 
         def results(kernels):
             model.use("reference", kernels)
@@ -350,7 +378,6 @@ class TestInterpreted:
         check(t.product_root, (a, b, c, r))
         check(t.product_norm_grad, (a, b, c, c + 1, scale, r))
         check(t.product_sum, (a, b, [c, c + 1], [scale, scale]))
-        check(t.add_columns, (c.clone(), c[:, :5], r))
         check(t.add_columns, (c.clone(), c[:, :5]))
         check(t.embedding_sums_backward, (c, c + 1, torch.rand(3), torch.rand(3), [c, c - 1, c - 2]))
         check(t.softcapped_mtp_loss, (torch.randn(3, 16), torch.tensor([1, 2, 3]), torch.ones(2), FP32, 0.5))
@@ -438,13 +465,12 @@ class TestGPU:
         r, streams = t.inverse_rms(x.float().square(), D), [randn(T, D), scale, randn(T, D), randn(T, D)]
 
         def linear(x, w):
-            u, seen = t.NormedLinear.apply(t.FoldedNorm.apply(x, r), r, w)
-            return (u * r[:, None]).to(BF16), seen
+            return tuple((y * r[:, None]).to(BF16) for y in normed_linear(x, r, w))
 
         for ours, plain, inputs in [
             (lambda x, *y: t.ReluSquareMLP.apply(x, r, *y)[0], lambda x, *y: t.mlp_reference(x, None, *y)[0],
              [x, up, down, scale]),
-            (linear, lambda x, w: t.normed_linear_reference(t.norm(x), None, w), [x, up]),
+            (linear, lambda x, w: (F.linear(t.norm(x), w), t.norm(x)[:, : t.GATE_INPUTS]), [x, up]),
             (layers(t.LinearSum.apply, t.EmbeddingSums.apply),
              layers(t.linear_sum_reference, t.embedding_sums_reference), [x, w, *streams, s0, s1]),
         ]:
@@ -468,12 +494,16 @@ class TestGPU:
         as_good(results(t.AttentionInputs.apply), results(t.attention_inputs_reference),
                 results(t.attention_inputs_reference, FP64))
 
-    @pytest.mark.parametrize("T,factor", [(1001, 1.0), (4096, 2.0)])
-    def test_gates(self, T, factor):
-        inputs, dgate = [randn(T, 12), randn(6, 12)], torch.randn(T, 6, device="cuda")
-        exact = gradients(lambda *x: t.gates_reference(*x, factor), to(FP64, *inputs), dgate.double())
-        plain = gradients(lambda *x: t.gates_reference(*x, factor).float(), inputs, dgate)
-        as_good(gradients(lambda *x: t.Gates.apply(*x, factor), inputs, dgate), plain, exact)
+    @pytest.mark.parametrize("T,kind", [(1001, kind) for kind in GATE_KINDS] + [(49152, (True, "mixed"))])
+    def test_gates(self, T, kind):
+        inputs, r, directions = gates_inputs(T, 6, 12, kind, device="cuda")
+        inputs = to(BF16, *inputs)
+
+        def results(f, dtype=BF16, exact=FP32):
+            factor = r if r is None else r.to(exact)
+            return gradients(gates_of(f, factor), to(dtype, *inputs), to(exact, *directions))
+
+        as_good(results(t.Gates.apply), results(t.gates_reference), results(t.gates_reference, FP64, FP64))
 
     @pytest.mark.parametrize("T,V,count,spread,dtype", [
         (512, 50304, 3, 4, E5M2), (37, 1002, 2, 8, E5M2), (5, 50258, 1, 4, BF16), (300, 1003, 3, 4, FP32)])
@@ -512,15 +542,16 @@ class TestGPU:
                 t.transpose_into_reference(x, expected, add=True)
                 assert torch.equal(added, expected)
 
+    @pytest.mark.parametrize("ordered", [False, True])
     @pytest.mark.parametrize("T,D,rows", [(4096, 768, 50304), (999, 100, 37)])
-    def test_scatter_add_rows(self, T, D, rows):
+    def test_scatter_add_rows(self, T, D, rows, ordered):
         """Sums of bf16 rows in fp32, with many repeated ids."""
         x, ids = randn(T, D), (rows * torch.rand(T, device="cuda") ** 4).int()
         out = torch.randn(rows, D, device="cuda")
         plain, exact = out.clone(), out.double()
         t.scatter_add_rows_reference(x, ids, plain)
         t.scatter_add_rows_reference(x, ids, exact)
-        t.scatter_add_rows(x, ids, out)
+        t.scatter_add_rows(x, ids, out, ids.argsort().int() if ordered else None)
         as_good([out], [plain], [exact])
 
     @pytest.mark.parametrize("K,n,k,turned", [

@@ -112,12 +112,15 @@ def attention_inputs(T: int) -> Iterator[Row]:
 
 
 def gates(T: int) -> Iterator[Row]:
-    """Gates of heads; T tokens."""
-    inputs, dgate = [randn(T, t.GATE_INPUTS), randn(HEADS, t.GATE_INPUTS)], torch.randn(T, HEADS, device=DEVICE)
-    ours, plain = t.Gates.apply, lambda *x: t.gates_reference(*x).float()
-    yield Row("gates forward + backward", f"{T} x {HEADS} x {t.GATE_INPUTS}", backward(compiled(ours), inputs, dgate),
-              T * (2 * 3 * t.GATE_INPUTS + 4 * 3 * HEADS), 0, backward(compiled(plain), inputs, dgate),
-              backward(plain, inputs, dgate))
+    """Gates of heads and of a value embedding; T tokens."""
+    n, half = t.GATE_INPUTS, t.GATE_INPUTS // 2
+    inputs, dgates = [randn(T, n), randn(T, half), randn(HEADS, n), randn(HEADS, n)], [
+        torch.randn(T, HEADS, device=DEVICE) for _ in range(2)]
+    ours = lambda seen, *x: t.Gates.apply(seen, None, *x)
+    plain = lambda seen, *x: tuple(y.float() for y in t.gates_reference(seen, None, *x))
+    yield Row("gates forward + backward", f"{T} x {HEADS} x {n}", backward(compiled(ours), inputs, dgates),
+              T * (2 * 3 * (n + half) + 4 * 2 * 3 * HEADS), 0, backward(compiled(plain), inputs, dgates),
+              backward(plain, inputs, dgates))
 
 
 def logits(T: int) -> Iterator[Row]:
@@ -150,9 +153,12 @@ def tables(T: int) -> Iterator[Row]:
                   partial(t.transpose_into, source, target, add), (6 if add else 4) * head.numel(),
                   eager=partial(t.transpose_into_reference, source, target, add))
     rows, ids = randn(T, DIM), (VOCABULARY * torch.rand(T, device=DEVICE) ** 4).int()  # some rows much more often
-    args = rows, ids, torch.zeros(VOCABULARY, DIM, device=DEVICE)
-    yield Row("scatter_add_rows", f"{T} x {DIM}", partial(t.scatter_add_rows, *args), 10 * T * DIM,
-              eager=partial(t.scatter_add_rows_reference, *args))
+    touched = len(ids.unique())
+    for order in (None, ids.argsort().int()):
+        args = rows, ids, torch.zeros(VOCABULARY, DIM, device=DEVICE), order
+        yield Row(f"scatter_add_rows, {'any order' if order is None else 'ordered'}", f"{T} x {DIM}",
+                  partial(t.scatter_add_rows, *args), (2 * T + 8 * touched) * DIM,
+                  eager=partial(t.scatter_add_rows_reference, *args))
 
 
 def symmetric(_T: int) -> Iterator[Row]:
