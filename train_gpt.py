@@ -678,6 +678,154 @@ def softcap(logits: Tensor) -> Tensor:
     return CAP * torch.sigmoid((logits.float() + CAP_SHIFT) / CAP_WIDTH)
 
 
+# --- Gates of heads and of value embeddings
+
+VALUE_GATE_MAX = 2.0
+
+
+def gates_reference(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor,
+                    w_value: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Gates of heads, sigmoid(seen w^T) [T, H] for seen [T, n], w [H, n]; and of the value embedding, or None.
+
+    seen lacks the factor r [T] if there is one. The latter see `other` [T, n/2], if given, in place of its second half.
+    """
+    seen = seen if r is None else (r[:, None] * seen).to(seen.dtype)
+    gate = torch.sigmoid(F.linear(seen, w))
+    if w_value is None:
+        return gate, None
+    seen = seen if other is None else torch.cat([seen[:, : seen.size(1) // 2], other], dim=1)
+    return gate, VALUE_GATE_MAX * torch.sigmoid(F.linear(seen, w_value))
+
+
+@jit
+def seen_by_gates(seen, seen_stride, r, other, other_stride, rows, columns, inside, N: tl.constexpr,
+                  SCALED: tl.constexpr, MIXED: tl.constexpr):
+    """What gates of heads see and what gates of values see, and the factor of the first; all fp32."""
+    front = inside[:, None] & (columns < N)[None, :]
+    s = tl.load(seen + rows[:, None] * seen_stride + columns[None, :], mask=front, other=0.0).to(tl.float32)
+    factor = tl.full(rows.shape, 1.0, tl.float32)
+    if SCALED:
+        factor = tl.load(r + rows, mask=inside, other=0.0)
+        s *= factor[:, None]
+    mixed = s
+    if MIXED:
+        back = front & (columns >= N // 2)[None, :]
+        o = tl.load(other + rows[:, None] * other_stride + columns[None, :] - N // 2, mask=back, other=0.0)
+        mixed = tl.where((columns < N // 2)[None, :], s, o.to(tl.float32))
+    return s, mixed, factor[:, None]
+
+
+@jit
+def gates_kernel(seen, seen_stride, r, other, other_stride, w, w_value, gate, value_gate, T, MAX: tl.constexpr,
+                 H: tl.constexpr, N: tl.constexpr, SCALED: tl.constexpr, MIXED: tl.constexpr, VALUE: tl.constexpr,
+                 ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """One program: ROWS tokens."""
+    rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    inside, used = rows < T, columns < N
+    s, mixed, _ = seen_by_gates(seen, seen_stride, r, other, other_stride, rows, columns, inside, N, SCALED, MIXED)
+    for head in tl.static_range(H):
+        weight = tl.load(w + head * N + columns, mask=used, other=0.0).to(tl.float32)[None, :]
+        tl.store(gate + rows * H + head, tl.sigmoid(tl.sum(s * weight, 1)), mask=inside)
+        if VALUE:
+            weight = tl.load(w_value + head * N + columns, mask=used, other=0.0).to(tl.float32)[None, :]
+            tl.store(value_gate + rows * H + head, MAX * tl.sigmoid(tl.sum(mixed * weight, 1)), mask=inside)
+
+
+@jit
+def gates_backward_kernel(seen, seen_stride, r, other, other_stride, w, w_value, gate, value_gate, dgate, dvalue_gate,
+                          dseen, dother, dw, T, MAX: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
+                          SCALED: tl.constexpr, MIXED: tl.constexpr, VALUE: tl.constexpr, ROWS: tl.constexpr,
+                          COLUMNS: tl.constexpr):
+    """One program: ROWS tokens, whose part of the weights' gradients it stores."""
+    rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    inside, used, dw = rows < T, columns < N, dw + tl.program_id(0) * H * (1 + VALUE) * N + columns
+    s, mixed, factor = seen_by_gates(seen, seen_stride, r, other, other_stride, rows, columns, inside, N, SCALED, MIXED)
+    ds, dmixed = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+    for head in tl.static_range(H):
+        weight = tl.load(w + head * N + columns, mask=used, other=0.0).to(tl.float32)[None, :]
+        g = tl.load(gate + rows * H + head, mask=inside, other=0.0)
+        dlogit = (tl.load(dgate + rows * H + head, mask=inside, other=0.0) * g * (1.0 - g))[:, None]
+        ds += dlogit * weight
+        tl.store(dw + head * N, tl.sum(dlogit * s, 0), mask=used)
+        if VALUE:
+            weight = tl.load(w_value + head * N + columns, mask=used, other=0.0).to(tl.float32)[None, :]
+            g = tl.load(value_gate + rows * H + head, mask=inside, other=0.0)
+            dlogit = tl.load(dvalue_gate + rows * H + head, mask=inside, other=0.0) * g * (1.0 - g / MAX)
+            dmixed += dlogit[:, None] * weight
+            tl.store(dw + (H + head) * N, tl.sum(dlogit[:, None] * mixed, 0), mask=used)
+    mask = inside[:, None] & used[None, :]
+    if MIXED:
+        back = mask & (columns >= N // 2)[None, :]
+        tl.store(dother + rows[:, None] * (N // 2) + columns[None, :] - N // 2, dmixed.to(dother.dtype.element_ty),
+                 mask=back)
+        dmixed = tl.where((columns < N // 2)[None, :], dmixed, 0.0)
+    ds = factor * (ds + dmixed)
+    tl.store(dseen + rows[:, None] * N + columns[None, :], ds.to(dseen.dtype.element_ty), mask=mask)
+
+
+def gates_options(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor, w_value: Tensor | None) -> tuple:
+    """The constants of both kernels."""
+    assert seen.stride(1) == 1 and (other is None or other.stride(1) == 1) and w.is_contiguous()
+    return (VALUE_GATE_MAX, *w.shape, r is not None, other is not None, w_value is not None, GATE_ROWS,
+            triton.next_power_of_2(w.size(1)))
+
+
+@custom_op("speedrun::gates", mutates_args=())
+def gates(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor,
+          w_value: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both in fp32, the second of no tokens where there is none."""
+    T, H = len(seen), len(w)
+    gate, value_gate = (w.new_empty(n, H, dtype=torch.float32) for n in (T, 0 if w_value is None else T))
+    gates_kernel[(triton.cdiv(T, GATE_ROWS),)](
+        seen, seen.stride(0), r, other, 0 if other is None else other.stride(0), w, w_value, gate, value_gate, T,
+        *gates_options(seen, r, other, w, w_value))
+    return gate, value_gate
+
+
+@custom_op("speedrun::gates_backward", mutates_args=())
+def gates_backward(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor, w_value: Tensor | None,
+                   gate: Tensor, value_gate: Tensor, dgate: Tensor,
+                   dvalue_gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of seen, of other, and of both weights in parts [programs, H or 2 H, n] fp32."""
+    (T, n), H, programs = seen.shape, len(w), triton.cdiv(len(seen), GATE_ROWS)
+    dseen, dother = seen.new_empty(T, n), seen.new_empty(0 if other is None else T, n // 2)
+    dw = w.new_empty(programs, H if w_value is None else 2 * H, n, dtype=torch.float32)
+    gates_backward_kernel[(programs,)](
+        seen, seen.stride(0), r, other, 0 if other is None else other.stride(0), w, w_value, gate, value_gate,
+        dgate.contiguous(), None if dvalue_gate is None else dvalue_gate.contiguous(), dseen, dother, dw, T,
+        *gates_options(seen, r, other, w, w_value))
+    return dseen, dother, dw
+
+GATE_ROWS = 256  # tokens of one program
+gates.register_fake(lambda seen, _r, _other, w, w_value: tuple(
+    w.new_empty(n, len(w), dtype=torch.float32) for n in (len(seen), 0 if w_value is None else len(seen))))
+gates_backward.register_fake(lambda seen, _r, other, w, w_value, *_: (
+    seen.new_empty(seen.shape), seen.new_empty(0 if other is None else len(seen), seen.size(1) // 2),
+    w.new_empty(-(-len(seen) // GATE_ROWS), len(w) * (1 if w_value is None else 2), w.size(1), dtype=torch.float32)))
+
+
+def gates_grads(saved: tuple[Tensor | None, ...], dgate: Tensor, dvalue_gate: Tensor | None) -> tuple:
+    """Gradients of seen, r (None), other, w and w_value, where saved are these and both results."""
+    _, _, other, w, w_value, *_ = saved
+    dseen, dother, dw = gates_backward(*saved, dgate, None if w_value is None else dvalue_gate)
+    dw, dw_value = dw.sum(0).to(w.dtype).split([len(w), dw.size(1) - len(w)])
+    return dseen, None, None if other is None else dother, dw, None if w_value is None else dw_value
+
+
+class Gates(torch.autograd.Function):
+    """gates_reference in fp32, in one kernel forward and one backward: products so thin take longer by themselves."""
+
+    @staticmethod
+    def forward(ctx, *inputs: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        gate, value_gate = gates(*inputs)
+        ctx.save_for_backward(*inputs, gate, value_gate)
+        return gate, None if inputs[-1] is None else value_gate
+
+    @staticmethod
+    def backward(ctx, dgate: Tensor, dvalue_gate: Tensor | None):
+        return gates_grads(ctx.saved_tensors, dgate, dvalue_gate)
+
+
 # --- Matrix products that do elementwise work before their result leaves the chip
 # An RMSNorm before a product costs no pass of its own: norm(x) = r x with r = 1 / rms(x) of each row, and r multiplies
 # what the product makes of x. r is no variable of differentiation: the classes below put its share into x's gradient.
@@ -876,18 +1024,23 @@ class FoldedNorm(torch.autograd.Function):
 
 
 class NormedLinear(torch.autograd.Function):
-    """F.linear(x, w) of a FoldedNorm x [T, D], w [n, D]; the result lacks the factor r [T], too."""
+    """F.linear(x, w) of a FoldedNorm x [T, D], w [n, D], but for the factor r [T]; and Gates of x's first columns."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return product(x, w.mT)
+    def forward(ctx, x: Tensor, r: Tensor, w: Tensor, other: Tensor | None, w_gate: Tensor,
+                w_value: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        gate, value_gate = gates(x[:, :GATE_INPUTS], r, other, w_gate, w_value)
+        ctx.save_for_backward(x, r, w, other, w_gate, w_value, gate, value_gate)
+        return product(x, w.mT), gate, None if w_value is None else value_gate
 
     @staticmethod
-    def backward(ctx, du: Tensor):
-        x, w = ctx.saved_tensors
+    def backward(ctx, du: Tensor, dgate: Tensor, dvalue_gate: Tensor | None):
+        x, r, w, *more = ctx.saved_tensors
         dw = weight_grad(du, x)  # first: cuBLAS gives autograd's thread the CUDA context that tensor descriptors need
-        return product(du, w), dw
+        dx = product(du, w)
+        dseen, _, *grads = gates_grads((x[:, :GATE_INPUTS], r, *more), dgate, dvalue_gate)
+        add_columns(dx, dseen)
+        return dx, None, dw, *grads
 
 
 def embedding_sums_reference(x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor) -> tuple[Tensor, ...]:
@@ -1186,150 +1339,6 @@ class AttentionInputs(torch.autograd.Function):
         qkv, r, ve, *rest = ctx.saved_tensors
         dqkv, dve, dgate = attention_inputs_backward(qkv, r, ve, *rest, dq, dk, dv, *ctx.options)
         return (dqkv, None, *((dve, dgate) if ve is not None else (None, None)), None, None, None, None)
-
-
-# --- Gates of heads and of value embeddings
-
-VALUE_GATE_MAX = 2.0
-
-
-def gates_reference(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor,
-                    w_value: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Gates of heads, sigmoid(seen w^T) [T, H] for seen [T, n], w [H, n]; and of the value embedding, or None.
-
-    seen lacks the factor r [T] if there is one. The latter see `other` [T, n/2], if given, in place of its second half.
-    """
-    seen = seen if r is None else (r[:, None] * seen).to(seen.dtype)
-    gate = torch.sigmoid(F.linear(seen, w))
-    if w_value is None:
-        return gate, None
-    seen = seen if other is None else torch.cat([seen[:, : seen.size(1) // 2], other], dim=1)
-    return gate, VALUE_GATE_MAX * torch.sigmoid(F.linear(seen, w_value))
-
-
-@jit
-def seen_by_gates(seen, seen_stride, r, other, other_stride, rows, columns, inside, N: tl.constexpr,
-                  SCALED: tl.constexpr, MIXED: tl.constexpr):
-    """What gates of heads see and what gates of values see, and the factor of the first; all fp32."""
-    front = inside[:, None] & (columns < N)[None, :]
-    s = tl.load(seen + rows[:, None] * seen_stride + columns[None, :], mask=front, other=0.0).to(tl.float32)
-    factor = tl.full(rows.shape, 1.0, tl.float32)
-    if SCALED:
-        factor = tl.load(r + rows, mask=inside, other=0.0)
-        s *= factor[:, None]
-    mixed = s
-    if MIXED:
-        back = front & (columns >= N // 2)[None, :]
-        o = tl.load(other + rows[:, None] * other_stride + columns[None, :] - N // 2, mask=back, other=0.0)
-        mixed = tl.where((columns < N // 2)[None, :], s, o.to(tl.float32))
-    return s, mixed, factor[:, None]
-
-
-@jit
-def gates_kernel(seen, seen_stride, r, other, other_stride, w, w_value, gate, value_gate, T, MAX: tl.constexpr,
-                 H: tl.constexpr, N: tl.constexpr, SCALED: tl.constexpr, MIXED: tl.constexpr, VALUE: tl.constexpr,
-                 ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """One program: ROWS tokens."""
-    rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    inside, used = rows < T, columns < N
-    s, mixed, _ = seen_by_gates(seen, seen_stride, r, other, other_stride, rows, columns, inside, N, SCALED, MIXED)
-    for head in tl.static_range(H):
-        weight = tl.load(w + head * N + columns, mask=used, other=0.0).to(tl.float32)[None, :]
-        tl.store(gate + rows * H + head, tl.sigmoid(tl.sum(s * weight, 1)), mask=inside)
-        if VALUE:
-            weight = tl.load(w_value + head * N + columns, mask=used, other=0.0).to(tl.float32)[None, :]
-            tl.store(value_gate + rows * H + head, MAX * tl.sigmoid(tl.sum(mixed * weight, 1)), mask=inside)
-
-
-@jit
-def gates_backward_kernel(seen, seen_stride, r, other, other_stride, w, w_value, gate, value_gate, dgate, dvalue_gate,
-                          dseen, dother, dw, T, MAX: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
-                          SCALED: tl.constexpr, MIXED: tl.constexpr, VALUE: tl.constexpr, ROWS: tl.constexpr,
-                          COLUMNS: tl.constexpr):
-    """One program: ROWS tokens, whose part of the weights' gradients it stores."""
-    rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    inside, used, dw = rows < T, columns < N, dw + tl.program_id(0) * H * (1 + VALUE) * N + columns
-    s, mixed, factor = seen_by_gates(seen, seen_stride, r, other, other_stride, rows, columns, inside, N, SCALED, MIXED)
-    ds, dmixed = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
-    for head in tl.static_range(H):
-        weight = tl.load(w + head * N + columns, mask=used, other=0.0).to(tl.float32)[None, :]
-        g = tl.load(gate + rows * H + head, mask=inside, other=0.0)
-        dlogit = (tl.load(dgate + rows * H + head, mask=inside, other=0.0) * g * (1.0 - g))[:, None]
-        ds += dlogit * weight
-        tl.store(dw + head * N, tl.sum(dlogit * s, 0), mask=used)
-        if VALUE:
-            weight = tl.load(w_value + head * N + columns, mask=used, other=0.0).to(tl.float32)[None, :]
-            g = tl.load(value_gate + rows * H + head, mask=inside, other=0.0)
-            dlogit = tl.load(dvalue_gate + rows * H + head, mask=inside, other=0.0) * g * (1.0 - g / MAX)
-            dmixed += dlogit[:, None] * weight
-            tl.store(dw + (H + head) * N, tl.sum(dlogit[:, None] * mixed, 0), mask=used)
-    mask = inside[:, None] & used[None, :]
-    if MIXED:
-        back = mask & (columns >= N // 2)[None, :]
-        tl.store(dother + rows[:, None] * (N // 2) + columns[None, :] - N // 2, dmixed.to(dother.dtype.element_ty),
-                 mask=back)
-        dmixed = tl.where((columns < N // 2)[None, :], dmixed, 0.0)
-    ds = factor * (ds + dmixed)
-    tl.store(dseen + rows[:, None] * N + columns[None, :], ds.to(dseen.dtype.element_ty), mask=mask)
-
-
-def gates_options(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor, w_value: Tensor | None) -> tuple:
-    """The constants of both kernels."""
-    assert seen.stride(1) == 1 and (other is None or other.stride(1) == 1) and w.is_contiguous()
-    return (VALUE_GATE_MAX, *w.shape, r is not None, other is not None, w_value is not None, GATE_ROWS,
-            triton.next_power_of_2(w.size(1)))
-
-
-@custom_op("speedrun::gates", mutates_args=())
-def gates(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor,
-          w_value: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Both in fp32, the second of no tokens where there is none."""
-    T, H = len(seen), len(w)
-    gate, value_gate = (w.new_empty(n, H, dtype=torch.float32) for n in (T, 0 if w_value is None else T))
-    gates_kernel[(triton.cdiv(T, GATE_ROWS),)](
-        seen, seen.stride(0), r, other, 0 if other is None else other.stride(0), w, w_value, gate, value_gate, T,
-        *gates_options(seen, r, other, w, w_value))
-    return gate, value_gate
-
-
-@custom_op("speedrun::gates_backward", mutates_args=())
-def gates_backward(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor, w_value: Tensor | None,
-                   gate: Tensor, value_gate: Tensor, dgate: Tensor,
-                   dvalue_gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of seen, of other, and of both weights in parts [programs, H or 2 H, n] fp32."""
-    (T, n), H, programs = seen.shape, len(w), triton.cdiv(len(seen), GATE_ROWS)
-    dseen, dother = seen.new_empty(T, n), seen.new_empty(0 if other is None else T, n // 2)
-    dw = w.new_empty(programs, H if w_value is None else 2 * H, n, dtype=torch.float32)
-    gates_backward_kernel[(programs,)](
-        seen, seen.stride(0), r, other, 0 if other is None else other.stride(0), w, w_value, gate, value_gate,
-        dgate.contiguous(), None if dvalue_gate is None else dvalue_gate.contiguous(), dseen, dother, dw, T,
-        *gates_options(seen, r, other, w, w_value))
-    return dseen, dother, dw
-
-GATE_ROWS = 256  # tokens of one program
-gates.register_fake(lambda seen, _r, _other, w, w_value: tuple(
-    w.new_empty(n, len(w), dtype=torch.float32) for n in (len(seen), 0 if w_value is None else len(seen))))
-gates_backward.register_fake(lambda seen, _r, other, w, w_value, *_: (
-    seen.new_empty(seen.shape), seen.new_empty(0 if other is None else len(seen), seen.size(1) // 2),
-    w.new_empty(-(-len(seen) // GATE_ROWS), len(w) * (1 if w_value is None else 2), w.size(1), dtype=torch.float32)))
-
-
-class Gates(torch.autograd.Function):
-    """gates_reference in fp32, in one kernel forward and one backward: products so thin take longer by themselves."""
-
-    @staticmethod
-    def forward(ctx, seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor,
-                w_value: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        gate, value_gate = gates(seen, r, other, w, w_value)
-        ctx.save_for_backward(seen, r, other, w, w_value, gate, value_gate)
-        return gate, None if w_value is None else value_gate
-
-    @staticmethod
-    def backward(ctx, dgate: Tensor, dvalue_gate: Tensor | None):
-        _, _, other, w, w_value, *_ = ctx.saved_tensors
-        dseen, dother, dw = gates_backward(*ctx.saved_tensors, dgate, None if w_value is None else dvalue_gate)
-        dw, dw_value = dw.sum(0).to(w.dtype).split([len(w), dw.size(1) - len(w)])
-        return dseen, None, None if other is None else dother, dw, None if w_value is None else dw_value
 
 
 # --- Loss of the head
@@ -2043,14 +2052,15 @@ class GPT(nn.Module):
                g: Geometry) -> Tensor:
         """Gated attention of layer i on normed's h [T, D], r with weights qkv [3D, D], before O; [T, D]."""
         layer, T, H, d = LAYERS[i], h.size(0), self.hp.num_heads, self.hp.head_dim
-        h, seen = self.first_columns(h, GATE_INPUTS)
-        qkv = (NormedLinear.apply if self.fused else F.linear)(h, qkv)
-        ve_first = None
+        ve_first, w_value = None, None if ve is None else self.ve_gate_bank[layer.value_table]
         if ve is not None and not layer.paired:
             ve, ve_first = self.first_columns(ve, GATE_INPUTS // 2)
-        gate, ve_gate = (Gates.apply if self.fast else gates_reference)(
-            seen, r, ve_first, self.attn_gate_bank[ATTN_INDEX[i]],
-            None if ve is None else self.ve_gate_bank[layer.value_table])
+        gate_inputs = ve_first, self.attn_gate_bank[ATTN_INDEX[i]], w_value
+        if self.fused:
+            qkv, gate, ve_gate = NormedLinear.apply(h, r, qkv, *gate_inputs)
+        else:
+            gates = Gates.apply if self.fast else gates_reference
+            qkv, (gate, ve_gate) = F.linear(h, qkv), gates(h[:, :GATE_INPUTS], r, *gate_inputs)
         inputs = AttentionInputs.apply if self.fast else attention_inputs_reference
         q, k, v = inputs(qkv.view(T, 3, H, d), r, ve, ve_gate, self.cos, self.sin, layer.paired, layer.key_offset)
         # A paired token becomes two, heads 0..H/2-1 and then the rest: the same memory seen as [2T, H/2, d]

@@ -93,16 +93,15 @@ def qkv_inputs(T, H, d, mix, **kwargs):
     return qkv, *((torch.randn(T, H * d, **kwargs), torch.rand(T, H, **kwargs)) if mix else (None, None)), grads
 
 
-def normed_linear(x, r, w):
-    """The product and what gates see of a norm whose factor r both lack."""
-    h, seen = t.FirstColumns.apply(t.FoldedNorm.apply(x, r), t.GATE_INPUTS)
-    return t.NormedLinear.apply(h, w), seen
+def through_inputs(u, gate, value_gate, r):
+    """A scalar of NormedLinear's results, used as attention uses them: the first times r, if that is left out."""
+    u = u if r is None else r[:, None] * u
+    return (u.sin() + 0.1 * u.square()).sum() + (gate * value_gate).sum()
 
 
-def through_inputs(u, seen, r):
-    """A scalar of normed_linear's results, used as attention and gates use them: times r, if that is left out."""
-    u, seen = (u, seen) if r is None else (r[:, None] * u, r[:, None] * seen)
-    return (u.sin() + 0.1 * u.square()).sum() + (seen * torch.arange(seen.size(1)).cos()).sum()
+def normed_linear_reference(x, w, other, w_gate, w_value):
+    h = t.norm(x)
+    return F.linear(h, w), *t.gates_reference(h[:, : t.GATE_INPUTS], None, other, w_gate, w_value)
 
 
 def gates_inputs(T, H, n, kind, **kwargs):
@@ -160,17 +159,19 @@ class TestInterpreted:
         """
         x, up, down = torch.randn(T, D), torch.randn(width, D), torch.randn(width, D)
         r, scale = t.inverse_rms(x.square(), D), torch.full((T,), 0.7)
+        seen = min(D, t.GATE_INPUTS)
+        gate_inputs = other, *_ = torch.randn(T, seen // 2), torch.randn(2, seen), torch.randn(2, seen)
         streams = [torch.randn(T, width), torch.full((T,), -0.4), torch.randn(T, width), torch.randn(T, width)]
         for ours, plain, inputs in [
             (lambda x, *y: t.ReluSquareMLP.apply(x, r, *y)[0], lambda x, *y: t.mlp_reference(x, None, *y)[0],
              [x, up, down, scale]),
-            (lambda x, w: through_inputs(*normed_linear(x, r, w), r),
-             lambda x, w: through_inputs(F.linear(t.norm(x), w), t.norm(x)[:, : t.GATE_INPUTS], None), [x, up]),
+            (lambda x, *y: through_inputs(*t.NormedLinear.apply(t.FoldedNorm.apply(x, r), r, *y), r),
+             lambda *y: through_inputs(*normed_linear_reference(*y), None), [x, up, *gate_inputs]),
             *((layers(t.LinearSum.apply, t.EmbeddingSums.apply),
                layers(t.linear_sum_reference, t.embedding_sums_reference),
                [x, up, *streams, torch.randn(n), torch.randn(n)]) for n in (1, 3)),
         ]:
-            dy = None if len(inputs) == 2 else torch.randn(T, D if inputs[1] is up and inputs[2] is down else width)
+            dy = None if inputs[2] is other else torch.randn(T, D if inputs[2] is down else width)
             exact = gradients(plain, to(FP64, *inputs), None if dy is None else dy.double())
             for a, b in zip(gradients(ours, inputs, dy), exact, strict=True):
                 torch.testing.assert_close(a.double(), b, rtol=0, atol=(T + width + D) * EPS * b.abs().max().item())
@@ -345,7 +346,7 @@ class TestInterpreted:
 
     @pytest.mark.parametrize("kernels", ["triton", "quack"])
     def test_model(self, kernels, n=40):
-        """The loss of the whole model and all gradients, as with the references."""
+        """The loss of the whole model, as one compiled graph, and all gradients are those with the references."""
         hp, _ = t.parse_args(["--preset=demo", "--vocab_size=300"])
         model = t.GPT(hp)
         model.initialize(0)
@@ -359,11 +360,12 @@ class TestInterpreted:
         order, geometry = tokens[:-1].argsort().int(), t.Geometry(4, 12, 17, 0.2)
         batch = t.Batch(tokens[:-1], tokens[1:].long(), ids, ends, order)
 
-        def results(kernels):
+        def results(kernels, compiler=lambda f, **_: f):
             model.use("reference", kernels)
-            loss = model(batch, model.lookup(batch), geometry, torch.tensor([1.0, 0.5]), 1.0)
+            forward = compiler(model.forward, fullgraph=True, dynamic=False, backend="aot_eager")
+            loss = forward(batch, model.lookup(batch), geometry, torch.tensor([1.0, 0.5]), 1.0)
             return loss.item(), *torch.autograd.grad(loss, tuple(model.parameters()))
-        (loss, *ours), (exact, *plain) = results(kernels), results("reference")
+        (loss, *ours), (exact, *plain) = results(kernels, torch.compile), results("reference")
         assert abs(loss - exact) <= 1e-6 * exact
         for row, a, b in zip(model.named_parameters(), ours, plain, strict=True):
             assert (a - b).norm() <= 1e-5 * b.norm(), (row[0], (a - b).norm() / b.norm())
@@ -464,17 +466,21 @@ class TestGPU:
         x, up, down, w = randn(T, D), randn(width, D) * D**-0.5, randn(width, D) * D**-0.5, randn(D, D) * D**-0.5
         r, streams = t.inverse_rms(x.float().square(), D), [randn(T, D), scale, randn(T, D), randn(T, D)]
 
-        def linear(x, w):
-            return tuple((y * r[:, None]).to(BF16) for y in normed_linear(x, r, w))
+        n = t.GATE_INPUTS
+        gate_inputs = randn(T, n // 2), randn(2, n), randn(2, n)
+
+        def linear(x, *y):
+            u, *gates = t.NormedLinear.apply(t.FoldedNorm.apply(x, r), r, *y)
+            return (u * r[:, None]).to(BF16), *(y.to(BF16) for y in gates)
 
         for ours, plain, inputs in [
             (lambda x, *y: t.ReluSquareMLP.apply(x, r, *y)[0], lambda x, *y: t.mlp_reference(x, None, *y)[0],
              [x, up, down, scale]),
-            (linear, lambda x, w: (F.linear(t.norm(x), w), t.norm(x)[:, : t.GATE_INPUTS]), [x, up]),
+            (linear, normed_linear_reference, [x, up, *gate_inputs]),
             (layers(t.LinearSum.apply, t.EmbeddingSums.apply),
              layers(t.linear_sum_reference, t.embedding_sums_reference), [x, w, *streams, s0, s1]),
         ]:
-            dy = [randn(T, width), randn(T, t.GATE_INPUTS)] if len(inputs) == 2 else [randn(T, D)]
+            dy = [randn(T, width), randn(T, 2), randn(T, 2)] if len(inputs) == 5 else [randn(T, D)]
             exact = gradients(plain, to(FP64, *inputs), to(FP64, *dy))
             as_good(gradients(ours, inputs, dy), gradients(plain, inputs, dy), exact, slack=2.0**-8)
         c = streams[0]
