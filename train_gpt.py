@@ -28,6 +28,7 @@ import ctypes
 import difflib
 import glob
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -44,7 +45,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache, partial, wraps
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, NoReturn
@@ -1761,59 +1762,86 @@ def flash4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, wi
     return out, lse
 
 
+def flash4_preprocess_reference(out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor | None, cu_seqlens: Tensor,
+                                block: int, sums: Tensor, lse2: Tensor, zero: Tensor) -> Tensor:
+    """Sums [T, h] fp32 of out dout over each head, from out, dout [T, h, d]: the first part of flash4's backward.
+
+    It also writes for padded rows, where document i begins at block floor(cu_seqlens[i] / block) + i: the sums [h, rows];
+    lse2 = log2(e) lse [h, rows] from lse [h, T], less the logarithm of gate [T, h] if there is one; and zero [h, rows d],
+    zeros. Where a document's last block goes on, its sums are 0 and lse2 infinite.
+    """
+    dots = (out.float() * dout.float()).sum(-1)
+    lse = lse if gate is None else lse - gate.mT.log()
+    for i, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        at = (start // block + i) * block
+        used = at + round_up(end - start, block)
+        zero[:, at * out.size(2) : used * out.size(2)] = 0
+        sums[:, at:used], lse2[:, at:used] = 0, math.inf
+        sums[:, at : at + end - start] = dots[start:end].mT
+        lse2[:, at : at + end - start] = math.log2(math.e) * lse[:, start:end]
+    return dots
+
+
+@jit
+def flash4_preprocess_kernel(out, dout, lse, gate, cu_seqlens, sums, lse2, zero, dots, T, room, LOG2_E: tl.constexpr,
+                             DOCUMENTS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATED: tl.constexpr,
+                             BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    """One program: a block of one head."""
+    block, head, columns, documents = tl.program_id(0), tl.program_id(1), tl.arange(0, D), tl.arange(0, COLUMNS)
+    begins = tl.load(cu_seqlens + documents, mask=documents < DOCUMENTS, other=0) // BLOCK + documents
+    document = tl.sum(((documents < DOCUMENTS) & (begins <= block)).to(tl.int32), 0) - 1
+    start, end = tl.load(cu_seqlens + document), tl.load(cu_seqlens + document + 1)
+    first = start + (block - start // BLOCK - document) * BLOCK
+    if first < end:
+        rows, to = first + tl.arange(0, BLOCK), head.to(tl.int64) * room + block * BLOCK + tl.arange(0, BLOCK)
+        inside, at = rows < end, rows.to(tl.int64)[:, None] * (H * D) + head * D + columns[None, :]
+        x = tl.load(out + at, mask=inside[:, None], other=0.0).to(tl.float32)
+        dot = tl.sum(x * tl.load(dout + at, mask=inside[:, None], other=0.0).to(tl.float32), 1)
+        value = tl.load(lse + head * T + rows, mask=inside, other=float("inf"))
+        if GATED:
+            value -= tl.log(tl.load(gate + rows * H + head, mask=inside, other=1.0).to(tl.float32))
+        tl.store(dots + rows * H + head, dot, mask=inside)
+        tl.store(sums + to, dot)
+        tl.store(lse2 + to, LOG2_E * value)
+        tl.store(zero + to[:, None] * D + columns[None, :], tl.zeros([BLOCK, D], tl.float32))
+
+
+def flash4_preprocess(out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor | None, cu_seqlens: Tensor, block: int,
+                      sums: Tensor, lse2: Tensor, zero: Tensor) -> Tensor:
+    (T, h, d), room, documents = out.shape, sums.size(1), len(cu_seqlens) - 1
+    assert all(x.is_contiguous() for x in (out, dout, lse, cu_seqlens)) and zero.size(1) == room * d
+    dots = lse.new_empty(T, h)
+    flash4_preprocess_kernel[(room // block, h)](
+        out, dout, lse, None if gate is None else gate.contiguous(), cu_seqlens, sums, lse2, zero, dots, T, room,
+        math.log2(math.e), documents, h, d, gate is not None, block, triton.next_power_of_2(documents))
+    return dots
+
+
 @custom_op("speedrun::flash4_backward", mutates_args=())
-def flash4_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, cu_seqlens: Tensor,
-                    max_len: int, window: int, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v; and the sums [T, h] fp32 of out dout over each head, which the package makes and hides."""
+def flash4_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor | None,
+                    cu_seqlens: Tensor, max_len: int, window: int,
+                    scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, and the sums [T, h] fp32 of out dout over each head.
+
+    flash4_preprocess takes the place of the package's: that hides the sums, which are the gradient of the gate."""
     from flash_attn.cute import interface
 
-    preprocess, hidden = interface._bwd_preprocess, []
+    dots = []
 
-    @wraps(preprocess)  # which looks for its cache under its own name
-    def keep(out, dout, sums, *more, **options):
-        hidden.append((sums, more[9]))  # and the rows of a block
-        preprocess(out, dout, sums, *more, **options)
+    def preprocess(out, dout, sums, lse, lse2, zero, cu_seqlens, _used, _dlse, _dtype, _d, _d_v, block, **_):
+        dots.append(flash4_preprocess(out, dout, lse, gate, cu_seqlens, block, sums, lse2, zero))
 
-    with patch.object(interface, "_bwd_preprocess", keep):
+    with patch.object(interface, "_bwd_preprocess", preprocess):
         dq, dk, dv, *_ = interface._flash_attn_bwd(
-            q, k, v, out, dout.contiguous(), lse.contiguous(), cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
+            q, k, v, out, dout.contiguous(), lse, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
             max_seqlen_q=max_len, max_seqlen_k=max_len, softmax_scale=scale, causal=True, window_size_left=window,
             window_size_right=0)
-    (sums, block), = hidden
-    return dq, dk, dv, unpadded(sums, cu_seqlens, block, len(q))
+    return dq, dk, dv, *dots
 
 flash4.register_fake(lambda q, k, v, *_: (
     torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
 flash4_backward.register_fake(lambda q, k, v, *_: (
     torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), q.new_empty(q.shape[:2], dtype=torch.float32)))
-
-
-def unpadded_reference(x: Tensor, cu_seqlens: Tensor, block: int, T: int) -> Tensor:
-    """x [h, ...] without what fills up blocks, [T, h]: document i begins at block floor(cu_seqlens[i] / block + i)."""
-    position = torch.arange(T, device=x.device, dtype=torch.int32)
-    document = torch.searchsorted(cu_seqlens, position, right=True) - 1
-    start = cu_seqlens[document]
-    return x[:, (start + document * block) // block * block + position - start].mT
-
-
-@jit
-def unpadded_kernel(x, cu_seqlens, out, T, room, ENDS: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-                    ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    rows, ends = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    ends = tl.load(cu_seqlens + ends, mask=ends < ENDS, other=T)
-    document = tl.sum((ends[None, :] <= rows[:, None]).to(tl.int32), 1) - 1
-    inside = rows < T
-    start = tl.load(cu_seqlens + document, mask=inside, other=0)
-    at = (start + document * BLOCK) // BLOCK * BLOCK + rows - start
-    for head in tl.static_range(H):
-        tl.store(out + rows * H + head, tl.load(x + head * room + at, mask=inside), mask=inside)
-
-
-def unpadded(x: Tensor, cu_seqlens: Tensor, block: int, T: int) -> Tensor:
-    (h, room), rows, out = x.shape, 64, x.new_empty(T, len(x))
-    unpadded_kernel[(triton.cdiv(T, rows),)](x, cu_seqlens, out, T, room, len(cu_seqlens), h, block, rows,
-                                             triton.next_power_of_2(len(cu_seqlens)))
-    return out
 
 
 class Flash4(torch.autograd.Function):
@@ -1830,8 +1858,7 @@ class Flash4(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         q, k, v, gate, cu_seqlens, out, lse = ctx.saved_tensors
-        lse = lse if gate is None else lse - gate.float().mT.log()
-        *grads, dgate = flash4_backward(q, k, v, out, dy, lse, cu_seqlens, *ctx.options)
+        *grads, dgate = flash4_backward(q, k, v, out, dy, lse, gate, cu_seqlens, *ctx.options)
         return *grads, None if gate is None else dgate.to(gate.dtype), None, None, None, None
 
 

@@ -244,18 +244,26 @@ class TestInterpreted:
         dgates = directions if len(directions) == 2 else [*directions, None]
         torch.library.opcheck(t.gates_backward, (*inputs, *t.gates(*inputs), *dgates))
 
+    @pytest.mark.parametrize("has_gate", [False, True])
     @pytest.mark.parametrize("T,block,ends", [(200, 64, [0, 70, 71, 128, 199, 200, 200, 200]), (5, 8, [0, 5])])
-    def test_unpadded(self, T, block, ends, h=3):
-        """Documents begin at multiples of the block, with room between them; what fills it is left out."""
-        blocks = [-(-(end - start) // block) for start, end in itertools.pairwise(ends)]
-        x, cu_seqlens = torch.full((h, (T // block + len(ends)) * block), float("nan")), torch.tensor(ends).int()
-        documents = [torch.randn(h, end - start) for start, end in itertools.pairwise(ends)]
-        for i, document in enumerate(documents):
+    def test_flash4_preprocess(self, T, block, ends, has_gate, h=3, d=16):
+        """Kernel and reference write the same and nothing else; zeros for all rows, and what is left out is NaN."""
+        out, dout, lse, cu_seqlens = torch.randn(T, h, d), torch.randn(T, h, d), torch.randn(h, T), torch.tensor(ends)
+        gate = torch.rand(T, h) if has_gate else None
+        room = (T + len(ends) * block - 1) // block * block  # what the package gives
+
+        def results(f):
+            kept = [torch.full((h, n), float("nan")) for n in (room, room, room * d)]
+            return [f(out, dout, lse, gate, cu_seqlens.int(), block, *kept), *kept]
+        ours, plain = results(t.flash4_preprocess), results(t.flash4_preprocess_reference)
+        torch.testing.assert_close(ours, plain, equal_nan=True, rtol=1e-5, atol=1e-5)
+        dots, sums, lse2, _ = ours
+        torch.testing.assert_close(dots, (out * dout).sum(-1))
+        i, last = 2, ends[3] - ends[2] if len(ends) > 3 else 0  # one document, found by itself
+        if last:
             at = (ends[i] // block + i) * block
-            assert at >= sum(blocks[:i]) * block
-            x[:, at : at + document.size(1)] = document
-        for f in (t.unpadded, t.unpadded_reference):
-            assert torch.equal(f(x, cu_seqlens, block, T), torch.cat(documents, dim=1).mT)
+            torch.testing.assert_close(sums[:, at : at + last], dots[ends[i] : ends[i + 1]].mT)
+            assert (sums[:, at + last : at + block] == 0).all() and lse2[:, at + last : at + block].isinf().all()
 
     @pytest.mark.parametrize("paired,offset,mix", KINDS)
     def test_attention_inputs_operations(self, paired, offset, mix):
