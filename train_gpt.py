@@ -1766,9 +1766,9 @@ def flash4_preprocess_reference(out: Tensor, dout: Tensor, lse: Tensor, gate: Te
                                 block: int, sums: Tensor, lse2: Tensor, zero: Tensor) -> Tensor:
     """Sums [T, h] fp32 of out dout over each head, from out, dout [T, h, d]: the first part of flash4's backward.
 
-    It also writes for padded rows, where document i begins at block floor(cu_seqlens[i] / block) + i: the sums [h, rows];
-    lse2 = log2(e) lse [h, rows] from lse [h, T], less the logarithm of gate [T, h] if there is one; and zero [h, rows d],
-    zeros. Where a document's last block goes on, its sums are 0 and lse2 infinite.
+    It also writes for padded rows, where document i begins at block floor(cu_seqlens[i] / block) + i: the sums
+    [h, rows], lse2 = log2(e) lse [h, rows] from lse [h, T], less the logarithm of gate [T, h] if there is one, and
+    zero [h, rows d]. Where a document's last block goes on after its end, sums are 0 and lse2 infinite.
     """
     dots = (out.float() * dout.float()).sum(-1)
     lse = lse if gate is None else lse - gate.mT.log()
