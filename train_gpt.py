@@ -797,7 +797,7 @@ def gates_backward(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tens
         *gates_options(seen, r, other, w, w_value))
     return dseen, dother, dw
 
-GATE_ROWS = 256  # tokens of one program
+GATE_ROWS = 64  # tokens of one program
 gates.register_fake(lambda seen, _r, _other, w, w_value: tuple(
     w.new_empty(n, len(w), dtype=torch.float32) for n in (len(seen), 0 if w_value is None else len(seen))))
 gates_backward.register_fake(lambda seen, _r, other, w, w_value, *_: (
@@ -898,7 +898,7 @@ def quack_products() -> dict[str, Callable]:
 
     def root(acc, c, r):
         pre = cute.math.sqrt(c, fastmath=True)
-        y = 2.0 * pre * r * acc
+        y = 2.0 * r * acc * pre
         return {"D": y, "sums": (y, pre)}
 
     def norm_grad(acc, c, x, s, r):
