@@ -851,6 +851,10 @@ def empty_tile_sums(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(a.size(0), -(-b.size(1) // PRODUCT_TILE[1]), dtype=torch.float32)
 
 
+def fake_product_and_sums(a: Tensor, b: Tensor, *_) -> tuple[Tensor, Tensor]:
+    return a.new_empty(a.size(0), b.size(1)), empty_tile_sums(a, b)
+
+
 def product_sum_reference(a: Tensor, b: Tensor, terms: list[Tensor], scales: list[Tensor]) -> tuple[Tensor, Tensor]:
     """y = a b + scales[0] terms[0] + ... [m, n], scales 0-dim fp32; and tile_sums of y^2. quack_products has kernels
     for 1 and 3 terms."""
@@ -909,9 +913,9 @@ def quack_products() -> dict[str, Callable]:
 
     rows, columns = PRODUCT_TILE
     config = GemmConfig(tile_m=rows, tile_n=columns, pingpong=True, cluster_m=2, is_dynamic_persistent=False)
-    by_row, summed = {"ops": {"r": ColVecLoad("r")}}, {"reduces": {"sums": ColVecReduce("sums", scaled=True)}}
-    plain, summed_by_row = gemm_epilogue(), gemm_epilogue(**by_row, **summed)
-    by_row, summed = gemm_epilogue(**by_row), gemm_epilogue(**summed)
+    ops, reduces = {"r": ColVecLoad("r")}, {"sums": ColVecReduce("sums", scaled=True)}
+    plain, by_row = gemm_epilogue(), gemm_epilogue(ops=ops)
+    summed, summed_by_row = gemm_epilogue(reduces=reduces), gemm_epilogue(ops=ops, reduces=reduces)
     kinds = {none: plain, relu_square: by_row, sum1: summed, sum3: summed, root: summed_by_row,
              norm_grad: summed_by_row}
     fp8 = partial(plain(scaled).gemm, tile_M=config.tile_m, tile_N=config.tile_n, pingpong=config.pingpong,
@@ -950,10 +954,12 @@ def product_norm_grad(a: Tensor, b: Tensor, dy: Tensor, x: Tensor, s: Tensor, r:
 
 product.register_kernel("cpu")(product_reference)
 product.register_fake(lambda a, b, r=None: a.new_empty(a.size(0), b.size(1)))
-for op, reference in ((product_sum, product_sum_reference), (product_root, product_root_reference),
-                      (product_norm_grad, product_norm_grad_reference)):
-    op.register_kernel("cpu")(reference)
-    op.register_fake(lambda a, b, *_: (a.new_empty(a.size(0), b.size(1)), empty_tile_sums(a, b)))
+product_sum.register_kernel("cpu")(product_sum_reference)
+product_sum.register_fake(fake_product_and_sums)
+product_root.register_kernel("cpu")(product_root_reference)
+product_root.register_fake(fake_product_and_sums)
+product_norm_grad.register_kernel("cpu")(product_norm_grad_reference)
+product_norm_grad.register_fake(fake_product_and_sums)
 
 
 def add_columns_reference(y: Tensor, c: Tensor) -> None:
