@@ -28,6 +28,7 @@ import ctypes
 import difflib
 import glob
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -48,6 +49,7 @@ from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, NoReturn
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -677,6 +679,154 @@ def softcap(logits: Tensor) -> Tensor:
     return CAP * torch.sigmoid((logits.float() + CAP_SHIFT) / CAP_WIDTH)
 
 
+# --- Gates of heads and of value embeddings
+
+VALUE_GATE_MAX = 2.0
+
+
+def gates_reference(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor,
+                    w_value: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Gates of heads, sigmoid(seen w^T) [T, H] for seen [T, n], w [H, n]; and of the value embedding, or None.
+
+    seen lacks the factor r [T] if there is one. The latter see `other` [T, n/2], if given, in place of its second half.
+    """
+    seen = seen if r is None else (r[:, None] * seen).to(seen.dtype)
+    gate = torch.sigmoid(F.linear(seen, w))
+    if w_value is None:
+        return gate, None
+    seen = seen if other is None else torch.cat([seen[:, : seen.size(1) // 2], other], dim=1)
+    return gate, VALUE_GATE_MAX * torch.sigmoid(F.linear(seen, w_value))
+
+
+@jit
+def seen_by_gates(seen, seen_stride, r, other, other_stride, rows, columns, inside, N: tl.constexpr,
+                  SCALED: tl.constexpr, MIXED: tl.constexpr):
+    """What gates of heads see and what gates of values see, and the factor of the first; all fp32."""
+    front = inside[:, None] & (columns < N)[None, :]
+    s = tl.load(seen + rows[:, None] * seen_stride + columns[None, :], mask=front, other=0.0).to(tl.float32)
+    factor = tl.full(rows.shape, 1.0, tl.float32)
+    if SCALED:
+        factor = tl.load(r + rows, mask=inside, other=0.0)
+        s *= factor[:, None]
+    mixed = s
+    if MIXED:
+        back = front & (columns >= N // 2)[None, :]
+        o = tl.load(other + rows[:, None] * other_stride + columns[None, :] - N // 2, mask=back, other=0.0)
+        mixed = tl.where((columns < N // 2)[None, :], s, o.to(tl.float32))
+    return s, mixed, factor[:, None]
+
+
+@jit
+def gates_kernel(seen, seen_stride, r, other, other_stride, w, w_value, gate, value_gate, T, MAX: tl.constexpr,
+                 H: tl.constexpr, N: tl.constexpr, SCALED: tl.constexpr, MIXED: tl.constexpr, VALUE: tl.constexpr,
+                 ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """One program: ROWS tokens."""
+    rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    inside, used = rows < T, columns < N
+    s, mixed, _ = seen_by_gates(seen, seen_stride, r, other, other_stride, rows, columns, inside, N, SCALED, MIXED)
+    for head in tl.static_range(H):
+        weight = tl.load(w + head * N + columns, mask=used, other=0.0).to(tl.float32)[None, :]
+        tl.store(gate + rows * H + head, tl.sigmoid(tl.sum(s * weight, 1)), mask=inside)
+        if VALUE:
+            weight = tl.load(w_value + head * N + columns, mask=used, other=0.0).to(tl.float32)[None, :]
+            tl.store(value_gate + rows * H + head, MAX * tl.sigmoid(tl.sum(mixed * weight, 1)), mask=inside)
+
+
+@jit
+def gates_backward_kernel(seen, seen_stride, r, other, other_stride, w, w_value, gate, value_gate, dgate, dvalue_gate,
+                          dseen, dother, dw, T, MAX: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
+                          SCALED: tl.constexpr, MIXED: tl.constexpr, VALUE: tl.constexpr, ROWS: tl.constexpr,
+                          COLUMNS: tl.constexpr):
+    """One program: ROWS tokens, whose part of the weights' gradients it stores."""
+    rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    inside, used, dw = rows < T, columns < N, dw + tl.program_id(0) * H * (1 + VALUE) * N + columns
+    s, mixed, factor = seen_by_gates(seen, seen_stride, r, other, other_stride, rows, columns, inside, N, SCALED, MIXED)
+    ds, dmixed = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+    for head in tl.static_range(H):
+        weight = tl.load(w + head * N + columns, mask=used, other=0.0).to(tl.float32)[None, :]
+        g = tl.load(gate + rows * H + head, mask=inside, other=0.0)
+        dlogit = (tl.load(dgate + rows * H + head, mask=inside, other=0.0) * g * (1.0 - g))[:, None]
+        ds += dlogit * weight
+        tl.store(dw + head * N, tl.sum(dlogit * s, 0), mask=used)
+        if VALUE:
+            weight = tl.load(w_value + head * N + columns, mask=used, other=0.0).to(tl.float32)[None, :]
+            g = tl.load(value_gate + rows * H + head, mask=inside, other=0.0)
+            dlogit = tl.load(dvalue_gate + rows * H + head, mask=inside, other=0.0) * g * (1.0 - g / MAX)
+            dmixed += dlogit[:, None] * weight
+            tl.store(dw + (H + head) * N, tl.sum(dlogit[:, None] * mixed, 0), mask=used)
+    mask = inside[:, None] & used[None, :]
+    if MIXED:
+        back = mask & (columns >= N // 2)[None, :]
+        tl.store(dother + rows[:, None] * (N // 2) + columns[None, :] - N // 2, dmixed.to(dother.dtype.element_ty),
+                 mask=back)
+        dmixed = tl.where((columns < N // 2)[None, :], dmixed, 0.0)
+    ds = factor * (ds + dmixed)
+    tl.store(dseen + rows[:, None] * N + columns[None, :], ds.to(dseen.dtype.element_ty), mask=mask)
+
+
+def gates_options(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor, w_value: Tensor | None) -> tuple:
+    """The constants of both kernels."""
+    assert seen.stride(1) == 1 and (other is None or other.stride(1) == 1) and w.is_contiguous()
+    return (VALUE_GATE_MAX, *w.shape, r is not None, other is not None, w_value is not None, GATE_ROWS,
+            triton.next_power_of_2(w.size(1)))
+
+
+@custom_op("speedrun::gates", mutates_args=())
+def gates(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor,
+          w_value: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both in fp32, the second of no tokens where there is none."""
+    T, H = len(seen), len(w)
+    gate, value_gate = (w.new_empty(n, H, dtype=torch.float32) for n in (T, 0 if w_value is None else T))
+    gates_kernel[(triton.cdiv(T, GATE_ROWS),)](
+        seen, seen.stride(0), r, other, 0 if other is None else other.stride(0), w, w_value, gate, value_gate, T,
+        *gates_options(seen, r, other, w, w_value))
+    return gate, value_gate
+
+
+@custom_op("speedrun::gates_backward", mutates_args=())
+def gates_backward(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor, w_value: Tensor | None,
+                   gate: Tensor, value_gate: Tensor, dgate: Tensor,
+                   dvalue_gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of seen, of other, and of both weights in parts [programs, H or 2 H, n] fp32."""
+    (T, n), H, programs = seen.shape, len(w), triton.cdiv(len(seen), GATE_ROWS)
+    dseen, dother = seen.new_empty(T, n), seen.new_empty(0 if other is None else T, n // 2)
+    dw = w.new_empty(programs, H if w_value is None else 2 * H, n, dtype=torch.float32)
+    gates_backward_kernel[(programs,)](
+        seen, seen.stride(0), r, other, 0 if other is None else other.stride(0), w, w_value, gate, value_gate,
+        dgate.contiguous(), None if dvalue_gate is None else dvalue_gate.contiguous(), dseen, dother, dw, T,
+        *gates_options(seen, r, other, w, w_value))
+    return dseen, dother, dw
+
+GATE_ROWS = 64  # tokens of one program
+gates.register_fake(lambda seen, _r, _other, w, w_value: tuple(
+    w.new_empty(n, len(w), dtype=torch.float32) for n in (len(seen), 0 if w_value is None else len(seen))))
+gates_backward.register_fake(lambda seen, _r, other, w, w_value, *_: (
+    seen.new_empty(seen.shape), seen.new_empty(0 if other is None else len(seen), seen.size(1) // 2),
+    w.new_empty(-(-len(seen) // GATE_ROWS), len(w) * (1 if w_value is None else 2), w.size(1), dtype=torch.float32)))
+
+
+def gates_grads(saved: tuple[Tensor | None, ...], dgate: Tensor, dvalue_gate: Tensor | None) -> tuple:
+    """Gradients of seen, r (None), other, w and w_value, where saved are these and both results."""
+    _, _, other, w, w_value, *_ = saved
+    dseen, dother, dw = gates_backward(*saved, dgate, None if w_value is None else dvalue_gate)
+    dw, dw_value = dw.sum(0).to(w.dtype).split([len(w), dw.size(1) - len(w)])
+    return dseen, None, None if other is None else dother, dw, None if w_value is None else dw_value
+
+
+class Gates(torch.autograd.Function):
+    """gates_reference in fp32, in one kernel forward and one backward: products so thin take longer by themselves."""
+
+    @staticmethod
+    def forward(ctx, *inputs: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        gate, value_gate = gates(*inputs)
+        ctx.save_for_backward(*inputs, gate, value_gate)
+        return gate, None if inputs[-1] is None else value_gate
+
+    @staticmethod
+    def backward(ctx, dgate: Tensor, dvalue_gate: Tensor | None):
+        return gates_grads(ctx.saved_tensors, dgate, dvalue_gate)
+
+
 # --- Matrix products that do elementwise work before their result leaves the chip
 # An RMSNorm before a product costs no pass of its own: norm(x) = r x with r = 1 / rms(x) of each row, and r multiplies
 # what the product makes of x. r is no variable of differentiation: the classes below put its share into x's gradient.
@@ -684,30 +834,47 @@ def softcap(logits: Tensor) -> Tensor:
 PRODUCT_TILE = (128, 192)  # rows, columns; tuned (H200)
 
 
-def product_reference(a: Tensor, b: Tensor, epilogue: str = "none", r: Tensor | None = None,
-                      c: Tensor | None = None) -> Tensor:
-    """a b [m, n] for a [m, k], b [k, n], after one of these, with r [m] fp32 and c [m, n], or fewer columns in one."""
+def product_reference(a: Tensor, b: Tensor, r: Tensor | None = None) -> Tensor:
+    """a b [m, n] for a [m, k], b [k, n]; with r [m] fp32 relu(r a b)^2."""
     y = a @ b
-    match epilogue:
-        case "none":
-            return y
-        case "relu_square":
-            return F.relu(r[:, None] * y).square().to(y.dtype)
-        case "root":  # r times the gradient before that square, where c is the square
-            return (2 * c.sqrt() * r[:, None] * y).to(y.dtype)
-        case "columns":  # r c added to the first ones
-            add_columns_reference(y, r, c)
-            return y
+    return y if r is None else F.relu(r[:, None] * y).square().to(y.dtype)
+
+
+def tile_sums(y: Tensor) -> Tensor:
+    """Sums of each PRODUCT_TILE[1] columns of y [m, n]: [m, tiles] fp32."""
+    columns = PRODUCT_TILE[1]
+    return F.pad(y.float(), (0, -y.size(1) % columns)).view(len(y), -1, columns).sum(2)
+
+
+def empty_tile_sums(a: Tensor, b: Tensor) -> Tensor:
+    """For a product of a [m, k] and b [k, n]."""
+    return a.new_empty(a.size(0), -(-b.size(1) // PRODUCT_TILE[1]), dtype=torch.float32)
+
+
+def fake_product_and_sums(a: Tensor, b: Tensor, *_) -> tuple[Tensor, Tensor]:
+    return a.new_empty(a.size(0), b.size(1)), empty_tile_sums(a, b)
 
 
 def product_sum_reference(a: Tensor, b: Tensor, terms: list[Tensor], scales: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """y = a b + scales[0] terms[0] + ... [m, n], scales 0-dim fp32; and of each row of y the sums of squares of each
-    PRODUCT_TILE[1] columns [m, tiles] fp32. quack_products has kernels for 1 and 3 terms."""
+    """y = a b + scales[0] terms[0] + ... [m, n], scales 0-dim fp32; and tile_sums of y^2. quack_products has kernels
+    for 1 and 3 terms."""
     y = a @ b
     for term, scale in zip(terms, scales):
         y = y + scale * term
-    columns = PRODUCT_TILE[1]
-    return y, F.pad(y.float().square(), (0, -y.size(1) % columns)).view(len(y), -1, columns).sum(2)
+    return y, tile_sums(y.float().square())
+
+
+def product_root_reference(a: Tensor, b: Tensor, c: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """y = r times the gradient of pre where a b [m, n] is that of c = relu(pre)^2, r [m] fp32; tile_sums of y pre."""
+    root = c.sqrt()
+    y = (2 * root * r[:, None] * (a @ b)).to(c.dtype)
+    return y, tile_sums(y * root)
+
+
+def product_norm_grad_reference(a: Tensor, b: Tensor, dy: Tensor, x: Tensor, s: Tensor,
+                                r: Tensor) -> tuple[Tensor, Tensor]:
+    """a b + s dy + r x for dy, x [m, n], s 0-dim fp32, r [m] fp32; and tile_sums of dy x."""
+    return (a @ b + s * dy + r[:, None] * x).to(x.dtype), tile_sums(dy.float() * x.float())
 
 
 @cache
@@ -725,89 +892,118 @@ def quack_products() -> dict[str, Callable]:
         positive = cute.arch.fmax(acc * r, 0.0)
         return {"D": positive * positive}
 
-    def root(acc, c, r):
-        return {"D": 2.0 * cute.math.sqrt(c, fastmath=True) * r * acc}
-
     def sum1(acc, c, s0):
         y = acc + s0 * c
-        return {"D": y, "squares": (y, y)}
+        return {"D": y, "sums": (y, y)}
 
     def sum3(acc, c, s0, c1, s1, c2, s2):
         y = acc + s0 * c + s1 * c1 + s2 * c2
-        return {"D": y, "squares": (y, y)}
+        return {"D": y, "sums": (y, y)}
+
+    def root(acc, c, r):
+        pre = cute.math.sqrt(c, fastmath=True)
+        y = 2.0 * r * acc * pre
+        return {"D": y, "sums": (y, pre)}
+
+    def norm_grad(acc, c, x, s, r):
+        return {"D": acc + s * c + r * x, "sums": (c, x)}
 
     def scaled(acc, scale):
         return {"D": acc * scale}
 
     rows, columns = PRODUCT_TILE
     config = GemmConfig(tile_m=rows, tile_n=columns, pingpong=True, cluster_m=2, is_dynamic_persistent=False)
-    plain = gemm_epilogue()
-    by_row = gemm_epilogue(ops={"r": ColVecLoad("r")})
-    summed = gemm_epilogue(reduces={"squares": ColVecReduce("squares", scaled=True)})
-    kinds = {none: plain, relu_square: by_row, root: by_row, sum1: summed, sum3: summed}
+    ops, reduces = {"r": ColVecLoad("r")}, {"sums": ColVecReduce("sums", scaled=True)}
+    plain, by_row = gemm_epilogue(), gemm_epilogue(ops=ops)
+    summed, summed_by_row = gemm_epilogue(reduces=reduces), gemm_epilogue(ops=ops, reduces=reduces)
+    kinds = {none: plain, relu_square: by_row, sum1: summed, sum3: summed, root: summed_by_row,
+             norm_grad: summed_by_row}
     fp8 = partial(plain(scaled).gemm, tile_M=config.tile_m, tile_N=config.tile_n, pingpong=config.pingpong,
                   cluster_M=config.cluster_m, b_kn=True,
                   post_init_attrs=(("fp8_slow_accum", False),))  # its sums stay in the tensor cores
     return {f.__name__: partial(kind(f), config=config, tuned=False) for f, kind in kinds.items()} | {"scaled": fp8}
 
 
-def add_columns_reference(y: Tensor, r: Tensor, c: Tensor) -> None:
-    """y[:, :k] += r c for y [m, n], r [m] fp32, c [m, k], in place."""
-    y[:, : c.size(1)] += r[:, None] * c
+# Without the tag, TorchInductor stores an input again for each of its readers
+product_op = partial(custom_op, mutates_args=(), device_types="cuda", tags=[torch.Tag.flexible_layout])
+
+
+@product_op("speedrun::product")
+def product(a: Tensor, b: Tensor, r: Tensor | None = None) -> Tensor:
+    f = quack_products()
+    return (f["none"](a, b) if r is None else f["relu_square"](a, b, r=r[None]))["D"]
+
+
+@product_op("speedrun::product_sum")
+def product_sum(a: Tensor, b: Tensor, terms: list[Tensor], scales: list[Tensor]) -> tuple[Tensor, Tensor]:
+    more = {f"c{i}": c for i, c in enumerate(terms) if i} | {f"s{i}": scale for i, scale in enumerate(scales)}
+    sums = empty_tile_sums(a, b)
+    return quack_products()[f"sum{len(terms)}"](a, b, terms[0], sums=sums, **more)["D"], sums
+
+
+@product_op("speedrun::product_root")
+def product_root(a: Tensor, b: Tensor, c: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    sums = empty_tile_sums(a, b)
+    return quack_products()["root"](a, b, c, r=r[None], sums=sums)["D"], sums
+
+
+@product_op("speedrun::product_norm_grad")
+def product_norm_grad(a: Tensor, b: Tensor, dy: Tensor, x: Tensor, s: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    sums = empty_tile_sums(a, b)
+    return quack_products()["norm_grad"](a, b, dy, x=x, s=s, r=r[None], sums=sums)["D"], sums
+
+product.register_kernel("cpu")(product_reference)
+product.register_fake(lambda a, b, r=None: a.new_empty(a.size(0), b.size(1)))
+product_sum.register_kernel("cpu")(product_sum_reference)
+product_sum.register_fake(fake_product_and_sums)
+product_root.register_kernel("cpu")(product_root_reference)
+product_root.register_fake(fake_product_and_sums)
+product_norm_grad.register_kernel("cpu")(product_norm_grad_reference)
+product_norm_grad.register_fake(fake_product_and_sums)
+
+
+def add_columns_reference(y: Tensor, c: Tensor) -> None:
+    """y[:, :k] += c for y [m, n], c [m, k], in place."""
+    y[:, : c.size(1)] += c
 
 
 @jit
-def add_columns_kernel(y, r, c, m, n, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def add_columns_kernel(y, c, m, n, stride, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     mask, to = (rows < m)[:, None] & (columns < COLUMNS)[None, :], y + rows[:, None] * n + columns[None, :]
-    more = tl.load(c + rows[:, None] * COLUMNS + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    more *= tl.load(r + rows, mask=rows < m, other=0.0)[:, None]
+    more = tl.load(c + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     tl.store(to, (tl.load(to, mask=mask, other=0.0).to(tl.float32) + more).to(y.dtype.element_ty), mask=mask)
 
 
-def add_columns(y: Tensor, r: Tensor, c: Tensor) -> None:
+@custom_op("speedrun::add_columns", mutates_args=("y",))
+def add_columns(y: Tensor, c: Tensor) -> None:
+    """In place, as TorchInductor pads c to full width and reads y twice for it where a reduction follows."""
     (m, n), k, rows = y.shape, c.size(1), 64
-    add_columns_kernel[(triton.cdiv(m, rows),)](y, r, c.contiguous(), m, n, k, rows, triton.next_power_of_2(k))
+    assert y.is_contiguous() and c.stride(1) == 1
+    add_columns_kernel[(triton.cdiv(m, rows),)](y, c, m, n, c.stride(0), k, rows, triton.next_power_of_2(k))
+
+add_columns.register_fake(lambda y, c: None)
 
 
-@custom_op("speedrun::product", mutates_args=(), device_types="cuda")
-def product(a: Tensor, b: Tensor, epilogue: str = "none", r: Tensor | None = None, c: Tensor | None = None) -> Tensor:
-    if epilogue == "columns":  # here, as TorchInductor would read everything twice for it, in the loops of a reduction
-        add_columns(y := product(a, b), r, c)
-        return y
-    return quack_products()[epilogue](a, b, c, **({} if r is None else {"r": r[None]}))["D"]
+class FirstColumns(torch.autograd.Function):
+    """x [T, n] and its first k columns, whose gradient is added to that of x in place: no reader of x may keep that."""
 
+    @staticmethod
+    def forward(ctx, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return x.view_as(x), x[:, :k]
 
-@custom_op("speedrun::product_sum", mutates_args=(), device_types="cuda")
-def product_sum(a: Tensor, b: Tensor, terms: list[Tensor], scales: list[Tensor]) -> tuple[Tensor, Tensor]:
-    more = {f"c{i}": c for i, c in enumerate(terms) if i} | {f"s{i}": scale for i, scale in enumerate(scales)}
-    squares = scales[0].new_empty(a.size(0), -(-b.size(1) // PRODUCT_TILE[1]))
-    return quack_products()[f"sum{len(terms)}"](a, b, terms[0], squares=squares, **more)["D"], squares
-
-product.register_kernel("cpu")(product_reference)
-product.register_fake(lambda a, b, *_: a.new_empty(a.size(0), b.size(1)))
-product_sum.register_kernel("cpu")(product_sum_reference)
-product_sum.register_fake(lambda a, b, terms, scales: (
-    a.new_empty(a.size(0), b.size(1)), scales[0].new_empty(a.size(0), -(-b.size(1) // PRODUCT_TILE[1]))))
+    @staticmethod
+    def backward(ctx, dx: Tensor, dcolumns: Tensor):
+        add_columns(dx, dcolumns)
+        return dx, None
 
 
 WEIGHT_GRAD_ROWS = 1536  # tuned (H200): cuBLAS makes 2,304 x 768 in 0.259 ms, as 1,536 + 768 rows in 0.242
 
 
-def weight_grad_reference(dy: Tensor, x: Tensor) -> Tensor:
-    """dy^T x [n, k] for dy [T, n], x [T, k]."""
-    return dy.mT @ x
-
-
-@custom_op("speedrun::weight_grad", mutates_args=(), device_types="cuda")
 def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
-    dw = dy.new_empty(dy.size(1), x.size(1))
-    for part, out in zip(dy.mT.split(WEIGHT_GRAD_ROWS), dw.split(WEIGHT_GRAD_ROWS)):
-        torch.mm(part, x, out=out)
-    return dw
-
-weight_grad.register_kernel("cpu")(weight_grad_reference)
-weight_grad.register_fake(lambda dy, x: dy.new_empty(dy.size(1), x.size(1)))
+    """dy^T x [n, k] for dy [T, n], x [T, k]."""
+    return torch.cat([part.mT @ x for part in dy.split(WEIGHT_GRAD_ROWS, dim=1)])
 
 
 def inverse_rms(squares: Tensor, n: int) -> Tensor:
@@ -834,24 +1030,24 @@ class FoldedNorm(torch.autograd.Function):
         return norm_grad(g, *ctx.saved_tensors).to(g.dtype), None
 
 
-def normed_linear_reference(h: Tensor, r: None, w: Tensor) -> tuple[Tensor, Tensor]:
-    """h w^T and the first GATE_INPUTS channels of h, for a norm h [T, D], w [n, D]."""
-    return F.linear(h, w), h[:, :GATE_INPUTS]
-
-
 class NormedLinear(torch.autograd.Function):
-    """normed_linear_reference of a FoldedNorm x; the first result lacks the factor r [T], too."""
+    """F.linear(x, w) of a FoldedNorm x [T, D], w [n, D], but for the factor r [T]; and Gates of x's first columns."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, r, w)
-        return product(x, w.mT), (r[:, None] * x[:, :GATE_INPUTS]).to(x.dtype)
+    def forward(ctx, x: Tensor, r: Tensor, w: Tensor, other: Tensor | None, w_gate: Tensor,
+                w_value: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        gate, value_gate = gates(x[:, :GATE_INPUTS], r, other, w_gate, w_value)
+        ctx.save_for_backward(x, r, w, other, w_gate, w_value, gate, value_gate)
+        return product(x, w.mT), gate, None if w_value is None else value_gate
 
     @staticmethod
-    def backward(ctx, du: Tensor, dseen: Tensor):
-        x, r, w = ctx.saved_tensors
+    def backward(ctx, du: Tensor, dgate: Tensor, dvalue_gate: Tensor | None):
+        x, r, w, *more = ctx.saved_tensors
         dw = weight_grad(du, x)  # first: cuBLAS gives autograd's thread the CUDA context that tensor descriptors need
-        return product(du, w, "columns", r, dseen), None, dw
+        dx = product(du, w)
+        dseen, _, *grads = gates_grads((x[:, :GATE_INPUTS], r, *more), dgate, dvalue_gate)
+        add_columns(dx, dseen)
+        return dx, None, dw, *grads
 
 
 def embedding_sums_reference(x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor) -> tuple[Tensor, ...]:
@@ -961,7 +1157,7 @@ class ReluSquareMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, r: Tensor, up: Tensor, down: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        h = product(x, up.mT, "relu_square", r)
+        h = product(x, up.mT, r)
         y, squares = product_sum(h, down, [x], [scale[0]])
         new_r = inverse_rms(squares, y.size(1))
         ctx.mark_non_differentiable(new_r)
@@ -972,9 +1168,11 @@ class ReluSquareMLP(torch.autograd.Function):
     def backward(ctx, dy: Tensor, _):
         x, r, up, down, scale, h = ctx.saved_tensors
         d_down = h.mT @ dy
-        dpre = product(dy, down.mT, "root", r, h)  # [T, F], times r
-        dx = scale[:, None] * dy.float() + norm_grad(product(dpre, up), x, r)
-        return dx.to(x.dtype), None, dpre.mT @ x, d_down, (dy.float() * x.float()).sum(1)
+        dpre, sums = product_root(dy, down.mT, h, r)  # [T, F], times r
+        # norm_grad of g = dpre up needs the sum of g x, which is that of dpre (x up^T): known before g is
+        factor = -r / x.size(1) * sums.sum(1)
+        dx, d_scale = product_norm_grad(dpre, up, dy, x, scale[0], factor)
+        return dx, None, dpre.mT @ x, d_down, d_scale.sum(1)
 
 
 # --- What attention reads: QK norm, rotary embedding, key offset, value-embedding mix
@@ -1119,7 +1317,8 @@ def attention_inputs_backward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, 
                               key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of qkv, ve and gate; the last two are empty without a value embedding."""
     (T, _, H, d), mix = qkv.shape, ve is not None
-    dqkv, dve, dgate = torch.empty_like(qkv), qkv.new_empty(T if mix else 0, H * d), qkv.new_empty(T if mix else 0, H)
+    dqkv, dve = torch.empty_like(qkv), qkv.new_empty(T if mix else 0, H * d)
+    dgate = torch.empty_like(gate) if mix else qkv.new_empty(0, H)
     dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
     attention_inputs_backward_kernel[(H, triton.cdiv(T, ATTENTION_INPUT_ROWS))](
         qkv, r, ve, gate, cos, sin, dq, dk, dv, dqkv, dve, dgate, T, FP32_EPS, H, d, paired, key_offset,
@@ -1128,9 +1327,9 @@ def attention_inputs_backward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, 
 
 attention_inputs_forward.register_fake(lambda qkv, *_: tuple(
     qkv.new_empty(qkv.size(0), *qkv.shape[2:]) for _ in range(3)))
-attention_inputs_backward.register_fake(lambda qkv, _r, ve, *_: (
+attention_inputs_backward.register_fake(lambda qkv, _r, ve, gate, *_: (
     torch.empty_like(qkv), qkv.new_empty(0 if ve is None else qkv.size(0), qkv.shape[2:].numel()),
-    qkv.new_empty(0 if ve is None else qkv.size(0), qkv.size(2))))
+    qkv.new_empty(0, qkv.size(2)) if ve is None else torch.empty_like(gate)))
 
 
 class AttentionInputs(torch.autograd.Function):
@@ -1147,91 +1346,6 @@ class AttentionInputs(torch.autograd.Function):
         qkv, r, ve, *rest = ctx.saved_tensors
         dqkv, dve, dgate = attention_inputs_backward(qkv, r, ve, *rest, dq, dk, dv, *ctx.options)
         return (dqkv, None, *((dve, dgate) if ve is not None else (None, None)), None, None, None, None)
-
-
-# --- What attention gives: each head is scaled by its gate
-
-def gated_heads_reference(y: Tensor, seen: Tensor, w: Tensor) -> Tensor:
-    """y [T, H, d] times sigmoid(seen w^T), for seen [T, n], w [H, n]; as [T, H * d]."""
-    return (y * torch.sigmoid(F.linear(seen, w))[..., None]).flatten(1)
-
-
-@jit
-def gate_values(seen, w, rows, head, columns, inside, N: tl.constexpr):
-    s = tl.load(seen + rows[:, None] * N + columns[None, :], mask=inside[:, None] & (columns < N)[None, :], other=0.0)
-    weight = tl.load(w + head * N + columns, mask=columns < N, other=0.0).to(tl.float32)
-    s = s.to(tl.float32)
-    return s, weight, tl.sigmoid(tl.sum(s * weight[None, :], 1))[:, None]
-
-
-@jit
-def gated_heads_kernel(y, seen, w, out, T, H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
-                       COLUMNS: tl.constexpr):
-    """One program: ROWS tokens of one head."""
-    head, rows = tl.program_id(0), tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = rows < T
-    _, _, g = gate_values(seen, w, rows, head, tl.arange(0, COLUMNS), inside, N)
-    at = rows[:, None] * (H * D) + head * D + tl.arange(0, D)[None, :]
-    x = tl.load(y + at, mask=inside[:, None], other=0.0).to(tl.float32)
-    tl.store(out + at, (x * g).to(out.dtype.element_ty), mask=inside[:, None])
-
-
-@jit
-def gated_heads_backward_kernel(y, seen, w, dout, dy, dseen, dw, T, H: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
-                                ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """One program: ROWS tokens, whose part of w's gradient it stores."""
-    rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    inside, sums = rows < T, tl.zeros([ROWS, COLUMNS], tl.float32)
-    for head in tl.static_range(H):
-        s, weight, g = gate_values(seen, w, rows, head, columns, inside, N)
-        at = rows[:, None] * (H * D) + head * D + tl.arange(0, D)[None, :]
-        grad = tl.load(dout + at, mask=inside[:, None], other=0.0).to(tl.float32)
-        x = tl.load(y + at, mask=inside[:, None], other=0.0).to(tl.float32)
-        tl.store(dy + at, (grad * g).to(dy.dtype.element_ty), mask=inside[:, None])
-        dlogit = tl.sum(grad * x, 1)[:, None] * g * (1.0 - g)
-        sums += dlogit * weight[None, :]
-        tl.store(dw + (tl.program_id(0) * H + head) * N + columns, tl.sum(dlogit * s, 0), mask=columns < N)
-    at = rows[:, None] * N + columns[None, :]
-    tl.store(dseen + at, sums.to(dseen.dtype.element_ty), mask=inside[:, None] & (columns < N)[None, :])
-
-
-@custom_op("speedrun::gated_heads", mutates_args=())
-def gated_heads(y: Tensor, seen: Tensor, w: Tensor) -> Tensor:
-    (T, H, d), n, out = y.shape, w.size(1), y.new_empty(y.size(0), y.size(1) * y.size(2))
-    gated_heads_kernel[(H, triton.cdiv(T, GATED_ROWS))](y, seen.contiguous(), w, out, T, H, d, n, GATED_ROWS,
-                                                        triton.next_power_of_2(n))
-    return out
-
-
-@custom_op("speedrun::gated_heads_backward", mutates_args=())
-def gated_heads_backward(y: Tensor, seen: Tensor, w: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of y, of seen, and of w in parts [programs, H, n] fp32."""
-    (T, H, d), n, programs = y.shape, w.size(1), triton.cdiv(len(y), GATED_ROWS)
-    dy, dseen, dw = torch.empty_like(y), seen.new_empty(T, n), w.new_empty(programs, H, n, dtype=torch.float32)
-    gated_heads_backward_kernel[(programs,)](y, seen.contiguous(), w, dout.contiguous(), dy, dseen, dw, T, H, d, n,
-                                             GATED_ROWS, triton.next_power_of_2(n), num_warps=1)
-    return dy, dseen, dw
-
-GATED_ROWS = 8  # tokens of one program
-gated_heads.register_fake(lambda y, *_: y.new_empty(y.size(0), y.size(1) * y.size(2)))
-gated_heads_backward.register_fake(lambda y, seen, w, _: (
-    torch.empty_like(y), seen.new_empty(seen.shape),
-    w.new_empty(-(-len(y) // GATED_ROWS), *w.shape, dtype=torch.float32)))
-
-
-class GatedHeads(torch.autograd.Function):
-    """gated_heads_reference, forward and backward in one kernel each."""
-
-    @staticmethod
-    def forward(ctx, y: Tensor, seen: Tensor, w: Tensor) -> Tensor:
-        y = y.contiguous()  # attention_reference gives it transposed
-        ctx.save_for_backward(y, seen, w)
-        return gated_heads(y, seen, w)
-
-    @staticmethod
-    def backward(ctx, dout: Tensor):
-        dy, dseen, dw = gated_heads_backward(*ctx.saved_tensors, dout)
-        return dy, dseen, dw.sum(0).to(ctx.saved_tensors[2].dtype)
 
 
 # --- Loss of the head
@@ -1474,8 +1588,8 @@ class HeadLoss(torch.autograd.Function):
         if ctx.fp8:
             s = grad_loss.float() * ctx.grad_scale
             dx = fp8_product(grad, w.T, s * W_SCALE, ctx.dtypes[0])
-            turned = transposed(grad) if ctx.fast else grad.T.contiguous()  # [V, T]
-            dw = fp8_product(x.T.contiguous(), turned.T, s * X_SCALE, ctx.dtypes[1])
+            x, turned = (transposed(y) if ctx.fast else y.T.contiguous() for y in (x, grad))  # [D, T], [V, T]
+            dw = fp8_product(x, turned.T, s * X_SCALE, ctx.dtypes[1])
         else:
             dx, dw = grad_loss * (grad @ w.T), grad_loss * (x.T @ grad)
         return dx.to(ctx.dtypes[0]), dw.to(ctx.dtypes[1]), None, None, None, None, None
@@ -1483,24 +1597,39 @@ class HeadLoss(torch.autograd.Function):
 
 # --- Gradients of embedding tables
 
-def scatter_add_rows_reference(rows: Tensor, ids: Tensor, out: Tensor) -> None:
-    """out[ids[i]] += rows[i] for rows [T, D], ids [T] int32, out [table rows, D] fp32, in place."""
+def scatter_add_rows_reference(rows: Tensor, ids: Tensor, out: Tensor, order: Tensor | None = None) -> None:
+    """out[ids[i]] += rows[i] for rows [T, D], ids [T] int32, out [table rows, D] fp32, in place.
+
+    order [T] int32 can name the rows such that equal ids are neighbours.
+    """
     out.index_add_(0, ids, rows.to(out.dtype))
 
 
 @jit
-def scatter_add_kernel(rows, ids, out, D, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    g = tl.load(rows + row * D + columns, mask=columns < D, other=0.0).to(tl.float32)
-    to = out + tl.load(ids + row).to(tl.int64) * D + columns
-    tl.atomic_add(to, g, mask=columns < D, sem="relaxed")
+def scatter_add_kernel(rows, ids, order, out, T, D, ORDERED: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: COUNT rows, all in flight at once. Neighbours that go to one row of the table go there as a sum."""
+    columns, first = tl.arange(0, BLOCK), tl.program_id(0) * COUNT
+    mask, ats, values = columns < D, (), ()
+    for i in tl.static_range(COUNT):
+        row, inside = first + i, first + i < T
+        row = tl.load(order + row, mask=inside, other=0).to(tl.int64) if ORDERED else row.to(tl.int64)
+        ats += (tl.load(ids + row, mask=inside, other=0).to(tl.int64),)
+        values += (tl.load(rows + row * D + columns, mask=mask & inside, other=0.0),)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(COUNT):
+        sums += values[i].to(tl.float32)
+        last = True if i == COUNT - 1 else ats[i] != ats[i + 1]
+        tl.atomic_add(out + ats[i] * D + columns, sums, mask=mask & last, sem="relaxed")
+        sums = tl.where(last, 0.0, sums)
 
 
-def scatter_add_rows(rows: Tensor, ids: Tensor, out: Tensor) -> None:
+def scatter_add_rows(rows: Tensor, ids: Tensor, out: Tensor, order: Tensor | None = None) -> None:
     assert rows.is_contiguous() and out.is_contiguous() and out.dtype == torch.float32
-    T, D = rows.shape
-    scatter_add_kernel[(T,)](rows, ids, out, D, triton.next_power_of_2(D), num_warps=4)
+    (T, D), count = rows.shape, SCATTER_ROWS
+    scatter_add_kernel[(triton.cdiv(T, count),)](rows, ids, order, out, T, D, order is not None, count,
+                                                 triton.next_power_of_2(D), num_warps=4)
+
+SCATTER_ROWS = 16  # of one program
 
 
 # --- Symmetric products, for Polar Express
@@ -1586,17 +1715,23 @@ def polar_express(x: Tensor, fast: bool) -> Tensor:
 
 
 
-# ==== 5. Attention: attention(q, k, v, cu_seqlens, max_len, window, scale) with interchangeable backends ==============
+# ==== 5. Attention: attention(q, k, v, cu_seqlens, max_len, window, scale, gate) with interchangeable backends ========
 
 REFERENCE_BLOCK = 256  # queries at a time, so that the mask stays small
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int,
-                        scale: float) -> Tensor:
+def gated(y: Tensor, gate: Tensor | None) -> Tensor:
+    """y [T, h, d], each head times gate [T, h] if given."""
+    return y if gate is None else (gate[..., None] * y).to(y.dtype)
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int, scale: float,
+                        gate: Tensor | None = None) -> Tensor:
     """Causal attention inside documents with a left window, in plain PyTorch; runs on any device.
 
     q, k, v [T, h, d]; cu_seqlens int32, document ends from 0 to T, padded with T. A query sees itself and the `window`
-    tokens before it in its document. Returns [T, h, d]. max_len, the longest document, is for other backends.
+    tokens before it in its document. Returns [T, h, d], times gate [T, h] if given. max_len, the longest document, is
+    for other backends.
     """
     T = q.size(0)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, h, T, d]
@@ -1609,15 +1744,16 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max
         back = position[query, None] - position[None, key]
         seen = (back >= 0) & (back <= window) & (document[query, None] == document[None, key])
         out.append(F.scaled_dot_product_attention(q[:, :, query], k[:, :, key], v[:, :, key], seen, scale=scale))
-    return torch.cat(out, dim=2)[0].transpose(0, 1)
+    return gated(torch.cat(out, dim=2)[0].transpose(0, 1), gate)
 
 
-def attention_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int,
-                    scale: float) -> Tensor:
+def attention_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int, scale: float,
+                    gate: Tensor | None = None) -> Tensor:
     """attention_reference by the varlen kernels that torch ships (FlashAttention-2; GPU, bf16)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, scale=scale, window_size=(window, 0))
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, scale=scale, window_size=(window, 0))
+    return gated(out, gate)
 
 
 @custom_op("speedrun::flash4", mutates_args=())
@@ -1632,45 +1768,124 @@ def flash4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, wi
     return out, lse
 
 
+def flash4_preprocess_reference(out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor | None, cu_seqlens: Tensor,
+                                block: int, sums: Tensor, lse2: Tensor, zero: Tensor) -> Tensor:
+    """Sums [T, h] fp32 of out dout over each head, from out, dout [T, h, d]: the first part of flash4's backward.
+
+    It also writes for padded rows, where document i begins at block floor(cu_seqlens[i] / block) + i: the sums
+    [h, rows], lse2 = log2(e) lse [h, rows] from lse [h, T], less the logarithm of gate [T, h] if there is one, and
+    zero [h, rows d]. Where a document's last block goes on after its end, sums are 0 and lse2 infinite.
+    """
+    dots = (out.float() * dout.float()).sum(-1)
+    lse = lse if gate is None else lse - gate.mT.log()
+    for i, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        at = (start // block + i) * block
+        used = at + round_up(end - start, block)
+        zero[:, at * out.size(2) : used * out.size(2)] = 0
+        sums[:, at:used], lse2[:, at:used] = 0, math.inf
+        sums[:, at : at + end - start] = dots[start:end].mT
+        lse2[:, at : at + end - start] = math.log2(math.e) * lse[:, start:end]
+    return dots
+
+
+@jit
+def flash4_preprocess_kernel(out, dout, lse, gate, cu_seqlens, sums, lse2, zero, dots, T, room, LOG2_E: tl.constexpr,
+                             DOCUMENTS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATED: tl.constexpr,
+                             BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    """One program: a block of one head."""
+    block, head, columns, documents = tl.program_id(0), tl.program_id(1), tl.arange(0, D), tl.arange(0, COLUMNS)
+    begins = tl.load(cu_seqlens + documents, mask=documents < DOCUMENTS, other=0) // BLOCK + documents
+    document = tl.sum(((documents < DOCUMENTS) & (begins <= block)).to(tl.int32), 0) - 1
+    start, end = tl.load(cu_seqlens + document), tl.load(cu_seqlens + document + 1)
+    first = start + (block - start // BLOCK - document) * BLOCK
+    if first < end:
+        rows, to = first + tl.arange(0, BLOCK), head.to(tl.int64) * room + block * BLOCK + tl.arange(0, BLOCK)
+        inside, at = rows < end, rows.to(tl.int64)[:, None] * (H * D) + head * D + columns[None, :]
+        x = tl.load(out + at, mask=inside[:, None], other=0.0).to(tl.float32)
+        dot = tl.sum(x * tl.load(dout + at, mask=inside[:, None], other=0.0).to(tl.float32), 1)
+        value = tl.load(lse + head * T + rows, mask=inside, other=float("inf"))
+        if GATED:
+            value -= tl.log(tl.load(gate + rows * H + head, mask=inside, other=1.0).to(tl.float32))
+        tl.store(dots + rows * H + head, dot, mask=inside)
+        tl.store(sums + to, dot)
+        tl.store(lse2 + to, LOG2_E * value)
+        tl.store(zero + to[:, None] * D + columns[None, :], tl.zeros([BLOCK, D], tl.float32))
+
+
+def flash4_preprocess(out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor | None, cu_seqlens: Tensor, block: int,
+                      sums: Tensor, lse2: Tensor, zero: Tensor) -> Tensor:
+    (T, h, d), room, documents = out.shape, sums.size(1), len(cu_seqlens) - 1
+    assert all(x.is_contiguous() for x in (out, dout, lse, cu_seqlens)) and zero.size(1) == room * d
+    dots = lse.new_empty(T, h)
+    flash4_preprocess_kernel[(room // block, h)](
+        out, dout, lse, None if gate is None else gate.contiguous(), cu_seqlens, sums, lse2, zero, dots, T, room,
+        math.log2(math.e), documents, h, d, gate is not None, block, triton.next_power_of_2(documents))
+    return dots
+
+
 @custom_op("speedrun::flash4_backward", mutates_args=())
-def flash4_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, cu_seqlens: Tensor,
-                    max_len: int, window: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    from flash_attn.cute.interface import _flash_attn_bwd
+def flash4_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor | None,
+                    cu_seqlens: Tensor, max_len: int, window: int,
+                    scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, and the sums [T, h] fp32 of out dout over each head.
 
-    dq, dk, dv, *_ = _flash_attn_bwd(
-        q, k, v, out, dout.contiguous(), lse, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_len,
-        max_seqlen_k=max_len, softmax_scale=scale, causal=True, window_size_left=window, window_size_right=0)
-    return dq, dk, dv
+    flash4_preprocess takes the place of the package's: that hides the sums, which are the gradient of the gate."""
+    from flash_attn.cute import interface
 
+    dots = []
 
-def flash4_save(ctx, inputs, output) -> None:
-    *tensors, max_len, window, scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.options = max_len, window, scale
+    def preprocess(out, dout, sums, lse, lse2, zero, cu_seqlens, _used, _dlse, _dtype, _d, _d_v, block, **_):
+        dots.append(flash4_preprocess(out, dout, lse, gate, cu_seqlens, block, sums, lse2, zero))
 
-
-def flash4_grad(ctx, dout: Tensor, _dlse: Tensor):
-    q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
-    return (*flash4_backward(q, k, v, out, dout, lse, cu_seqlens, *ctx.options), None, None, None, None)
+    with patch.object(interface, "_bwd_preprocess", preprocess):
+        dq, dk, dv, *_ = interface._flash_attn_bwd(
+            q, k, v, out, dout.contiguous(), lse, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=max_len, max_seqlen_k=max_len, softmax_scale=scale, causal=True, window_size_left=window,
+            window_size_right=0)
+    return dq, dk, dv, *dots
 
 flash4.register_fake(lambda q, k, v, *_: (
     torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
-flash4_backward.register_fake(lambda q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
-flash4.register_autograd(flash4_grad, setup_context=flash4_save)
+flash4_backward.register_fake(lambda q, k, v, *_: (
+    torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), q.new_empty(q.shape[:2], dtype=torch.float32)))
+
+
+class Flash4(torch.autograd.Function):
+    """The gate costs these gradients no pass: they are linear in the weights of the softmax, exp(score - lse) there, so
+    that lse can hold a factor of the gradient that comes in."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, cu_seqlens: Tensor, *options) -> Tensor:
+        out, lse = flash4(q, k, v, cu_seqlens, *options)
+        ctx.save_for_backward(q, k, v, gate, cu_seqlens, out, lse)
+        ctx.options = options
+        return gated(out, gate)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        q, k, v, gate, cu_seqlens, out, lse = ctx.saved_tensors
+        *grads, dgate = flash4_backward(q, k, v, out, dy, lse, gate, cu_seqlens, *ctx.options)
+        return *grads, None if gate is None else dgate.to(gate.dtype), None, None, None, None
+
+
+def attention_flash4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int, scale: float,
+                     gate: Tensor | None = None) -> Tensor:
+    """attention_reference by FlashAttention-4."""
+    return Flash4.apply(q, k, v, gate, cu_seqlens, max_len, window, scale)
 
 
 def load_flash4() -> Callable:
     import flash_attn.cute.interface  # noqa: F401, fails here if it cannot work
 
-    return lambda *x: flash4(*x)[0]
+    return attention_flash4
 
 
 def attention_flash3(varlen: Callable, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int,
-                     scale: float) -> Tensor:
+                     scale: float, gate: Tensor | None = None) -> Tensor:
     """attention_reference by FlashAttention-3's function `varlen` (Hopper)."""
     out = varlen(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, softmax_scale=scale, causal=True,
                  window_size=(window, 0))
-    return out[0] if isinstance(out, tuple) else out  # some versions add the log-sum-exp
+    return gated(out[0] if isinstance(out, tuple) else out, gate)  # some versions add the log-sum-exp
 
 
 def load_flash3() -> Callable:
@@ -1714,6 +1929,7 @@ class Batch(NamedTuple):
     targets: Tensor  # [T] int64
     bigram_ids: Tensor  # [T] int32
     cu_seqlens: Tensor  # [documents + 1] int32, padded with T to a fixed length
+    order: Tensor  # [T] int32, positions by token: the gradients of a table's row come one after the other
 
 
 class Rows(NamedTuple):
@@ -1862,25 +2078,30 @@ class GPT(nn.Module):
         """norm(x [T, D]), and the factor r [T] that it lacks if products are fused."""
         return FoldedNorm.apply(x, r) if self.fused else norm(x), r
 
+    def first_columns(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return FirstColumns.apply(x, k) if self.fast else (x, x[:, :k])
+
     def attend(self, i: int, h: Tensor, r: Tensor | None, qkv: Tensor, ve: Tensor | None, batch: Batch,
                g: Geometry) -> Tensor:
         """Gated attention of layer i on normed's h [T, D], r with weights qkv [3D, D], before O; [T, D]."""
         layer, T, H, d = LAYERS[i], h.size(0), self.hp.num_heads, self.hp.head_dim
-        qkv, seen = (NormedLinear.apply if self.fused else normed_linear_reference)(h, r, qkv)
-        gate = None
-        if ve is not None:
-            half = GATE_INPUTS // 2
-            mixed = seen if layer.paired else torch.cat([seen[:, :half], ve[:, :half]], dim=-1)
-            gate = 2 * torch.sigmoid(F.linear(mixed, self.ve_gate_bank[layer.value_table]))  # [T, H]
+        ve_first, w_value = None, None if ve is None else self.ve_gate_bank[layer.value_table]
+        if ve is not None and not layer.paired:
+            ve, ve_first = self.first_columns(ve, GATE_INPUTS // 2)
+        gate_inputs = ve_first, self.attn_gate_bank[ATTN_INDEX[i]], w_value
+        if self.fused:
+            qkv, gate, ve_gate = NormedLinear.apply(h, r, qkv, *gate_inputs)
+        else:
+            gates = Gates.apply if self.fast else gates_reference
+            qkv, (gate, ve_gate) = F.linear(h, qkv), gates(h[:, :GATE_INPUTS], r, *gate_inputs)
         inputs = AttentionInputs.apply if self.fast else attention_inputs_reference
-        q, k, v = inputs(qkv.view(T, 3, H, d), r, ve, gate, self.cos, self.sin, layer.paired, layer.key_offset)
+        q, k, v = inputs(qkv.view(T, 3, H, d), r, ve, ve_gate, self.cos, self.sin, layer.paired, layer.key_offset)
         # A paired token becomes two, heads 0..H/2-1 and then the rest: the same memory seen as [2T, H/2, d]
         n = 2 if layer.paired else 1
         q, k, v = (x.reshape(n * T, H // n, d) for x in (q, k, v))
         window = g.window_short if layer.window == "short" else g.window_long
-        y = self.attention(q, k, v, batch.cu_seqlens * n, g.max_len * n, window, g.scale).reshape(T, H, d)
-        gated = GatedHeads.apply if self.fast else gated_heads_reference
-        return gated(y, seen, self.attn_gate_bank[ATTN_INDEX[i]])
+        return self.attention(q, k, v, batch.cu_seqlens * n, g.max_len * n, window, g.scale,
+                              gate.view(n * T, H // n)).reshape(T, H * d)
 
     def matrices(self) -> Matrices:
         """The Matrices of the current banks and lambdas."""
@@ -1908,7 +2129,7 @@ class GPT(nn.Module):
         # Unbound once: the backward of an unbind is one stack, that of each indexing a pass over the whole bank
         qkv, o, up, down = (x.unbind() for x in matrices or self.matrices())
 
-        x0 = norm(self.smear(rows.embed))
+        x0, first = self.first_columns(norm(self.smear(rows.embed)), GATE_INPUTS)
         x = x0 + bigram_lambdas[0] * rows.bigram
         r = self.inverse_rms(x)
         s0, s1 = (scales[self.attn_layers] for scales in (x0_lambdas, bigram_lambdas))
@@ -1918,7 +2139,7 @@ class GPT(nn.Module):
         after, normed = {}, {-1: self.normed(x, r)}  # layer -> the stream after it; its norm, which several layers read
         for i, layer in enumerate(LAYERS):
             if layer.skip_from is not None:
-                gate = torch.sigmoid(skip_lambda) * 2 * torch.sigmoid(F.linear(x0[:, :GATE_INPUTS], self.skip_gate))
+                gate = torch.sigmoid(skip_lambda) * 2 * torch.sigmoid(F.linear(first, self.skip_gate))
                 x = x + gate * after[layer.skip_from]
                 r = self.inverse_rms(x)
             else:
@@ -2077,10 +2298,10 @@ class NorMuonAdam:
     def collect(self, batch: Batch, rows: Rows) -> None:
         """Add the gradients of a micro-batch's table rows to the tables' gradients; only these rows are touched."""
         add, grads = self.scatter_add_rows, self.table_grads
-        add(rows.embed.grad, batch.tokens, grads["embed"])
+        add(rows.embed.grad, batch.tokens, grads["embed"], batch.order)
         add(rows.bigram.grad, batch.bigram_ids, grads["bigram_embed"])
         for row, grad in zip(rows.value, grads["value_embeds"].chunk(NUM_VALUE_TABLES)):
-            add(row.grad, batch.tokens, grad)
+            add(row.grad, batch.tokens, grad, batch.order)
 
     def shard(self, row: Param) -> Tensor:
         """The part of a parameter that this rank updates, as a view."""
@@ -2353,7 +2574,8 @@ class Packer:
         cu_seqlens[0] = 0
         cu_seqlens[1 : len(ends) + 1] = np.minimum(ends, n)
         inputs, targets = tokens[:-1].astype(np.int32), tokens[1:].astype(np.int64)
-        tensors = (torch.from_numpy(a) for a in (inputs, targets, bigram_ids(inputs, self.rows), cu_seqlens))
+        order = np.argsort(tokens[:-1], kind="stable").astype(np.int32)  # fast for uint16, as tokens are in shards
+        tensors = map(torch.from_numpy, (inputs, targets, bigram_ids(inputs, self.rows), cu_seqlens, order))
         return Batch(*(t.pin_memory() if self.pin else t for t in tensors))
 
 

@@ -65,9 +65,9 @@ class TestInterpreted:
 
 
 def test_work_of_a_product(small):
-    """Two FLOP for each factor, and each matrix once in bf16."""
+    """Two FLOP for each factor, and each matrix once, in fp32 here."""
     row = next(b.products(T))
-    assert row.flop == 2 * T * 32 * 64 and row.bytes == 2 * (T * 32 + 32 * 64 + T * 64)
+    assert row.flop == 2 * T * 32 * 64 and row.bytes == 4 * (T * 32 + 32 * 64 + T * 64)
 
 
 def test_attention_counts_what_a_query_sees(small):

@@ -35,7 +35,8 @@ def direct(model, geometry, context, ending):
     before, after = [50256, *encode(context)], encode(" " + ending)
     tokens = [13, 13, 13, *before, *after]
     ids = t.bigram_ids(np.array(tokens), model.hp.bigram_rows)
-    batch = t.Batch(torch.tensor(tokens), None, torch.from_numpy(ids), torch.tensor([0, 1, 2, 3, len(tokens)]).int())
+    batch = t.Batch(torch.tensor(tokens), None, torch.from_numpy(ids), torch.tensor([0, 1, 2, 3, len(tokens)]).int(),
+                    torch.tensor(tokens).argsort(stable=True).int())
     x = model.trunk(batch, model.lookup(batch), geometry._replace(max_len=len(tokens)))
     first = len(tokens) - len(after)
     p = t.softcap(x[first - 1 : -1] @ model.lm_head).double().softmax(-1)  # of each token of the ending

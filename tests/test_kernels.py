@@ -22,6 +22,8 @@ TANH_ERROR = 2.0**-11  # of tanh.approx.f32, which the loss kernel uses for e5m2
 ROUNDING = 8 * t.CAP * EPS  # of exp(z), z in (0, CAP): some roundings of the exponent
 BF16, FP32, FP64, E5M2 = torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2
 KINDS = list(itertools.product((False, True), repeat=3))  # paired, key offset, value embedding
+# of gates: whether the norm's factor is apart; whether there are gates of values, and a half that only they see
+GATE_KINDS = list(itertools.product((False, True), ("heads", "values", "mixed")))
 
 
 @pytest.fixture(autouse=True)
@@ -91,10 +93,30 @@ def qkv_inputs(T, H, d, mix, **kwargs):
     return qkv, *((torch.randn(T, H * d, **kwargs), torch.rand(T, H, **kwargs)) if mix else (None, None)), grads
 
 
-def through_inputs(u, seen, r):
-    """A scalar of normed_linear's results, where u is used as attention uses it: times r, if that is left out of it."""
+def through_inputs(u, gate, value_gate, r):
+    """A scalar of NormedLinear's results, used as attention uses them: the first times r, if that is left out."""
     u = u if r is None else r[:, None] * u
-    return (u.sin() + 0.1 * u.square()).sum() + (seen * torch.arange(seen.size(1)).cos()).sum()
+    return (u.sin() + 0.1 * u.square()).sum() + (gate * value_gate).sum()
+
+
+def normed_linear_reference(x, w, other, w_gate, w_value):
+    h = t.norm(x)
+    return F.linear(h, w), *t.gates_reference(h[:, : t.GATE_INPUTS], None, other, w_gate, w_value)
+
+
+def gates_inputs(T, H, n, kind, **kwargs):
+    """Inputs of gates but for r, views of wider ones as in the model; r; and the gradients of its results."""
+    scaled, of = kind
+    seen, other, *w = (torch.randn(m, 2 * n, **kwargs)[:, :n] for m in (T, T, H, H))
+    w, w_value = (x.contiguous() for x in w)
+    inputs = [seen, other[:, : n // 2] if of == "mixed" else None, w, w_value if of != "heads" else None]
+    directions = [torch.randn(T, H, **kwargs) for _ in range(1 if of == "heads" else 2)]
+    return inputs, row_factors(T, not scaled, **kwargs), directions
+
+
+def gates_of(f, r):
+    """f with that r, its results in fp32, or fp64, and without None."""
+    return lambda seen, *x: tuple(y.to(torch.promote_types(y.dtype, FP32)) for y in f(seen, r, *x) if y is not None)
 
 
 def row_factors(T, absent, **kwargs):
@@ -137,29 +159,43 @@ class TestInterpreted:
         """
         x, up, down = torch.randn(T, D), torch.randn(width, D), torch.randn(width, D)
         r, scale = t.inverse_rms(x.square(), D), torch.full((T,), 0.7)
+        seen = min(D, t.GATE_INPUTS)
+        gate_inputs = other, *_ = torch.randn(T, seen // 2), torch.randn(2, seen), torch.randn(2, seen)
         streams = [torch.randn(T, width), torch.full((T,), -0.4), torch.randn(T, width), torch.randn(T, width)]
         for ours, plain, inputs in [
             (lambda x, *y: t.ReluSquareMLP.apply(x, r, *y)[0], lambda x, *y: t.mlp_reference(x, None, *y)[0],
              [x, up, down, scale]),
-            (lambda x, w: through_inputs(*t.NormedLinear.apply(t.FoldedNorm.apply(x, r), r, w), r),
-             lambda x, w: through_inputs(*t.normed_linear_reference(t.norm(x), None, w), None), [x, up]),
+            (lambda x, *y: through_inputs(*t.NormedLinear.apply(t.FoldedNorm.apply(x, r), r, *y), r),
+             lambda *y: through_inputs(*normed_linear_reference(*y), None), [x, up, *gate_inputs]),
             *((layers(t.LinearSum.apply, t.EmbeddingSums.apply),
                layers(t.linear_sum_reference, t.embedding_sums_reference),
                [x, up, *streams, torch.randn(n), torch.randn(n)]) for n in (1, 3)),
         ]:
-            dy = None if len(inputs) == 2 else torch.randn(T, D if inputs[1] is up and inputs[2] is down else width)
+            dy = None if inputs[2] is other else torch.randn(T, D if inputs[2] is down else width)
             exact = gradients(plain, to(FP64, *inputs), None if dy is None else dy.double())
             for a, b in zip(gradients(ours, inputs, dy), exact, strict=True):
                 torch.testing.assert_close(a.double(), b, rtol=0, atol=(T + width + D) * EPS * b.abs().max().item())
 
     @pytest.mark.parametrize("T,width,k", [(130, 20, 12), (64, 16, 16), (1, 5, 1)])
     def test_add_columns(self, T, width, k):
-        y, r, c = torch.randn(T, width), torch.rand(T), torch.randn(T, k)
+        y, c = torch.randn(T, width), torch.randn(T, 2 * k)[:, :k]
         exact, size = y.double(), y.double().abs()
-        t.add_columns_reference(exact, *to(FP64, r, c))
-        t.add_columns_reference(size, *to(FP64, r, c.abs()))
-        t.add_columns(y, r, c)
-        self.within(y, exact, size, 2)
+        t.add_columns_reference(exact, c.double())
+        t.add_columns_reference(size, c.double().abs())
+        t.add_columns(y, c)
+        self.within(y, exact, size, 1)
+
+    def test_first_columns(self, T=70, width=12, k=5):
+        """And its gradient, where both results are used."""
+        x, direction = torch.randn(T, width), torch.randn(T, width)
+
+        def use(first_columns):
+            def f(x):
+                y, first = first_columns(x)
+                return y.sin() * torch.cat([first.cos(), y[:, k:]], dim=1)
+            return f
+        ours, plain = use(lambda x: t.FirstColumns.apply(x, k)), use(lambda x: (x, x[:, :k]))
+        torch.testing.assert_close(gradients(ours, [x], direction), gradients(plain, [x], direction))
 
     def test_inverse_rms_of_products(self, T=7, width=500, D=12):
         """The second result of LinearSum and ReluSquareMLP belongs to the first."""
@@ -195,16 +231,39 @@ class TestInterpreted:
         for a, b, c in zip(ours, exact, sizes, strict=True):
             self.within(a, b, c, d + 8)
 
-    @pytest.mark.parametrize("T,H,d,n", [(37, 6, 16, 12), (16, 2, 32, 16), (1, 2, 16, 5)])
-    def test_gated_heads(self, T, H, d, n):
-        inputs, dout = [torch.randn(T, H, d), torch.randn(T, 2 * n)[:, :n], torch.randn(H, n)], torch.randn(T, H * d)
-        exact = gradients(t.gated_heads_reference, to(FP64, *inputs), dout.double())
-        transposed = inputs[0].transpose(0, 1).contiguous().transpose(0, 1)
-        for y in (inputs[0], transposed):
-            for a, b in zip(gradients(t.GatedHeads.apply, [y, *inputs[1:]], dout), exact, strict=True):
-                torch.testing.assert_close(a.double(), b, rtol=0, atol=(T + d + 8) * EPS * max(b.abs().max().item(), 1))
-        torch.library.opcheck(t.gated_heads, tuple(inputs))
-        torch.library.opcheck(t.gated_heads_backward, (*inputs, dout))
+    @pytest.mark.parametrize("kind", GATE_KINDS)
+    @pytest.mark.parametrize("T,H,n", [(37, 6, 12), (300, 2, 16), (1, 2, 6)])
+    def test_gates(self, T, H, n, kind):
+        inputs, r, directions = gates_inputs(T, H, n, kind)
+        exact = gradients(gates_of(t.gates_reference, r if r is None else r.double()), to(FP64, *inputs),
+                          to(FP64, *directions))
+        for a, b in zip(gradients(gates_of(t.Gates.apply, r), inputs, directions), exact, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=0, atol=(T + n + 8) * EPS * max(b.abs().max().item(), 1))
+        inputs.insert(1, r)
+        torch.library.opcheck(t.gates, tuple(inputs))
+        dgates = directions if len(directions) == 2 else [*directions, None]
+        torch.library.opcheck(t.gates_backward, (*inputs, *t.gates(*inputs), *dgates))
+
+    @pytest.mark.parametrize("has_gate", [False, True])
+    @pytest.mark.parametrize("T,block,ends", [(200, 64, [0, 70, 71, 128, 199, 200, 200, 200]), (5, 8, [0, 5])])
+    def test_flash4_preprocess(self, T, block, ends, has_gate, h=3, d=16):
+        """Kernel and reference write the same and nothing else; zeros for all rows, and what is left out is NaN."""
+        out, dout, lse, cu_seqlens = torch.randn(T, h, d), torch.randn(T, h, d), torch.randn(h, T), torch.tensor(ends)
+        gate = torch.rand(T, h) if has_gate else None
+        room = (T + len(ends) * block - 1) // block * block  # what the package gives
+
+        def results(f):
+            kept = [torch.full((h, n), float("nan")) for n in (room, room, room * d)]
+            return [f(out, dout, lse, gate, cu_seqlens.int(), block, *kept), *kept]
+        ours, plain = results(t.flash4_preprocess), results(t.flash4_preprocess_reference)
+        torch.testing.assert_close(ours, plain, equal_nan=True, rtol=1e-5, atol=1e-5)
+        dots, sums, lse2, _ = ours
+        torch.testing.assert_close(dots, (out * dout).sum(-1))
+        i, last = 2, ends[3] - ends[2] if len(ends) > 3 else 0  # one document, found by itself
+        if last:
+            at = (ends[i] // block + i) * block
+            torch.testing.assert_close(sums[:, at : at + last], dots[ends[i] : ends[i + 1]].mT)
+            assert (sums[:, at + last : at + block] == 0).all() and lse2[:, at + last : at + block].isinf().all()
 
     @pytest.mark.parametrize("paired,offset,mix", KINDS)
     def test_attention_inputs_operations(self, paired, offset, mix):
@@ -254,14 +313,15 @@ class TestInterpreted:
         assert ours.dtype == E5M2 and ours.is_contiguous()
         assert torch.equal(ours.view(torch.uint8), src.view(torch.uint8).T)
 
-    @pytest.mark.parametrize("T,D,rows", [(40, 24, 7), (9, 100, 50), (1, 1, 1)])
-    def test_scatter_add_rows(self, T, D, rows):
+    @pytest.mark.parametrize("ordered", [False, True])
+    @pytest.mark.parametrize("T,D,rows", [(40, 24, 7), (9, 100, 50), (50, 16, 1), (1, 1, 1)])
+    def test_scatter_add_rows(self, T, D, rows, ordered):
         """Repeated ids add up, and other rows stay."""
         x, ids, out = torch.randn(T, D), torch.randint(0, rows, (T,), dtype=torch.int32), torch.randn(rows, D)
         exact, size = out.double(), out.double().abs()
         t.scatter_add_rows_reference(x.double(), ids, exact)
         t.scatter_add_rows_reference(x.double().abs(), ids, size)
-        t.scatter_add_rows(x, ids, out)
+        t.scatter_add_rows(x, ids, out, ids.argsort().int() if ordered else None)
         self.within(out, exact, size, T)
 
     @pytest.mark.parametrize("K,n,k", [(1, 16, 16), (2, 32, 48), (3, 20, 37), (2, 7, 5), (1, 140, 24), (2, 300, 70),
@@ -294,7 +354,7 @@ class TestInterpreted:
 
     @pytest.mark.parametrize("kernels", ["triton", "quack"])
     def test_model(self, kernels, n=40):
-        """The loss of the whole model and all gradients, as with the references."""
+        """The loss of the whole model, as one compiled graph, and all gradients are those with the references."""
         hp, _ = t.parse_args(["--preset=demo", "--vocab_size=300"])
         model = t.GPT(hp)
         model.initialize(0)
@@ -305,13 +365,15 @@ class TestInterpreted:
         tokens = torch.randint(0, 300, (n + 1,), dtype=torch.int32)
         ids = torch.from_numpy(t.bigram_ids(tokens[:-1].numpy(), hp.bigram_rows))
         ends = torch.tensor([0, 13, 30, n, n], dtype=torch.int32)
-        batch, geometry = t.Batch(tokens[:-1], tokens[1:].long(), ids, ends), t.Geometry(4, 12, 17, 0.2)
+        order, geometry = tokens[:-1].argsort().int(), t.Geometry(4, 12, 17, 0.2)
+        batch = t.Batch(tokens[:-1], tokens[1:].long(), ids, ends, order)
 
-        def results(kernels):
+        def results(kernels, compiler=lambda f, **_: f):
             model.use("reference", kernels)
-            loss = model(batch, model.lookup(batch), geometry, torch.tensor([1.0, 0.5]), 1.0)
+            forward = compiler(model.forward, fullgraph=True, dynamic=False, backend="aot_eager")
+            loss = forward(batch, model.lookup(batch), geometry, torch.tensor([1.0, 0.5]), 1.0)
             return loss.item(), *torch.autograd.grad(loss, tuple(model.parameters()))
-        (loss, *ours), (exact, *plain) = results(kernels), results("reference")
+        (loss, *ours), (exact, *plain) = results(kernels, torch.compile), results("reference")
         assert abs(loss - exact) <= 1e-6 * exact
         for row, a, b in zip(model.named_parameters(), ours, plain, strict=True):
             assert (a - b).norm() <= 1e-5 * b.norm(), (row[0], (a - b).norm() / b.norm())
@@ -321,9 +383,12 @@ class TestInterpreted:
         check = torch.library.opcheck
         check(t.symmetric_product, (torch.randn(1, 16, 8), 0.0, 0.5))
         a, b, c, r, scale = torch.randn(8, 4), torch.randn(4, 12), torch.rand(8, 12), torch.rand(8), torch.tensor(0.5)
-        for more in ((), ("relu_square", r), ("root", r, c), ("columns", r, c[:, :5])):
+        for more in ((), (r,)):
             check(t.product, (a, b, *more))
+        check(t.product_root, (a, b, c, r))
+        check(t.product_norm_grad, (a, b, c, c + 1, scale, r))
         check(t.product_sum, (a, b, [c, c + 1], [scale, scale]))
+        check(t.add_columns, (c.clone(), c[:, :5]))
         check(t.embedding_sums_backward, (c, c + 1, torch.rand(3), torch.rand(3), [c, c - 1, c - 2]))
         check(t.softcapped_mtp_loss, (torch.randn(3, 16), torch.tensor([1, 2, 3]), torch.ones(2), FP32, 0.5))
         for mix in (False, True):
@@ -367,6 +432,7 @@ def installed(name):
     return importlib.util.find_spec(name) is not None
 
 
+needs_fa4 = pytest.mark.skipif(not (HOPPER and installed("flash_attn")), reason="flash_attn is not installed")
 needs_quack = pytest.mark.skipif(not installed("quack"), reason="needs the package quack-kernels")
 
 
@@ -408,18 +474,21 @@ class TestGPU:
         x, up, down, w = randn(T, D), randn(width, D) * D**-0.5, randn(width, D) * D**-0.5, randn(D, D) * D**-0.5
         r, streams = t.inverse_rms(x.float().square(), D), [randn(T, D), scale, randn(T, D), randn(T, D)]
 
-        def linear(x, w):
-            u, seen = t.NormedLinear.apply(t.FoldedNorm.apply(x, r), r, w)
-            return (u * r[:, None]).to(BF16), seen
+        n = t.GATE_INPUTS
+        gate_inputs = randn(T, n // 2), randn(2, n), randn(2, n)
+
+        def linear(x, *y):
+            u, *gates = t.NormedLinear.apply(t.FoldedNorm.apply(x, r), r, *y)
+            return (u * r[:, None]).to(BF16), *(y.to(BF16) for y in gates)
 
         for ours, plain, inputs in [
             (lambda x, *y: t.ReluSquareMLP.apply(x, r, *y)[0], lambda x, *y: t.mlp_reference(x, None, *y)[0],
              [x, up, down, scale]),
-            (linear, lambda x, w: t.normed_linear_reference(t.norm(x), None, w), [x, up]),
+            (linear, normed_linear_reference, [x, up, *gate_inputs]),
             (layers(t.LinearSum.apply, t.EmbeddingSums.apply),
              layers(t.linear_sum_reference, t.embedding_sums_reference), [x, w, *streams, s0, s1]),
         ]:
-            dy = [randn(T, width), randn(T, t.GATE_INPUTS)] if len(inputs) == 2 else [randn(T, D)]
+            dy = [randn(T, width), randn(T, 2), randn(T, 2)] if len(inputs) == 5 else [randn(T, D)]
             exact = gradients(plain, to(FP64, *inputs), to(FP64, *dy))
             as_good(gradients(ours, inputs, dy), gradients(plain, inputs, dy), exact, slack=2.0**-8)
         c = streams[0]
@@ -439,11 +508,16 @@ class TestGPU:
         as_good(results(t.AttentionInputs.apply), results(t.attention_inputs_reference),
                 results(t.attention_inputs_reference, FP64))
 
-    @pytest.mark.parametrize("T,n", [(1001, 12), (4096, 12)])
-    def test_gated_heads(self, T, n):
-        inputs, dout = [randn(T, 6, 128), randn(T, n), randn(6, n)], randn(T, 768)
-        as_good(gradients(t.GatedHeads.apply, inputs, dout), gradients(t.gated_heads_reference, inputs, dout),
-                gradients(t.gated_heads_reference, to(FP64, *inputs), dout.double()))
+    @pytest.mark.parametrize("T,kind", [(1001, kind) for kind in GATE_KINDS] + [(49152, (True, "mixed"))])
+    def test_gates(self, T, kind):
+        inputs, r, directions = gates_inputs(T, 6, 12, kind, device="cuda")
+        inputs = to(BF16, *inputs)
+
+        def results(f, dtype=BF16, exact=FP32):
+            factor = r if r is None else r.to(exact)
+            return gradients(gates_of(f, factor), to(dtype, *inputs), to(exact, *directions))
+
+        as_good(results(t.Gates.apply), results(t.gates_reference), results(t.gates_reference, FP64, FP64))
 
     @pytest.mark.parametrize("T,V,count,spread,dtype", [
         (512, 50304, 3, 4, E5M2), (37, 1002, 2, 8, E5M2), (5, 50258, 1, 4, BF16), (300, 1003, 3, 4, FP32)])
@@ -482,15 +556,16 @@ class TestGPU:
                 t.transpose_into_reference(x, expected, add=True)
                 assert torch.equal(added, expected)
 
+    @pytest.mark.parametrize("ordered", [False, True])
     @pytest.mark.parametrize("T,D,rows", [(4096, 768, 50304), (999, 100, 37)])
-    def test_scatter_add_rows(self, T, D, rows):
+    def test_scatter_add_rows(self, T, D, rows, ordered):
         """Sums of bf16 rows in fp32, with many repeated ids."""
         x, ids = randn(T, D), (rows * torch.rand(T, device="cuda") ** 4).int()
         out = torch.randn(rows, D, device="cuda")
         plain, exact = out.clone(), out.double()
         t.scatter_add_rows_reference(x, ids, plain)
         t.scatter_add_rows_reference(x, ids, exact)
-        t.scatter_add_rows(x, ids, out)
+        t.scatter_add_rows(x, ids, out, ids.argsort().int() if ordered else None)
         as_good([out], [plain], [exact])
 
     @pytest.mark.parametrize("K,n,k,turned", [
@@ -526,17 +601,19 @@ class TestGPU:
         _, grad, _ = exact_loss(logits, targets, weights, 1.0)
         as_good(ours, plain, [grad @ w.double().T, x.double().T @ grad], slack=1e-4)
 
-    @pytest.mark.parametrize("backend", ["torch", pytest.param("fa4", marks=pytest.mark.skipif(
-        not (HOPPER and installed("flash_attn")), reason="flash_attn is not installed"))])
+    @pytest.mark.parametrize("has_gate", [False, True])
+    @pytest.mark.parametrize("backend", ["torch", pytest.param("fa4", marks=needs_fa4)])
     @pytest.mark.parametrize("T,H,window,lengths", [
         (2048, 6, 384, (700, 300, 1)), (1537, 3, 128, (513, 90, 1, 2, 333)), (1001, 6, 2000, (1001,))])
-    def test_attention(self, backend, T, H, window, lengths):
+    def test_attention(self, backend, T, H, window, lengths, has_gate):
         """Output and gradients: windows inside and beyond the documents, which are many, of one token, or one."""
         inputs, dy, ends = [randn(T, H, 128) for _ in range(3)], randn(T, H, 128), document_ends(T, lengths)
+        inputs += [torch.rand(T, H, device="cuda")] if has_gate else []
 
         def results(f, dtype=BF16):
-            return gradients(lambda q, k, v: f(q, k, v, ends, max(lengths), window, 0.1), to(dtype, *inputs),
-                             dy.to(dtype))
+            gate = to(FP64 if dtype == FP64 else FP32, *inputs[3:])
+            return gradients(lambda q, k, v, *gate: f(q, k, v, ends, max(lengths), window, 0.1, *gate),
+                             [*to(dtype, *inputs[:3]), *gate], dy.to(dtype))
 
         as_good(results(t.ATTENTION_BACKENDS[backend]()), results(t.attention_reference),
                 results(t.attention_reference, FP64))

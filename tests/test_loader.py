@@ -173,7 +173,7 @@ def check_cu_seqlens(batch, begins=True):
         starts = [0] + starts
     assert cu[: len(starts)] == starts and set(cu[len(starts) :]) == {n} and len(cu) > len(starts)
     types = [x.dtype for x in batch]
-    assert types == [torch.int32, torch.int64, torch.int32, torch.int32]
+    assert types == [torch.int32, torch.int64, torch.int32, torch.int32, torch.int32]
 
 
 def numbered(seed, shards, longest):
@@ -328,6 +328,7 @@ def test_packer_reads_only(seed, n, share):
     assert (batch.tokens.numpy() == tokens[:-1]).all() and (batch.targets.numpy() == tokens[1:]).all()
     assert batch.bigram_ids.tolist() == slow_bigram(tokens[:-1].tolist(), HP.bigram_rows)
     check_cu_seqlens(batch)
+    assert sorted(batch.order.tolist()) == list(range(n)) and (batch.tokens[batch.order.long()].diff() >= 0).all()
     for x in batch:
         x.zero_()
     assert (tokens == kept[0]).all() and (ends == kept[1]).all()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as t
@@ -73,16 +74,17 @@ def products(T: int) -> Iterator[Row]:
     x, up, down, dy = randn(T, DIM), randn(WIDTH, DIM) * DIM**-0.5, randn(WIDTH, DIM) * DIM**-0.5, randn(T, DIM)
     o, scale = randn(DIM, DIM) * DIM**-0.5, torch.full((T,), 0.7, device=DEVICE)
     r = t.inverse_rms(x.float().square(), DIM)
-    h, moved, work = torch.relu(x @ up.mT).square(), 2 * (T * DIM + T * WIDTH + DIM * WIDTH), 2 * T * DIM * WIDTH
-    for epilogue, a, b, *more in (("none", x, up.mT), ("relu_square", x, up.mT, r), ("root", dy, down.mT, r, h)):
-        ours, plain = (partial(f, a, b, epilogue, *more) for f in (t.product, t.product_reference))
-        size = moved + sum(c.numel() * c.element_size() for c in more)
-        yield Row(f"product, {epilogue}", f"{T} x {DIM} x {WIDTH}", ours, size, work, compiled(plain), plain)
-    for a, b, terms in ((h, down, 1), (x, o.mT, 3)):
-        ours, plain = (partial(f, a, b, [x, dy, x][:terms], [scale[0]] * terms) for f in (
-            t.product_sum, t.product_sum_reference))
-        yield Row(f"product and {terms} terms", f"{T} x {len(b)} x {DIM}", ours,
-                  2 * (a.numel() + b.numel() + (1 + terms) * T * DIM), 2 * T * b.numel(), compiled(plain), plain)
+    h, moved, work = t.product_reference(x, up.mT, r), 2 * (T * DIM + T * WIDTH + DIM * WIDTH), 2 * T * DIM * WIDTH
+    for name, a, b, *more in (
+        ("product", x, up.mT), ("product, relu square", x, up.mT, r), ("product_root", dy, down.mT, h, r),
+        ("product_norm_grad", h, up, dy, x, scale[0], r),
+        ("product_sum, 1 term", h, down, [x], [scale[0]]),
+        ("product_sum, 3 terms", x, o.mT, [x, dy, x], [scale[0]] * 3),
+    ):
+        ours, plain = (partial(getattr(t, name.split(",")[0] + suffix), a, b, *more) for suffix in ("", "_reference"))
+        size = sum(c.nbytes for c in tree_leaves((a, b, more)) if isinstance(c, torch.Tensor))
+        yield Row(name, f"{T} x {len(b)} x {b.size(1)}", ours, size + T * b.size(1) * a.itemsize, 2 * T * b.numel(),
+                  compiled(plain), plain)
     inputs, shape = [x, up, down, scale], f"{T} x {DIM} x {WIDTH}"
     ours, plain = lambda x, *y: t.ReluSquareMLP.apply(x, r, *y)[0], lambda x, *y: t.mlp_reference(x, None, *y)[0]
     yield Row("MLP forward + backward", shape, backward(compiled(ours), inputs, dy), 6 * moved, 6 * work,
@@ -92,8 +94,8 @@ def products(T: int) -> Iterator[Row]:
         t.EmbeddingSums.apply, compiled(t.embedding_sums_reference)))
     yield Row("embedding sums backward", f"{LAYERS} x {T} x {DIM}", ours, 2 * (4 + LAYERS) * T * DIM, compiled=plain)
     dqkv = randn(T, 3 * DIM)
-    yield Row("weight gradient of QKV", f"{3 * DIM} x {T} x {DIM}", partial(t.weight_grad, dqkv, x),
-              2 * (4 * T * DIM + 3 * DIM * DIM), 6 * T * DIM * DIM, eager=partial(t.weight_grad_reference, dqkv, x))
+    yield Row("weight gradient of QKV", f"{3 * DIM} x {T} x {DIM}", partial(compiled(t.weight_grad), dqkv, x),
+              2 * (4 * T * DIM + 3 * DIM * DIM), 6 * T * DIM * DIM, eager=lambda: dqkv.mT @ x)
 
 
 def attention_inputs(T: int) -> Iterator[Row]:
@@ -109,12 +111,16 @@ def attention_inputs(T: int) -> Iterator[Row]:
               backward(graph, inputs, grads), backward(plain, inputs, grads))
 
 
-def gated_heads(T: int) -> Iterator[Row]:
-    """Heads times their gates; T tokens."""
-    inputs, dy = [randn(T, HEADS, HEAD_DIM), randn(T, t.GATE_INPUTS), randn(HEADS, t.GATE_INPUTS)], randn(T, DIM)
-    ours, plain = t.GatedHeads.apply, t.gated_heads_reference
-    yield Row("gated heads forward + backward", f"{T} x {HEADS} x {HEAD_DIM}", backward(compiled(ours), inputs, dy),
-              10 * T * DIM, 0, backward(compiled(plain), inputs, dy), backward(plain, inputs, dy))
+def gates(T: int) -> Iterator[Row]:
+    """Gates of heads and of a value embedding; T tokens."""
+    n, half = t.GATE_INPUTS, t.GATE_INPUTS // 2
+    inputs, dgates = [randn(T, n), randn(T, half), randn(HEADS, n), randn(HEADS, n)], [
+        torch.randn(T, HEADS, device=DEVICE) for _ in range(2)]
+    ours = lambda seen, *x: t.Gates.apply(seen, None, *x)
+    plain = lambda seen, *x: tuple(y.float() for y in t.gates_reference(seen, None, *x))
+    yield Row("gates forward + backward", f"{T} x {HEADS} x {n}", backward(compiled(ours), inputs, dgates),
+              T * (2 * 3 * (n + half) + 4 * 2 * 3 * HEADS), 0, backward(compiled(plain), inputs, dgates),
+              backward(plain, inputs, dgates))
 
 
 def logits(T: int) -> Iterator[Row]:
@@ -147,9 +153,12 @@ def tables(T: int) -> Iterator[Row]:
                   partial(t.transpose_into, source, target, add), (6 if add else 4) * head.numel(),
                   eager=partial(t.transpose_into_reference, source, target, add))
     rows, ids = randn(T, DIM), (VOCABULARY * torch.rand(T, device=DEVICE) ** 4).int()  # some rows much more often
-    args = rows, ids, torch.zeros(VOCABULARY, DIM, device=DEVICE)
-    yield Row("scatter_add_rows", f"{T} x {DIM}", partial(t.scatter_add_rows, *args), 10 * T * DIM,
-              eager=partial(t.scatter_add_rows_reference, *args))
+    touched = len(ids.unique())
+    for order in (None, ids.argsort().int()):
+        args = rows, ids, torch.zeros(VOCABULARY, DIM, device=DEVICE), order
+        yield Row(f"scatter_add_rows, {'any order' if order is None else 'ordered'}", f"{T} x {DIM}",
+                  partial(t.scatter_add_rows, *args), (2 * T + 8 * touched) * DIM,
+                  eager=partial(t.scatter_add_rows_reference, *args))
 
 
 def symmetric(_T: int) -> Iterator[Row]:
@@ -185,7 +194,7 @@ def attention(backend: str, _T: int) -> Iterator[Row]:
         yield Row(f"attention {backend} forward + backward", shape, both, 12 * size, 3.5 * work)
 
 
-GROUPS = {f.__name__: f for f in (products, attention_inputs, gated_heads, logits, loss, tables, symmetric)} | {
+GROUPS = {f.__name__: f for f in (products, attention_inputs, gates, logits, loss, tables, symmetric)} | {
     f"attention {backend}": partial(attention, backend) for backend in ("torch", "fa4")}
 
 
