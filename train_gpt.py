@@ -650,14 +650,15 @@ KERNELS = ("quack", "triton", "reference")  # the fastest first; each has those 
 
 def choose_kernels(hp: Hyperparameters, device: torch.device) -> str:
     """The one of KERNELS to use: the one asked for, or the fastest that works on this device."""
-    gpu = triton is not None and is_hopper(device) and hp.dtype == "bfloat16"
+    gpu = triton is not None and is_hopper(device) and hp.dtype == "bfloat16" and hp.head_dim.bit_count() == 1
     quack = gpu and torch.cuda.get_device_capability(device)[0] == 9 and importlib.util.find_spec("quack") is not None
     usable = {"quack": quack, "triton": gpu, "reference": True}
     if hp.kernels == "auto":
         return next(name for name in KERNELS if usable[name])
     if not usable[hp.kernels]:
-        raise UserError(f"--kernels={hp.kernels} needs Triton, bfloat16 and a Hopper or newer GPU, and quack just a "
-                        "Hopper GPU and the package quack-kernels; use --kernels=auto")
+        raise UserError(f"--kernels={hp.kernels} needs Triton, bfloat16, a --head_dim that is a power of 2 and a "
+                        "Hopper or newer GPU, and quack just a Hopper GPU and the package quack-kernels; use "
+                        "--kernels=auto")
     return hp.kernels
 
 
@@ -686,9 +687,10 @@ VALUE_GATE_MAX = 2.0
 
 def gates_reference(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor,
                     w_value: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Gates of heads, sigmoid(seen w^T) [T, H] for seen [T, n], w [H, n]; and of the value embedding, or None.
+    """The gates of heads, sigmoid(seen w^T) [T, H] for seen [T, n], w [H, n]; and those of a value embedding or None.
 
-    seen lacks the factor r [T] if there is one. The latter see `other` [T, n/2], if given, in place of its second half.
+    If r [T] is given, seen is multiplied by it first. The second gates go up to VALUE_GATE_MAX and see `other`
+    [T, n/2], if given, in place of the second half of seen.
     """
     seen = seen if r is None else (r[:, None] * seen).to(seen.dtype)
     gate = torch.sigmoid(F.linear(seen, w))
@@ -774,7 +776,7 @@ def gates_options(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tenso
 @custom_op("speedrun::gates", mutates_args=())
 def gates(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor,
           w_value: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Both in fp32, the second of no tokens where there is none."""
+    """gates_reference's results in fp32; without w_value the second is empty, [0, H]."""
     T, H = len(seen), len(w)
     gate, value_gate = (w.new_empty(n, H, dtype=torch.float32) for n in (T, 0 if w_value is None else T))
     gates_kernel[(triton.cdiv(T, GATE_ROWS),)](
@@ -808,7 +810,7 @@ gates_backward.register_fake(lambda seen, _r, other, w, w_value, *_: (
 def gates_grads(saved: tuple[Tensor | None, ...], dgate: Tensor, dvalue_gate: Tensor | None) -> tuple:
     """Gradients of seen, r (None), other, w and w_value, where saved are these and both results."""
     _, _, other, w, w_value, *_ = saved
-    dseen, dother, dw = gates_backward(*saved, dgate, None if w_value is None else dvalue_gate)
+    dseen, dother, dw = gates_backward(*saved, dgate, dvalue_gate)
     dw, dw_value = dw.sum(0).to(w.dtype).split([len(w), dw.size(1) - len(w)])
     return dseen, None, None if other is None else dother, dw, None if w_value is None else dw_value
 
@@ -847,7 +849,7 @@ def tile_sums(y: Tensor) -> Tensor:
 
 
 def empty_tile_sums(a: Tensor, b: Tensor) -> Tensor:
-    """For a product of a [m, k] and b [k, n]."""
+    """Room for the tile_sums of a product of a [m, k] and b [k, n]."""
     return a.new_empty(a.size(0), -(-b.size(1) // PRODUCT_TILE[1]), dtype=torch.float32)
 
 
@@ -865,16 +867,17 @@ def product_sum_reference(a: Tensor, b: Tensor, terms: list[Tensor], scales: lis
 
 
 def product_root_reference(a: Tensor, b: Tensor, c: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """y = r times the gradient of pre where a b [m, n] is that of c = relu(pre)^2, r [m] fp32; tile_sums of y pre."""
+    """y [m, n] = r times the gradient of pre, for c = relu(pre)^2 and its gradient a b, r [m] fp32; tile_sums of y pre.
+    """
     root = c.sqrt()
     y = (2 * root * r[:, None] * (a @ b)).to(c.dtype)
     return y, tile_sums(y * root)
 
 
 def product_norm_grad_reference(a: Tensor, b: Tensor, dy: Tensor, x: Tensor, s: Tensor,
-                                r: Tensor) -> tuple[Tensor, Tensor]:
-    """a b + s dy + r x for dy, x [m, n], s 0-dim fp32, r [m] fp32; and tile_sums of dy x."""
-    return (a @ b + s * dy + r[:, None] * x).to(x.dtype), tile_sums(dy.float() * x.float())
+                                factor: Tensor) -> tuple[Tensor, Tensor]:
+    """a b + s dy + factor x for dy, x [m, n], s 0-dim fp32, factor [m] fp32; and tile_sums of dy x."""
+    return (a @ b + s * dy + factor[:, None] * x).to(x.dtype), tile_sums(dy.float() * x.float())
 
 
 @cache
@@ -948,9 +951,10 @@ def product_root(a: Tensor, b: Tensor, c: Tensor, r: Tensor) -> tuple[Tensor, Te
 
 
 @product_op("speedrun::product_norm_grad")
-def product_norm_grad(a: Tensor, b: Tensor, dy: Tensor, x: Tensor, s: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+def product_norm_grad(a: Tensor, b: Tensor, dy: Tensor, x: Tensor, s: Tensor,
+                      factor: Tensor) -> tuple[Tensor, Tensor]:
     sums = empty_tile_sums(a, b)
-    return quack_products()["norm_grad"](a, b, dy, x=x, s=s, r=r[None], sums=sums)["D"], sums
+    return quack_products()["norm_grad"](a, b, dy, x=x, s=s, r=factor[None], sums=sums)["D"], sums
 
 product.register_kernel("cpu")(product_reference)
 product.register_fake(lambda a, b, r=None: a.new_empty(a.size(0), b.size(1)))
@@ -986,7 +990,11 @@ add_columns.register_fake(lambda y, c: None)
 
 
 class FirstColumns(torch.autograd.Function):
-    """x [T, n] and its first k columns, whose gradient is added to that of x in place: no reader of x may keep that."""
+    """x [T, n] and its first k columns, whose gradient is added in place to the one that comes for x.
+
+    That one must be x's alone: if x has a single reader, this may not be an addition x + b, whose gradient is one
+    tensor for both. The gradients of several readers are summed into a new tensor.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -1002,7 +1010,7 @@ WEIGHT_GRAD_ROWS = 1536  # tuned (H200): cuBLAS makes 2,304 x 768 in 0.259 ms, a
 
 
 def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
-    """dy^T x [n, k] for dy [T, n], x [T, k]."""
+    """dy^T x [n, k] for dy [T, n], x [T, k]; compiled, each product writes its part of the result in place."""
     return torch.cat([part.mT @ x for part in dy.split(WEIGHT_GRAD_ROWS, dim=1)])
 
 
@@ -1600,7 +1608,7 @@ class HeadLoss(torch.autograd.Function):
 def scatter_add_rows_reference(rows: Tensor, ids: Tensor, out: Tensor, order: Tensor | None = None) -> None:
     """out[ids[i]] += rows[i] for rows [T, D], ids [T] int32, out [table rows, D] fp32, in place.
 
-    order [T] int32 can name the rows such that equal ids are neighbours.
+    order [T] int32, a permutation that makes equal ids neighbours, changes the speed only.
     """
     out.index_add_(0, ids, rows.to(out.dtype))
 
@@ -1774,7 +1782,8 @@ def flash4_preprocess_reference(out: Tensor, dout: Tensor, lse: Tensor, gate: Te
 
     It also writes for padded rows, where document i begins at block floor(cu_seqlens[i] / block) + i: the sums
     [h, rows], lse2 = log2(e) lse [h, rows] from lse [h, T], less the logarithm of gate [T, h] if there is one, and
-    zero [h, rows d]. Where a document's last block goes on after its end, sums are 0 and lse2 infinite.
+    zeros into `zero` [h, rows d], where the package then sums the gradient of q. Where a document's last block goes on
+    after its end, sums are 0 and lse2 infinite.
     """
     dots = (out.float() * dout.float()).sum(-1)
     lse = lse if gate is None else lse - gate.mT.log()
@@ -1794,6 +1803,7 @@ def flash4_preprocess_kernel(out, dout, lse, gate, cu_seqlens, sums, lse2, zero,
                              BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     """One program: a block of one head."""
     block, head, columns, documents = tl.program_id(0), tl.program_id(1), tl.arange(0, D), tl.arange(0, COLUMNS)
+    # each document's first block: they rise, so the last one up to this block is this block's document
     begins = tl.load(cu_seqlens + documents, mask=documents < DOCUMENTS, other=0) // BLOCK + documents
     document = tl.sum(((documents < DOCUMENTS) & (begins <= block)).to(tl.int32), 0) - 1
     start, end = tl.load(cu_seqlens + document), tl.load(cu_seqlens + document + 1)
@@ -1827,9 +1837,11 @@ def flash4_preprocess(out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor | Non
 def flash4_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor | None,
                     cu_seqlens: Tensor, max_len: int, window: int,
                     scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, and the sums [T, h] fp32 of out dout over each head.
+    """Gradients of q, k, v where that of out is gate dout (dout, without a gate); and sums [T, h] fp32 of out dout over
+    each head, which are the gradient of the gate.
 
-    flash4_preprocess takes the place of the package's: that hides the sums, which are the gradient of the gate."""
+    flash4_preprocess takes the place of the package's first kernel, which would not hand out the sums.
+    """
     from flash_attn.cute import interface
 
     dots = []
@@ -1851,8 +1863,8 @@ flash4_backward.register_fake(lambda q, k, v, *_: (
 
 
 class Flash4(torch.autograd.Function):
-    """The gate costs these gradients no pass: they are linear in the weights of the softmax, exp(score - lse) there, so
-    that lse can hold a factor of the gradient that comes in."""
+    """attention_flash4. The gradients of q, k and v are linear in the softmax's weights exp(score - lse), so taking
+    log(gate) from lse multiplies them by the gate, without a pass over dy."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, cu_seqlens: Tensor, *options) -> Tensor:
@@ -1907,7 +1919,9 @@ ATTENTION_BACKENDS = {"fa4": load_flash4, "fa3": load_flash3, "torch": lambda: a
 def choose_attention(hp: Hyperparameters, device: torch.device) -> str:
     """The name of the backend to use: the one asked for, or the fastest that works on this device."""
     gpu = device.type == "cuda" and hp.dtype == "bfloat16"
-    fits = {"fa4": gpu and is_hopper(device), "fa3": gpu and is_hopper(device), "torch": gpu, "reference": True}
+    # flash4_preprocess needs Triton and takes these widths only
+    fa4 = gpu and is_hopper(device) and triton is not None and hp.head_dim in (32, 64, 128)
+    fits = {"fa4": fa4, "fa3": gpu and is_hopper(device), "torch": gpu, "reference": True}
     for name in ATTENTION_BACKENDS if hp.attention == "auto" else [hp.attention]:
         if fits[name]:
             try:
@@ -1916,7 +1930,8 @@ def choose_attention(hp: Hyperparameters, device: torch.device) -> str:
             except Exception as e:  # whatever a package raises that does not fit this machine
                 reason = f"{type(e).__name__}: {e}"
         else:
-            reason = "it needs bfloat16 on a GPU, and fa4 and fa3 need a Hopper or newer one"
+            reason = ("it needs bfloat16 on a GPU, fa4 and fa3 a Hopper or newer one, and fa4 Triton and a --head_dim "
+                      "of 32, 64 or 128")
     raise UserError(f"--attention={hp.attention} does not work here ({reason}); use --attention=auto")
 
 
@@ -1929,7 +1944,7 @@ class Batch(NamedTuple):
     targets: Tensor  # [T] int64
     bigram_ids: Tensor  # [T] int32
     cu_seqlens: Tensor  # [documents + 1] int32, padded with T to a fixed length
-    order: Tensor  # [T] int32, positions by token: the gradients of a table's row come one after the other
+    order: Tensor  # [T] int32, positions sorted by token, so that gradients of one table row are neighbours
 
 
 class Rows(NamedTuple):
@@ -2092,8 +2107,8 @@ class GPT(nn.Module):
         if self.fused:
             qkv, gate, ve_gate = NormedLinear.apply(h, r, qkv, *gate_inputs)
         else:
-            gates = Gates.apply if self.fast else gates_reference
-            qkv, (gate, ve_gate) = F.linear(h, qkv), gates(h[:, :GATE_INPUTS], r, *gate_inputs)
+            qkv = F.linear(h, qkv)
+            gate, ve_gate = (Gates.apply if self.fast else gates_reference)(h[:, :GATE_INPUTS], r, *gate_inputs)
         inputs = AttentionInputs.apply if self.fast else attention_inputs_reference
         q, k, v = inputs(qkv.view(T, 3, H, d), r, ve, ve_gate, self.cos, self.sin, layer.paired, layer.key_offset)
         # A paired token becomes two, heads 0..H/2-1 and then the rest: the same memory seen as [2T, H/2, d]

@@ -5,6 +5,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -152,11 +153,12 @@ class TestInterpreted:
         assert (excess <= 0).all(), excess.max()
 
     @pytest.mark.parametrize("T,width,D", [(32, 64, 32), (20, 36, 12), (150, 300, 68), (2, 4, 4)])
-    def test_products(self, T, width, D):
+    def test_products(self, monkeypatch, T, width, D):
         """ReluSquareMLP, NormedLinear, LinearSum and EmbeddingSums, by the products' references, and their gradients.
 
         r is the norm's own, so that the gradients that fold it in can be compared with those of the norm in float64.
         """
+        monkeypatch.setattr(t, "WEIGHT_GRAD_ROWS", 100)
         x, up, down = torch.randn(T, D), torch.randn(width, D), torch.randn(width, D)
         r, scale = t.inverse_rms(x.square(), D), torch.full((T,), 0.7)
         seen = min(D, t.GATE_INPUTS)
@@ -247,7 +249,7 @@ class TestInterpreted:
     @pytest.mark.parametrize("has_gate", [False, True])
     @pytest.mark.parametrize("T,block,ends", [(200, 64, [0, 70, 71, 128, 199, 200, 200, 200]), (5, 8, [0, 5])])
     def test_flash4_preprocess(self, T, block, ends, has_gate, h=3, d=16):
-        """Kernel and reference write the same and nothing else; zeros for all rows, and what is left out is NaN."""
+        """Kernel and reference write the same numbers in the same places; what neither writes stays NaN."""
         out, dout, lse, cu_seqlens = torch.randn(T, h, d), torch.randn(T, h, d), torch.randn(h, T), torch.tensor(ends)
         gate = torch.rand(T, h) if has_gate else None
         room = (T + len(ends) * block - 1) // block * block  # what the package gives
@@ -264,6 +266,41 @@ class TestInterpreted:
             at = (ends[i] // block + i) * block
             torch.testing.assert_close(sums[:, at : at + last], dots[ends[i] : ends[i + 1]].mT)
             assert (sums[:, at + last : at + block] == 0).all() and lse2[:, at + last : at + block].isinf().all()
+
+    @pytest.mark.parametrize("has_gate", [False, True])
+    def test_flash4(self, monkeypatch, has_gate, T=70, block=16):
+        """Output and gradients, with a stand-in for the package that uses what our first kernel writes."""
+        def forward(q, k, v, softmax_scale, **_):
+            score = softmax_scale * torch.einsum("qhd,khd->hqk", q, k) + mask
+            return torch.einsum("hqk,khd->qhd", score.softmax(2), v).contiguous(), score.logsumexp(2)
+
+        def backward(q, k, v, out, dout, lse, cu_seqlens_q, softmax_scale, **_):
+            (_, h, d), room = q.shape, (T + len(cu_seqlens_q) * block - 1) // block * block
+            sums, lse2, zero = (torch.full((h, n), float("nan")) for n in (room, room, room * d))
+            interface._bwd_preprocess(out, dout, sums, lse, lse2, zero, cu_seqlens_q, None, None, None, d, d, block,
+                                      cu_total_m_blocks=None, fake_mode=False, hdim_multiple_of=32)
+            at = torch.cat([torch.arange(b - a) + (a // block + i) * block for i, (a, b) in enumerate(
+                itertools.pairwise(cu_seqlens_q.tolist()))])
+            score = softmax_scale * torch.einsum("qhd,khd->hqk", q, k) + mask
+            p = torch.exp2(score / np.log(2) - lse2[:, at, None])
+            ds = softmax_scale * p * (torch.einsum("qhd,khd->hqk", dout, v) - sums[:, at, None])
+            return (torch.einsum("hqk,khd->qhd", ds, k), torch.einsum("hqk,qhd->khd", ds, q),
+                    torch.einsum("hqk,qhd->khd", p, dout))
+
+        interface = SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward, _bwd_preprocess=None)
+        package = SimpleNamespace(interface=interface)
+        for name, module in (("", package), (".cute", package), (".cute.interface", interface)):
+            monkeypatch.setitem(sys.modules, "flash_attn" + name, module)
+        inputs, dy = [*torch.randn(3, T, 2, 16)] + [torch.rand(T, 2)] * has_gate, torch.randn(T, 2, 16)
+        ends, position = torch.tensor([0, 17, 18, T, T], dtype=torch.int32), torch.arange(T)
+        document, back = torch.searchsorted(ends, position.int(), right=True), position[:, None] - position
+        mask = torch.where((back >= 0) & (back <= 9) & (document[:, None] == document), 0.0, -torch.inf)
+
+        def results(f, dtype):
+            return gradients(lambda q, k, v, *gate: f(q, k, v, ends, 52, 9, 0.3, *gate), to(dtype, *inputs),
+                             dy.to(dtype))
+        for a, b in zip(results(t.attention_flash4, FP32), results(t.attention_reference, FP64), strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("paired,offset,mix", KINDS)
     def test_attention_inputs_operations(self, paired, offset, mix):
@@ -379,7 +416,7 @@ class TestInterpreted:
             assert (a - b).norm() <= 1e-5 * b.norm(), (row[0], (a - b).norm() / b.norm())
 
     def test_operations(self):
-        """Schemas and shapes that torch.compile relies on, and one graph without breaks that holds every operation."""
+        """Schemas and shapes that torch.compile relies on, and a graph without breaks; test_model has the others."""
         check = torch.library.opcheck
         check(t.symmetric_product, (torch.randn(1, 16, 8), 0.0, 0.5))
         a, b, c, r, scale = torch.randn(8, 4), torch.randn(4, 12), torch.rand(8, 12), torch.rand(8), torch.tensor(0.5)
@@ -432,7 +469,7 @@ def installed(name):
     return importlib.util.find_spec(name) is not None
 
 
-needs_fa4 = pytest.mark.skipif(not (HOPPER and installed("flash_attn")), reason="flash_attn is not installed")
+needs_fa4 = pytest.mark.skipif(not installed("flash_attn"), reason="flash_attn is not installed")
 needs_quack = pytest.mark.skipif(not installed("quack"), reason="needs the package quack-kernels")
 
 
@@ -452,7 +489,29 @@ def test_flash3_is_called_right(monkeypatch):
     q, k, v = torch.randn(3, 40, 2, 16)
     options = torch.tensor([0, 17, 40], dtype=torch.int32), 23, 9, 0.1
     attend = torch.compile(t.ATTENTION_BACKENDS["fa3"](), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(attend(q, k, v, *options), t.attention_reference(q, k, v, *options))
+    for gate in (None, torch.rand(40, 2)):
+        torch.testing.assert_close(attend(q, k, v, *options, gate), t.attention_reference(q, k, v, *options, gate))
+
+
+@pytest.mark.parametrize("heads,head_dim,attention,kernels", [
+    (6, 128, "fa4", "triton"), (4, 256, "torch", "triton"), (8, 96, "torch", "reference")])
+def test_choice_by_head_dim(monkeypatch, heads, head_dim, attention, kernels):
+    """What is chosen on a Hopper GPU without quack and fa3 can take that width, and what cannot says why."""
+    monkeypatch.setattr(t, "is_hopper", lambda device: True)
+    monkeypatch.setattr(t, "triton", object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(t.ATTENTION_BACKENDS, "fa4", lambda: None)
+    monkeypatch.setitem(t.ATTENTION_BACKENDS, "fa3", lambda: 1 // 0)
+    hp, _ = t.parse_args([f"--num_heads={heads}", f"--head_dim={head_dim}", f"--model_dim={heads * head_dim}"])
+    device = torch.device("cuda")
+    assert (t.choose_attention(hp, device), t.choose_kernels(hp, device)) == (attention, kernels)
+    if attention != "fa4":
+        with pytest.raises(t.UserError, match="head_dim of 32, 64 or 128"):
+            t.choose_attention(replace(hp, attention="fa4"), device)
+    if kernels != "triton":
+        with pytest.raises(t.UserError, match="head_dim that is a power of 2"):
+            t.choose_kernels(replace(hp, kernels="triton"), device)
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs Triton and a Hopper or newer GPU")
