@@ -766,11 +766,13 @@ def gates_backward_kernel(seen, seen_stride, r, other, other_stride, w, w_value,
     tl.store(dseen + rows[:, None] * N + columns[None, :], ds.to(dseen.dtype.element_ty), mask=mask)
 
 
-def gates_options(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor, w_value: Tensor | None) -> tuple:
-    """The constants of both kernels."""
+def gates_arguments(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor,
+                    w_value: Tensor | None) -> tuple[tuple, tuple]:
+    """The first arguments of both kernels, and their constants."""
     assert seen.stride(1) == 1 and (other is None or other.stride(1) == 1) and w.is_contiguous()
-    return (VALUE_GATE_MAX, *w.shape, r is not None, other is not None, w_value is not None, GATE_ROWS,
-            triton.next_power_of_2(w.size(1)))
+    return (seen, seen.stride(0), r, other, 0 if other is None else other.stride(0), w, w_value), (
+        VALUE_GATE_MAX, *w.shape, r is not None, other is not None, w_value is not None, GATE_ROWS,
+        triton.next_power_of_2(w.size(1)))
 
 
 @custom_op("speedrun::gates", mutates_args=())
@@ -779,9 +781,8 @@ def gates(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor,
     """gates_reference's results in fp32; without w_value the second is empty, [0, H]."""
     T, H = len(seen), len(w)
     gate, value_gate = (w.new_empty(n, H, dtype=torch.float32) for n in (T, 0 if w_value is None else T))
-    gates_kernel[(triton.cdiv(T, GATE_ROWS),)](
-        seen, seen.stride(0), r, other, 0 if other is None else other.stride(0), w, w_value, gate, value_gate, T,
-        *gates_options(seen, r, other, w, w_value))
+    inputs, constants = gates_arguments(seen, r, other, w, w_value)
+    gates_kernel[(triton.cdiv(T, GATE_ROWS),)](*inputs, gate, value_gate, T, *constants)
     return gate, value_gate
 
 
@@ -793,10 +794,10 @@ def gates_backward(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tens
     (T, n), H, programs = seen.shape, len(w), triton.cdiv(len(seen), GATE_ROWS)
     dseen, dother = seen.new_empty(T, n), seen.new_empty(0 if other is None else T, n // 2)
     dw = w.new_empty(programs, H if w_value is None else 2 * H, n, dtype=torch.float32)
+    inputs, constants = gates_arguments(seen, r, other, w, w_value)
     gates_backward_kernel[(programs,)](
-        seen, seen.stride(0), r, other, 0 if other is None else other.stride(0), w, w_value, gate, value_gate,
-        dgate.contiguous(), None if dvalue_gate is None else dvalue_gate.contiguous(), dseen, dother, dw, T,
-        *gates_options(seen, r, other, w, w_value))
+        *inputs, gate, value_gate, dgate.contiguous(), None if dvalue_gate is None else dvalue_gate.contiguous(),
+        dseen, dother, dw, T, *constants)
     return dseen, dother, dw
 
 GATE_ROWS = 64  # tokens of one program
@@ -867,8 +868,7 @@ def product_sum_reference(a: Tensor, b: Tensor, terms: list[Tensor], scales: lis
 
 
 def product_root_reference(a: Tensor, b: Tensor, c: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """y [m, n] = r times the gradient of pre, for c = relu(pre)^2 and its gradient a b, r [m] fp32; tile_sums of y pre.
-    """
+    """y [m, n] = r times pre's gradient, for c = relu(pre)^2 and c's gradient a b, r [m] fp32; tile_sums of y pre."""
     root = c.sqrt()
     y = (2 * root * r[:, None] * (a @ b)).to(c.dtype)
     return y, tile_sums(y * root)
@@ -927,6 +927,11 @@ def quack_products() -> dict[str, Callable]:
     return {f.__name__: partial(kind(f), config=config, tuned=False) for f, kind in kinds.items()} | {"scaled": fp8}
 
 
+def product_and_sums(kind: str, a: Tensor, b: Tensor, c: Tensor, **more: Tensor) -> tuple[Tensor, Tensor]:
+    sums = empty_tile_sums(a, b)
+    return quack_products()[kind](a, b, c, sums=sums, **more)["D"], sums
+
+
 # Without the tag, TorchInductor stores an input again for each of its readers
 product_op = partial(custom_op, mutates_args=(), device_types="cuda", tags=[torch.Tag.flexible_layout])
 
@@ -940,21 +945,18 @@ def product(a: Tensor, b: Tensor, r: Tensor | None = None) -> Tensor:
 @product_op("speedrun::product_sum")
 def product_sum(a: Tensor, b: Tensor, terms: list[Tensor], scales: list[Tensor]) -> tuple[Tensor, Tensor]:
     more = {f"c{i}": c for i, c in enumerate(terms) if i} | {f"s{i}": scale for i, scale in enumerate(scales)}
-    sums = empty_tile_sums(a, b)
-    return quack_products()[f"sum{len(terms)}"](a, b, terms[0], sums=sums, **more)["D"], sums
+    return product_and_sums(f"sum{len(terms)}", a, b, terms[0], **more)
 
 
 @product_op("speedrun::product_root")
 def product_root(a: Tensor, b: Tensor, c: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    sums = empty_tile_sums(a, b)
-    return quack_products()["root"](a, b, c, r=r[None], sums=sums)["D"], sums
+    return product_and_sums("root", a, b, c, r=r[None])
 
 
 @product_op("speedrun::product_norm_grad")
 def product_norm_grad(a: Tensor, b: Tensor, dy: Tensor, x: Tensor, s: Tensor,
                       factor: Tensor) -> tuple[Tensor, Tensor]:
-    sums = empty_tile_sums(a, b)
-    return quack_products()["norm_grad"](a, b, dy, x=x, s=s, r=factor[None], sums=sums)["D"], sums
+    return product_and_sums("norm_grad", a, b, dy, x=x, s=s, r=factor[None])
 
 product.register_kernel("cpu")(product_reference)
 product.register_fake(lambda a, b, r=None: a.new_empty(a.size(0), b.size(1)))
@@ -1633,9 +1635,9 @@ def scatter_add_kernel(rows, ids, order, out, T, D, ORDERED: tl.constexpr, COUNT
 
 def scatter_add_rows(rows: Tensor, ids: Tensor, out: Tensor, order: Tensor | None = None) -> None:
     assert rows.is_contiguous() and out.is_contiguous() and out.dtype == torch.float32
-    (T, D), count = rows.shape, SCATTER_ROWS
-    scatter_add_kernel[(triton.cdiv(T, count),)](rows, ids, order, out, T, D, order is not None, count,
-                                                 triton.next_power_of_2(D), num_warps=4)
+    T, D = rows.shape
+    scatter_add_kernel[(triton.cdiv(T, SCATTER_ROWS),)](rows, ids, order, out, T, D, order is not None, SCATTER_ROWS,
+                                                        triton.next_power_of_2(D), num_warps=4)
 
 SCATTER_ROWS = 16  # of one program
 

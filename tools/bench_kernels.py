@@ -82,7 +82,7 @@ def products(T: int) -> Iterator[Row]:
         ("product_sum, 3 terms", x, o.mT, [x, dy, x], [scale[0]] * 3),
     ):
         ours, plain = (partial(getattr(t, name.split(",")[0] + suffix), a, b, *more) for suffix in ("", "_reference"))
-        size = sum(c.nbytes for c in tree_leaves((a, b, more)) if isinstance(c, torch.Tensor))
+        size = sum(c.nbytes for c in tree_leaves((a, b, more)))
         yield Row(name, f"{T} x {len(b)} x {b.size(1)}", ours, size + T * b.size(1) * a.itemsize, 2 * T * b.numel(),
                   compiled(plain), plain)
     inputs, shape = [x, up, down, scale], f"{T} x {DIM} x {WIDTH}"
