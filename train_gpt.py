@@ -12,9 +12,10 @@ as a small demo on a CPU.
     python train_gpt.py --help                  every hyperparameter, settable as --key=value
 
 Dimension letters, used in shape comments:
-    T tokens of one micro-batch on one rank     D model width      H heads         d width of a head (D = H*d)
+    S tokens of a segment    T tokens of one micro-batch on one rank: n segments, T = n*S
+    D model width            H heads         d width of a head (D = H*d)
     V vocabulary, padded to a multiple of 128   F MLP width (4D)   B bigram rows   L layers
-    R ranks (GPUs)   A gradient-accumulation micro-steps (R*A = 8)   K matrices of a bank   N optimizer steps
+    R ranks (GPUs)   A segments of a rank in one step (R*A = 8)      K matrices of a bank   N optimizer steps
 
 Map of the file; a token's way is 8 -> 6 (with 5 and 4 inside) -> 7:
     1 this text          2 configuration: Hyperparameters, LAYERS, STAGES and plan(), PARAMS
@@ -71,7 +72,7 @@ except ImportError:  # CPU builds of PyTorch come without Triton; the references
 
 # ==== 2. Configuration: every tuned number of the run is in this part =================================================
 
-SEGMENTS = 8  # a step's tokens come as 8 segments, whatever R is: segment s goes to micro-step s // R, rank s % R
+SEGMENTS = 8  # a step's tokens come as 8 segments, whatever R is: segment s goes to rank s % R
 MTP_MAX = 3  # most tokens ahead that one position predicts
 
 
@@ -121,6 +122,7 @@ class Hyperparameters:
     fp8_head: bool = True  # the training head's products in FP8
     compile: bool = True  # torch.compile; plain eager PyTorch if false
     graphs: bool = True  # replay each micro-step as one CUDA graph (on a GPU)
+    micro_tokens: int = 65_536  # a rank's segments are joined to micro-batches up to this; less takes less memory
     attention: str = "auto"  # auto or a key of ATTENTION_BACKENDS
     kernels: str = "auto"  # auto or one of KERNELS
     device: str = "auto"  # auto, cuda or cpu
@@ -152,15 +154,15 @@ class Hyperparameters:
 
 
 # What a run resumed from a checkpoint may change: no step's weights depend on it, but for rounding
-MAY_CHANGE = ("val_files", "val_tokens", "val_chunk", "val_every", "final_val_window", "compile", "graphs", "attention",
-              "kernels", "device", "log_dir", "run_id", "save_every", "save_final", "resume")
+MAY_CHANGE = ("val_files", "val_tokens", "val_chunk", "val_every", "final_val_window", "compile", "graphs",
+              "micro_tokens", "attention", "kernels", "device", "log_dir", "run_id", "save_every", "save_final", "resume")
 PRESETS = {
     "record80": {},
     # The same topology, optimizers and schedule shape at a size that two CPU cores train in about two minutes.
     "demo": dict(
         train_files="data/sample/fineweb_train_*.bin", val_files="data/sample/fineweb_val_*.bin",
         val_tokens=8192, val_chunk=1024, num_scheduled_iterations=60, num_extension_iterations=4, val_every=20,
-        batch_unit=512, block=16, model_dim=96, head_dim=16, bigram_ratio=1, muon_momentum_warmup=30,
+        batch_unit=512, micro_tokens=512, block=16, model_dim=96, head_dim=16, bigram_ratio=1, muon_momentum_warmup=30,
         muon_momentum_cooldown=8, dtype="float32", fp8_head=False, compile=False, device="cpu",
     ),
 }
@@ -377,7 +379,8 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
     world = int(os.environ.get("WORLD_SIZE", 1))
     require(world > 0 and SEGMENTS % world == 0, f"{world} ranks cannot share {SEGMENTS} segments: use 1, 2, 4 or 8")
     positive = ["num_scheduled_iterations", "batch_unit", "block", "val_tokens", "val_chunk", "model_dim", "num_heads",
-                "head_dim", "bigram_ratio", "vocab_size", "muon_momentum_warmup", "muon_momentum_cooldown"]
+                "head_dim", "bigram_ratio", "vocab_size", "muon_momentum_warmup", "muon_momentum_cooldown",
+                "micro_tokens"]
     for key in positive:
         require(getattr(hp, key) > 0, f"--{key}={getattr(hp, key)} must be positive")
     for key in ("num_extension_iterations", "val_every", "save_every"):
@@ -1198,28 +1201,28 @@ def attention_inputs_reference(qkv: Tensor, r: Tensor | None, ve: Tensor | None,
                                sin: Tensor, paired: bool, key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v [T, H, d] from the projection qkv [T, 3, H, d], which lacks the factor r [T] if there is one.
 
-    q and k are normalised and rotated by cos, sin [positions, d/4]: by position t, or on paired layers head 2m by 2t
-    and head 2m+1 by 2t+1. key_offset moves the un-rotated half of each key one position ahead, across documents;
-    position 0 keeps its own. v gains gate [T, H] times the value embedding ve [T, H * d], if there is one.
+    q and k are normalised and rotated by cos, sin [S, d/4]: by position t of a segment, or on paired layers, with
+    cos, sin [2S, d/4], head 2m by 2t and head 2m+1 by 2t+1. key_offset moves the un-rotated half of each key one
+    position ahead, across documents; position 0 keeps its own. v gains gate [T, H] times the value embedding
+    ve [T, H * d], if there is one.
     """
     T, _, H, d = qkv.shape
     q, k, v = qkv.unbind(1)
     q, k = norm(q), norm(k)
-    if paired:
-        cos, sin = (table[: 2 * T].view(T, 1, 2, d // 4) for table in (cos, sin))
-        q, k = (rotate(x.reshape(T, H // 2, 2, d), cos, sin).view(T, H, d) for x in (q, k))
-    else:
-        q, k = (rotate(x, cos[:T, None], sin[:T, None]) for x in (q, k))
+    n = 2 if paired else 1
+    S = len(cos) // n
+    cos, sin = (table.view(S, 1, n, d // 4) for table in (cos, sin))
+    q, k = (rotate(x.reshape(T // S, S, H // n, n, d), cos, sin).view(T, H, d) for x in (q, k))
     if key_offset:
-        still = k[..., d // 2 :]
-        k = torch.cat([k[..., : d // 2], torch.cat([still[:1], still[:-1]])], dim=-1)
+        still = k[..., d // 2 :].view(T // S, S, H, d // 2)
+        k = torch.cat([k[..., : d // 2], torch.cat([still[:, :1], still[:, :-1]], dim=1).view(T, H, d // 2)], dim=-1)
     v = v if r is None else (r[:, None, None] * v).to(v.dtype)  # q and k are normalised
     return q, k, v if ve is None else v + gate[..., None] * ve.view(T, H, d)
 
 
 @jit
-def position_angles(cos, sin, rows, head, inside, D: tl.constexpr, PAIRED: tl.constexpr):
-    position = 2 * rows + head % 2 if PAIRED else rows
+def position_angles(cos, sin, position, head, inside, D: tl.constexpr, PAIRED: tl.constexpr):
+    position = 2 * position + head % 2 if PAIRED else position
     at = position[:, None] * (D // 4) + tl.arange(0, D // 4)[None, :]
     mask = inside[:, None]
     c, s = tl.load(cos + at, mask=mask, other=0.0), tl.load(sin + at, mask=mask, other=0.0)
@@ -1236,14 +1239,14 @@ def normalised(x, mask, D: tl.constexpr, EPS: tl.constexpr):
 
 
 @jit
-def attention_inputs_kernel(qkv, r, ve, gate, cos, sin, q, k, v, T, EPS: tl.constexpr, H: tl.constexpr,
+def attention_inputs_kernel(qkv, r, ve, gate, cos, sin, q, k, v, T, S, EPS: tl.constexpr, H: tl.constexpr,
                             D: tl.constexpr, PAIRED: tl.constexpr, OFFSET: tl.constexpr, SCALED: tl.constexpr,
                             MIX: tl.constexpr, ROWS: tl.constexpr):
     """One program: ROWS tokens of one head, whose width is D here."""
     head, rows = tl.program_id(0), tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside, half = rows < T, tl.arange(0, D // 2)[None, :]
+    inside, half, position = rows < T, tl.arange(0, D // 2)[None, :], rows % S
     mask = inside[:, None]
-    c, s = position_angles(cos, sin, rows, head, inside, D, PAIRED)
+    c, s = position_angles(cos, sin, position, head, inside, D, PAIRED)
     to = rows[:, None] * (H * D) + head * D + half
     for part in tl.static_range(2):  # q, k
         front, back, _ = normalised(qkv + rows[:, None] * (3 * H * D) + (part * H + head) * D + half, mask, D, EPS)
@@ -1253,8 +1256,8 @@ def attention_inputs_kernel(qkv, r, ve, gate, cos, sin, q, k, v, T, EPS: tl.cons
         tl.store(out + to, front.to(out.dtype.element_ty), mask=mask)
         back = back.to(out.dtype.element_ty)
         if part == 1 and OFFSET:
-            tl.store(out + to + H * D + D // 2, back, mask=(rows + 1 < T)[:, None])
-            tl.store(out + to + D // 2, back, mask=(rows == 0)[:, None])
+            tl.store(out + to + H * D + D // 2, back, mask=(inside & (position + 1 < S))[:, None])
+            tl.store(out + to + D // 2, back, mask=(inside & (position == 0))[:, None])
         else:
             tl.store(out + to + D // 2, back, mask=mask)
     wide = tl.arange(0, D)[None, :]
@@ -1269,13 +1272,14 @@ def attention_inputs_kernel(qkv, r, ve, gate, cos, sin, q, k, v, T, EPS: tl.cons
 
 
 @jit
-def attention_inputs_backward_kernel(qkv, r, ve, gate, cos, sin, dq, dk, dv, dqkv, dve, dgate, T, EPS: tl.constexpr,
-                                     H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr, OFFSET: tl.constexpr,
-                                     SCALED: tl.constexpr, MIX: tl.constexpr, ROWS: tl.constexpr):
+def attention_inputs_backward_kernel(qkv, r, ve, gate, cos, sin, dq, dk, dv, dqkv, dve, dgate, T, S,
+                                     EPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr,
+                                     OFFSET: tl.constexpr, SCALED: tl.constexpr, MIX: tl.constexpr,
+                                     ROWS: tl.constexpr):
     head, rows = tl.program_id(0), tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside, half = rows < T, tl.arange(0, D // 2)[None, :]
+    inside, half, position = rows < T, tl.arange(0, D // 2)[None, :], rows % S
     mask = inside[:, None]
-    c, s = position_angles(cos, sin, rows, head, inside, D, PAIRED)
+    c, s = position_angles(cos, sin, position, head, inside, D, PAIRED)
     at = rows[:, None] * (H * D) + head * D + half
     for part in tl.static_range(2):  # q, k
         here = rows[:, None] * (3 * H * D) + (part * H + head) * D + half
@@ -1283,9 +1287,10 @@ def attention_inputs_backward_kernel(qkv, r, ve, gate, cos, sin, dq, dk, dv, dqk
         grad = dq if part == 0 else dk
         a, b = tl.split(tl.load(grad + at, mask=mask, other=0.0).to(tl.float32).reshape(ROWS, D // 4, 2))
         dfront = tl.join(a * c - b * s, a * s + b * c).reshape(ROWS, D // 2)
-        if part == 1 and OFFSET:  # this token's half went to the next token; token 0's to both
-            dback = tl.load(grad + at + H * D + D // 2, mask=(rows + 1 < T)[:, None], other=0.0).to(tl.float32)
-            dback += tl.load(grad + at + D // 2, mask=(rows == 0)[:, None], other=0.0).to(tl.float32)
+        if part == 1 and OFFSET:  # this token's half went to the next token; a segment's first to both
+            moved, stayed = (inside & (position + 1 < S))[:, None], (inside & (position == 0))[:, None]
+            dback = tl.load(grad + at + H * D + D // 2, mask=moved, other=0.0).to(tl.float32)
+            dback += tl.load(grad + at + D // 2, mask=stayed, other=0.0).to(tl.float32)
         else:
             dback = tl.load(grad + at + D // 2, mask=mask, other=0.0).to(tl.float32)
         # y = own x: dx = own (dy - y mean(dy y))
@@ -1316,8 +1321,8 @@ def attention_inputs_forward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, g
     T, _, H, d = qkv.shape
     q, k, v = (qkv.new_empty(T, H, d) for _ in range(3))
     attention_inputs_kernel[(H, triton.cdiv(T, ATTENTION_INPUT_ROWS))](
-        qkv, r, ve, gate, cos, sin, q, k, v, T, FP32_EPS, H, d, paired, key_offset, r is not None, ve is not None,
-        ATTENTION_INPUT_ROWS)
+        qkv, r, ve, gate, cos, sin, q, k, v, T, len(cos) // (2 if paired else 1), FP32_EPS, H, d, paired, key_offset,
+        r is not None, ve is not None, ATTENTION_INPUT_ROWS)
     return q, k, v
 
 
@@ -1331,8 +1336,8 @@ def attention_inputs_backward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, 
     dgate = torch.empty_like(gate) if mix else qkv.new_empty(0, H)
     dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
     attention_inputs_backward_kernel[(H, triton.cdiv(T, ATTENTION_INPUT_ROWS))](
-        qkv, r, ve, gate, cos, sin, dq, dk, dv, dqkv, dve, dgate, T, FP32_EPS, H, d, paired, key_offset,
-        r is not None, mix, ATTENTION_INPUT_ROWS)
+        qkv, r, ve, gate, cos, sin, dq, dk, dv, dqkv, dve, dgate, T, len(cos) // (2 if paired else 1), FP32_EPS, H, d,
+        paired, key_offset, r is not None, mix, ATTENTION_INPUT_ROWS)
     return dqkv, dve, dgate
 
 attention_inputs_forward.register_fake(lambda qkv, *_: tuple(
@@ -1364,8 +1369,9 @@ def softcapped_mtp_loss_reference(logits: Tensor, targets: Tensor, weights: Tens
                                   grad_scale: float) -> tuple[Tensor, Tensor]:
     """Multi-token cross entropy on soft-capped logits, and its gradient.
 
-    logits [T, V]; targets [T]; weights [k]: position i predicts targets[i], targets[i+1] .. targets[i+k-1] with these
-    weights, as far as they exist. Returns (loss [T] fp32, d sum(loss) / d logits / grad_scale [T, V] in grad_dtype).
+    logits [T, V]; targets [n, S] of n segments; weights [k]: position i of a segment predicts its targets i, i+1 ..
+    i+k-1 with these weights, as far as they exist. Returns (loss [T] fp32, d sum(loss) / d logits / grad_scale [T, V]
+    in grad_dtype).
     Capped logits lie in (0, CAP), so the softmax needs no pass for its maximum: CAP itself is the shift.
     """
     T, V = logits.shape
@@ -1376,7 +1382,7 @@ def softcapped_mtp_loss_reference(logits: Tensor, targets: Tensor, weights: Tens
     column = torch.arange(V, device=logits.device)
     loss, hits, mass = torch.zeros_like(lse), 0.0, torch.zeros_like(lse)
     for k in range(len(weights)):
-        target = F.pad(targets[k:], (0, k), value=-1)  # [T]; -1 matches no column
+        target = F.pad(targets[:, k:], (0, min(k, targets.size(1))), value=-1).flatten()  # [T]; -1 matches no column
         weight = torch.where(target >= 0, weights[k], 0.0)
         z = softcap(logits.gather(1, target.clamp_min(0)[:, None])[:, 0])
         loss = loss + weight * (lse - z)
@@ -1420,8 +1426,8 @@ def unpacked(x, PACK: tl.constexpr):
 
 
 @jit
-def mtp_loss_kernel(logits, weights, total, grad, T, V: tl.constexpr, scale, HALF: tl.constexpr, SHIFT: tl.constexpr,
-                    WIDTH: tl.constexpr, K: tl.constexpr, FAST: tl.constexpr, PACK: tl.constexpr,
+def mtp_loss_kernel(logits, weights, total, grad, T, S, V: tl.constexpr, scale, HALF: tl.constexpr,
+                    SHIFT: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, FAST: tl.constexpr, PACK: tl.constexpr,
                     PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr):
     """Sums of exp(z - CAP) of each row, and the gradient but for the targets' own columns, which target_kernel writes.
 
@@ -1452,7 +1458,7 @@ def mtp_loss_kernel(logits, weights, total, grad, T, V: tl.constexpr, scale, HAL
             fresh += (packed(e - e * (t * t), PACK),)
         mass, row_total = 0.0, tl.sum(sums)
         for j in tl.static_range(K):
-            mass += tl.where(row + j < T, tl.load(weights + j), 0.0)
+            mass += tl.where(row % S + j < S, tl.load(weights + j), 0.0)
         tl.store(total + row, row_total)
         kept, slope, before = fresh, 0.25 * scale * mass / row_total, row
     for i in tl.static_range(BLOCKS):
@@ -1461,20 +1467,21 @@ def mtp_loss_kernel(logits, weights, total, grad, T, V: tl.constexpr, scale, HAL
 
 
 @jit
-def target_kernel(logits, targets, weights, total, loss, grad, T, V, scale, CAP: tl.constexpr, HALF: tl.constexpr,
+def target_kernel(logits, targets, weights, total, loss, grad, T, S, V, scale, CAP: tl.constexpr, HALF: tl.constexpr,
                   SHIFT: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr):
     """Each row's loss, and the targets' own columns of the gradient."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside, at = row < T, row.to(tl.int64) * V
+    inside, left, at = row < T, S - row % S, row.to(tl.int64) * V  # left: positions in the segment from this one on
+    left = tl.where(inside, left, 0)
     sums = tl.load(total + row, mask=inside, other=1.0)
     mass, row_loss, lse = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32), tl.log(sums) + CAP
     for j in tl.static_range(K):
-        mass += tl.where(row + j < T, tl.load(weights + j), 0.0)
+        mass += tl.where(j < left, tl.load(weights + j), 0.0)
     for j in tl.static_range(K):
-        seen = row + j < T
+        seen = j < left
         target, hits = tl.load(targets + row + j, mask=seen, other=0), tl.zeros([ROWS], tl.float32)
         for i in tl.static_range(K):  # a token can be several of the targets
-            same = (row + i < T) & (tl.load(targets + row + i, mask=row + i < T, other=-1) == target)
+            same = (i < left) & (tl.load(targets + row + i, mask=i < left, other=-1) == target)
             hits += tl.where(same, tl.load(weights + i), 0.0)
         t, e = capped(tl.load(logits + at + target, mask=seen, other=0.0).to(tl.float32), HALF, SHIFT, WIDTH, False)
         row_loss += tl.where(seen, tl.load(weights + j), 0.0) * (lse - 0.5 * CAP - 0.5 * CAP * t)
@@ -1494,12 +1501,13 @@ def softcapped_mtp_loss(logits: Tensor, targets: Tensor, weights: Tensor, grad_d
     fast = grad_dtype.itemsize == 1 and logits.is_cuda  # e5m2 has two bits of mantissa: the errors are lost in it
     pack, total, scale = logits.dtype == torch.bfloat16, torch.empty_like(loss), CAP / CAP_WIDTH / grad_scale
     assert grad_dtype == torch.float32 if not pack else V % 2 == 0 and grad_dtype.itemsize < 4  # kept as bf16 pairs
-    programs = min(T, multiprocessors(logits.device))
+    assert targets.numel() == T and targets.is_contiguous()
+    programs, S = min(T, multiprocessors(logits.device)), targets.size(1)
     mtp_loss_kernel[(programs,)](
-        logits.view(torch.int32) if pack else logits, weights, total, grad, T, V, scale, half, CAP_SHIFT, CAP_WIDTH, K,
-        fast, pack, programs, LOSS_BLOCK, LOSS_BLOCK // 2 if pack else LOSS_BLOCK, num_warps=16)
-    target_kernel[(triton.cdiv(T, LOSS_ROWS),)](logits, targets, weights, total, loss, grad, T, V, scale, CAP, half,
-                                                CAP_SHIFT, CAP_WIDTH, K, LOSS_ROWS, num_warps=2)
+        logits.view(torch.int32) if pack else logits, weights, total, grad, T, S, V, scale, half, CAP_SHIFT, CAP_WIDTH,
+        K, fast, pack, programs, LOSS_BLOCK, LOSS_BLOCK // 2 if pack else LOSS_BLOCK, num_warps=16)
+    target_kernel[(triton.cdiv(T, LOSS_ROWS),)](logits, targets, weights, total, loss, grad, T, S, V, scale, CAP,
+                                                half, CAP_SHIFT, CAP_WIDTH, K, LOSS_ROWS, num_warps=2)
     return loss, grad
 
 softcapped_mtp_loss.register_fake(lambda logits, targets, weights, grad_dtype, grad_scale: (
@@ -1568,7 +1576,7 @@ quick_fp8_product.register_fake(lambda a, b, _: a.new_empty(a.size(0), b.size(1)
 class HeadLoss(torch.autograd.Function):
     """sum over positions of softcapped_mtp_loss(x w): head product, loss and gradient without keeping the logits.
 
-    x [T, D], w [D, V], targets [T], weights [k] -> 0-dim fp32. With fp8, the products run as e4m3 x e4m3 forward and
+    x [T, D], w [D, V], targets [n, S], weights [k] -> 0-dim fp32. With fp8, the products run as e4m3 x e4m3 forward and
     e4m3 x e5m2 backward with fixed scales. grad_unit is the size of the gradients' scale: 1/A, as in the weights.
     """
 
@@ -1940,7 +1948,7 @@ def choose_attention(hp: Hyperparameters, device: torch.device) -> str:
 # ==== 6. Model ========================================================================================================
 
 class Batch(NamedTuple):
-    """One micro-batch of packed documents on one rank."""
+    """One micro-batch on one rank: segments of packed documents, one after the other."""
 
     tokens: Tensor  # [T] int32
     targets: Tensor  # [T] int64
@@ -1971,12 +1979,13 @@ class Matrices(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """What attention needs besides tensors; constants to the compiler, so each stage has its own compiled step."""
+    """What the model needs besides tensors; constants to the compiler, so each stage has its own compiled step."""
 
     window_short: int
     window_long: int
     max_len: int  # no document is longer
     scale: float  # of the softmax
+    segment: int = 0  # positions, smear, key offset and the list of targets begin anew every so many tokens; 0: never
 
 
 VAL_HEAD_ROWS = 32_768  # positions that the validation head takes at a time, to keep logits small
@@ -2083,9 +2092,9 @@ class GPT(nn.Module):
                     tuple(F.embedding(batch.tokens, table) for table in tables))
 
     def smear(self, e: Tensor) -> Tensor:
-        """Add to each embedding [T, D] a gated part of the one before it, across documents."""
-        gate = self.scalars[2 * len(LAYERS)] * torch.sigmoid(F.linear(e[1:, :GATE_INPUTS], self.smear_gate))  # [T-1, 1]
-        return torch.cat([e[:1], e[1:] + gate * e[:-1]])
+        """Add to each embedding [n, S, D] a gated part of the one before it, across documents."""
+        gate = self.scalars[2 * len(LAYERS)] * torch.sigmoid(F.linear(e[:, 1:, :GATE_INPUTS], self.smear_gate))
+        return torch.cat([e[:, :1], e[:, 1:] + gate * e[:, :-1]], dim=1)
 
     def inverse_rms(self, x: Tensor) -> Tensor | None:
         """r [T] of x [T, D], which fused products take in place of norms."""
@@ -2112,9 +2121,10 @@ class GPT(nn.Module):
             qkv = F.linear(h, qkv)
             gate, ve_gate = (Gates.apply if self.fast else gates_reference)(h[:, :GATE_INPUTS], r, *gate_inputs)
         inputs = AttentionInputs.apply if self.fast else attention_inputs_reference
-        q, k, v = inputs(qkv.view(T, 3, H, d), r, ve, ve_gate, self.cos, self.sin, layer.paired, layer.key_offset)
-        # A paired token becomes two, heads 0..H/2-1 and then the rest: the same memory seen as [2T, H/2, d]
         n = 2 if layer.paired else 1
+        cos, sin = (table[: n * (g.segment or T)] for table in (self.cos, self.sin))
+        q, k, v = inputs(qkv.view(T, 3, H, d), r, ve, ve_gate, cos, sin, layer.paired, layer.key_offset)
+        # A paired token becomes two, heads 0..H/2-1 and then the rest: the same memory seen as [2T, H/2, d]
         q, k, v = (x.reshape(n * T, H // n, d) for x in (q, k, v))
         window = g.window_short if layer.window == "short" else g.window_long
         return self.attention(q, k, v, batch.cu_seqlens * n, g.max_len * n, window, g.scale,
@@ -2146,7 +2156,8 @@ class GPT(nn.Module):
         # Unbound once: the backward of an unbind is one stack, that of each indexing a pass over the whole bank
         qkv, o, up, down = (x.unbind() for x in matrices or self.matrices())
 
-        x0, first = self.first_columns(norm(self.smear(rows.embed)), GATE_INPUTS)
+        smeared = self.smear(rows.embed.unflatten(0, (-1, g.segment or len(rows.embed)))).flatten(0, 1)
+        x0, first = self.first_columns(norm(smeared), GATE_INPUTS)
         x = x0 + bigram_lambdas[0] * rows.bigram
         r = self.inverse_rms(x)
         s0, s1 = (scales[self.attn_layers] for scales in (x0_lambdas, bigram_lambdas))
@@ -2172,7 +2183,8 @@ class GPT(nn.Module):
                 matrices: Matrices | None = None) -> Tensor:
         """Training loss, summed over positions; mtp_weights [k] include 1/A, and grad_unit is 1/A."""
         x = self.trunk(batch, rows, g, matrices)
-        return HeadLoss.apply(x, self.lm_head, batch.targets, mtp_weights, self.hp.fp8_head, grad_unit, self.kernels)
+        targets = batch.targets.unflatten(0, (-1, g.segment or len(batch.targets)))
+        return HeadLoss.apply(x, self.lm_head, targets, mtp_weights, self.hp.fp8_head, grad_unit, self.kernels)
 
     def token_losses(self, batch: Batch, rows: Rows, g: Geometry) -> Tensor:
         """Validation loss of each position [T]."""
@@ -2456,7 +2468,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 # ==== 8. Data =========================================================================================================
 
 HEADER_INTS, MAGIC, VERSION = 256, 20240520, 1  # a shard: 256 int32 (magic, version, token count, zeros), uint16 tokens
-MAX_DOCS = {16_384: 64, 32_768: 96, 49_152: 128}  # entries of cu_seqlens that fit FineWeb, by tokens of a micro-batch
+MAX_DOCS = {16_384: 64, 32_768: 96, 49_152: 128}  # entries of cu_seqlens that fit FineWeb, by tokens of a segment
 QUEUE_STEPS = 2  # batches prepared ahead
 
 
@@ -2567,38 +2579,45 @@ def bigram_ids(tokens: np.ndarray, rows: int) -> np.ndarray:
     return ids
 
 
-def max_docs(T: int) -> int:
-    """Fixed length of cu_seqlens for T tokens."""
-    return MAX_DOCS.get(T) or max(128, round_up(T // 300, 128))
+def max_docs(S: int) -> int:
+    """Fixed length of cu_seqlens for a segment of S tokens."""
+    return MAX_DOCS.get(S) or max(128, round_up(S // 300, 128))
+
+
+def segments_together(S: int, A: int, limit: int) -> int:
+    """How many of a rank's A segments of S tokens make a micro-batch: all, a half .. or one, as fit into the limit."""
+    return next((n for n in (A, A // 2, A // 4) if n and n * S <= limit), 1)
 
 
 class Packer:
-    """Turns n+1 tokens and the ends of their documents into a Batch, with one warning if documents are many."""
+    """Turns segments, each S+1 tokens and the ends of its documents, into a Batch; warns once if documents are many."""
 
     def __init__(self, hp: Hyperparameters, ranks: Ranks):
         self.rows, self.pin, self.rank, self.warned = hp.bigram_rows, ranks.device.type == "cuda", ranks.rank, False
 
-    def __call__(self, tokens: np.ndarray, ends: np.ndarray) -> Batch:
-        n = len(tokens) - 1
-        entries = max_docs(n)
+    def __call__(self, *segments: tuple[np.ndarray, np.ndarray]) -> Batch:
+        S = len(segments[0][0]) - 1
+        T, entries = len(segments) * S, len(segments) * max_docs(S)
+        ends = np.concatenate([i * S + np.minimum(ends, S) for i, (_, ends) in enumerate(segments)])
         if len(ends) + 1 > entries:
             if not self.warned and self.rank == 0:
-                print(f"warning: {len(ends)} documents in {n} tokens exceed the {entries - 1} expected: the step is "
+                print(f"warning: {len(ends)} documents in {T} tokens exceed the {entries - 1} expected: the step is "
                       "compiled once more for a longer list", file=sys.stderr)
             self.warned = True
             entries = round_up(len(ends) + 1, 128)
-        cu_seqlens = np.full(entries, n, dtype=np.int32)
+        cu_seqlens = np.full(entries, T, dtype=np.int32)
         cu_seqlens[0] = 0
-        cu_seqlens[1 : len(ends) + 1] = np.minimum(ends, n)
-        inputs, targets = tokens[:-1].astype(np.int32), tokens[1:].astype(np.int64)
-        order = np.argsort(tokens[:-1], kind="stable").astype(np.int32)  # fast for uint16, as tokens are in shards
-        tensors = map(torch.from_numpy, (inputs, targets, bigram_ids(inputs, self.rows), cu_seqlens, order))
-        return Batch(*(t.pin_memory() if self.pin else t for t in tensors))
+        cu_seqlens[1 : len(ends) + 1] = ends
+        inputs, targets = (np.concatenate([tokens[part] for tokens, _ in segments]) for part in (np.s_[:-1], np.s_[1:]))
+        ids = np.concatenate([bigram_ids(tokens[:-1], self.rows) for tokens, _ in segments])
+        order = np.argsort(inputs, kind="stable").astype(np.int32)  # fast for uint16, as tokens are in shards
+        arrays = inputs.astype(np.int32), targets.astype(np.int64), ids, cu_seqlens, order
+        return Batch(*(t.pin_memory() if self.pin else t for t in map(torch.from_numpy, arrays)))
 
 
 class TrainLoader:
     """Iterates over the steps in `steps` but the first `done`; each item, prepared in a thread, is this rank's list of
-    A batches and, in Adam's steps of SPARSE_FROM ranks or more, its TouchedRows (else None)."""
+    batches and, in Adam's steps of SPARSE_FROM ranks or more, its TouchedRows (else None)."""
 
     def __init__(self, hp: Hyperparameters, ranks: Ranks, steps: Iterable[int], done: int = 0):
         self.files = find_shards(hp.train_files, "train_files")
@@ -2613,15 +2632,15 @@ class TrainLoader:
     def batches(self) -> Iterator[tuple[list[Batch], TouchedRows | None]]:
         R, rank = self.ranks.world, self.ranks.rank
         for number, (documents, segments) in enumerate(walk(self.files, self.hp.bos, self.plans)):
-            adam, step = self.plans[number].update_adam, []
+            adam = self.plans[number].update_adam
             touched = self.touch(documents, segments, adam) if R >= SPARSE_FROM else None
             if number < self.done:
                 self.touched |= self.touched.any(axis=0)  # a checkpoint of fewer ranks gives all of them its gradients
                 continue
-            for slices in segments[rank::R]:
-                tokens = np.concatenate([documents.tokens[a:b] for a, b in slices])
-                step.append(self.pack(tokens, np.cumsum([b - a for a, b in slices])))
-            yield step, touched
+            own = [(np.concatenate([documents.tokens[a:b] for a, b in slices]), np.cumsum([b - a for a, b in slices]))
+                   for slices in segments[rank::R]]
+            n = segments_together(self.plans[number].batch_tokens // SEGMENTS, len(own), self.hp.micro_tokens)
+            yield [self.pack(*own[i : i + n]) for i in range(0, len(own), n)], touched
 
     def touch(self, documents: Documents, segments: list[list[tuple[int, int]]], adam: bool) -> TouchedRows | None:
         """Mark the rows that a step touches on each rank; when Adam steps, return what is exchanged and start anew."""
@@ -2684,7 +2703,7 @@ def val_batches(hp: Hyperparameters, ranks: Ranks, tokens: np.ndarray) -> Iterat
     for start in range(ranks.rank * hp.val_chunk, hp.val_tokens, ranks.world * hp.val_chunk):
         chunk = tokens[start : start + hp.val_chunk + 1]
         starts = np.flatnonzero(chunk[:-1] == hp.bos)
-        batch = pack(chunk, np.append(starts[starts > 0], hp.val_chunk))
+        batch = pack((chunk, np.append(starts[starts > 0], hp.val_chunk)))
         yield Batch(*(t.to(ranks.device, non_blocking=True) for t in batch))
 
 
@@ -2781,16 +2800,17 @@ class MicroStep:
 
 def train_step(micro_step: MicroStep, batches: list[Batch], touched: TouchedRows | None, p: Plan) -> Tensor:
     """One optimizer step; returns all ranks' loss a token, weighted over the predicted tokens, as a device tensor."""
-    model, optimizer, A = micro_step.model, micro_step.optimizer, len(batches)
+    model, optimizer, S = micro_step.model, micro_step.optimizer, p.batch_tokens // SEGMENTS
+    A = SEGMENTS // optimizer.ranks.world
     model.set_stage(p.stage)
-    geometry = Geometry(p.window_short, p.window_long, p.max_doc_len, model.scale)
+    geometry = Geometry(p.window_short, p.window_long, p.max_doc_len, model.scale, S)
     weights = to_device(torch.tensor(p.mtp_weights) / A, optimizer.ranks.device)
     total = 0.0
     micro_step.begin()
     for batch in batches:
         total = total + micro_step(batch, geometry, weights, 1 / A)
     micro_step.end()
-    loss = total / (len(batches[0].tokens) * sum(p.mtp_weights))
+    loss = total / (S * sum(p.mtp_weights))
     mean = dist.all_reduce(loss, op=dist.ReduceOp.AVG, async_op=True)
     optimizer.step(p, touched)
     mean.wait()

@@ -56,7 +56,7 @@ def golden_model():
         for name, weight in weights.items():
             parameter = getattr(model, name)
             parameter.copy_(weight.view(parameter.shape))
-    batch = t.Packer(HP, t.Ranks(0, 1, torch.device("cpu")))(np.append(tokens, 511), np.array([*starts[1:], 256]))
+    batch = t.Packer(HP, t.Ranks(0, 1, torch.device("cpu")))((np.append(tokens, 511), np.array([*starts[1:], 256])))
     return model, batch
 
 
@@ -145,7 +145,7 @@ def test_adam():
 def test_loss():
     logits = torch.from_numpy(PARTS["loss/logits"]).float()
     targets, weights = torch.from_numpy(PARTS["loss/targets"]), torch.from_numpy(PARTS["loss/weights"]).float()
-    loss, grad = t.softcapped_mtp_loss_reference(logits, targets, weights, torch.float32, 1.0)
+    loss, grad = t.softcapped_mtp_loss_reference(logits, targets[None], weights, torch.float32, 1.0)
     assert error(loss, PARTS["loss/value"]) < TOLERANCE
     assert error(grad, PARTS["loss/grad"]) < TOLERANCE
 

@@ -65,12 +65,16 @@ def to(dtype, *values):
 
 
 def exact_loss(logits, targets, weights, grad_scale):
-    """Loss and gradient of softcapped_mtp_loss in float64, by autograd, and the bound of the gradient's error.
+    """Loss and gradient of softcapped_mtp_loss in float64, by autograd, and the bound of the gradient's error, segment
+    by segment.
 
     The gradient is (mass p - hits) du, p = softmax: the error of p is relative and that of du = u (1 - u), a difference
     of numbers up to 1, is absolute.
     """
-    x, T = logits.double().requires_grad_(), len(targets)
+    if len(targets) > 1:
+        parts = zip(logits.chunk(len(targets)), targets.split(1))
+        return [torch.cat(x) for x in zip(*(exact_loss(*part, weights, grad_scale) for part in parts))]
+    x, T, targets = logits.double().requires_grad_(), targets.size(1), targets[0]
     z = t.CAP * torch.sigmoid((x + t.CAP_SHIFT) / t.CAP_WIDTH)
     hits, parts = torch.zeros_like(z), z.new_zeros(T)
     for k, weight in enumerate(weights.double()):
@@ -83,8 +87,8 @@ def exact_loss(logits, targets, weights, grad_scale):
     return parts.detach(), grad / grad_scale, bound * t.CAP / t.CAP_WIDTH / grad_scale
 
 
-def rotation(T, d, **kwargs):
-    angles = 6 * torch.rand(2 * T, d // 4, **kwargs)
+def rotation(S, d, paired, **kwargs):
+    angles = 6 * torch.rand((1 + paired) * S, d // 4, **kwargs)
     return angles.cos(), angles.sin()
 
 
@@ -209,10 +213,11 @@ class TestInterpreted:
         torch.testing.assert_close(r[:, None] * y, t.norm(y))
 
     @pytest.mark.parametrize("paired,offset,mix", KINDS)
-    @pytest.mark.parametrize("T,H,d", [(37, 6, 16), (16, 2, 32), (1, 2, 16)])
-    def test_attention_inputs(self, T, H, d, paired, offset, mix):
-        """q, k, v and the gradients of qkv, value embedding and gate, with incomplete blocks of rows."""
-        (*inputs, grads), (cos, sin), r = qkv_inputs(T, H, d, mix), rotation(T, d), row_factors(T, offset == mix)
+    @pytest.mark.parametrize("T,S,H,d", [(37, 37, 6, 16), (16, 16, 2, 32), (1, 1, 2, 16), (40, 20, 2, 16), (3, 1, 2, 16)])
+    def test_attention_inputs(self, T, S, H, d, paired, offset, mix):
+        """q, k, v and the gradients of qkv, value embedding and gate, with incomplete blocks of rows, and segments."""
+        (*inputs, grads), (cos, sin) = qkv_inputs(T, H, d, mix), rotation(S, d, paired)
+        r = row_factors(T, offset == mix)
 
         def results(f, *sources):
             *x, c, s = sources
@@ -305,7 +310,7 @@ class TestInterpreted:
     @pytest.mark.parametrize("paired,offset,mix", KINDS)
     def test_attention_inputs_operations(self, paired, offset, mix):
         """The operations alone give what AttentionInputs gives, and empty gradients without a value embedding."""
-        (qkv, ve, gate, grads), tables = qkv_inputs(19, 2, 16, mix), rotation(19, 16)
+        (qkv, ve, gate, grads), tables = qkv_inputs(19, 2, 16, mix), rotation(19, 16, paired)
         r = row_factors(19, offset == mix)
         outputs = gradients(lambda x, *y: t.AttentionInputs.apply(x, r, *y, *tables, paired, offset), (qkv, ve, gate),
                             grads)
@@ -315,11 +320,12 @@ class TestInterpreted:
         assert all(torch.equal(a, b) for a, b in zip(outputs, alone))
         assert mix or alone[4].numel() == alone[5].numel() == 0
 
-    @pytest.mark.parametrize("T,V,count", [(5, 48, 3), (4, 77, 2), (3, 16, 1), (2, 130, 2), (3, 33, 3), (2, 5001, 2)])
-    def test_loss(self, T, V, count):
+    @pytest.mark.parametrize("n,S,V,count", [(1, 5, 48, 3), (1, 4, 77, 2), (1, 3, 16, 1), (1, 2, 130, 2), (1, 3, 33, 3),
+                                             (1, 2, 5001, 2), (3, 4, 48, 3), (2, 1, 20, 2)])
+    def test_loss(self, n, S, V, count):
         """Loss and gradient, also with equal targets at neighbouring positions and more than one block of columns."""
-        logits, targets = 8 * torch.randn(T, V), torch.randint(0, V, (T,))
-        targets[: T - 1] = targets[0]
+        logits, targets = 8 * torch.randn(n * S, V), torch.randint(0, V, (n, S))
+        targets[:, : S - 1] = targets[:, :1]
         weights = torch.tensor([1.0, 0.5, 0.25][:count])
         loss, grad = t.softcapped_mtp_loss(logits, targets, weights, FP32, 0.03)
         exact, exact_grad, bound = exact_loss(logits, targets, weights, 0.03)
@@ -404,6 +410,7 @@ class TestInterpreted:
         ends = torch.tensor([0, 13, 30, n, n], dtype=torch.int32)
         order, geometry = tokens[:-1].argsort().int(), t.Geometry(4, 12, 17, 0.2)
         batch = t.Batch(tokens[:-1], tokens[1:].long(), ids, ends, order)
+        geometry = geometry._replace(segment=n // 2)
 
         def results(kernels, compiler=lambda f, **_: f):
             model.use("reference", kernels)
@@ -427,20 +434,20 @@ class TestInterpreted:
         check(t.product_sum, (a, b, [c, c + 1], [scale, scale]))
         check(t.add_columns, (c.clone(), c[:, :5]))
         check(t.embedding_sums_backward, (c, c + 1, torch.rand(3), torch.rand(3), [c, c - 1, c - 2]))
-        check(t.softcapped_mtp_loss, (torch.randn(3, 16), torch.tensor([1, 2, 3]), torch.ones(2), FP32, 0.5))
+        check(t.softcapped_mtp_loss, (torch.randn(3, 16), torch.tensor([[1, 2, 3]]), torch.ones(2), FP32, 0.5))
         for mix in (False, True):
             qkv, *inputs, grads = qkv_inputs(5, 2, 16, mix)
-            inputs = [qkv, row_factors(5, mix), *inputs, *rotation(5, 16)]
+            inputs = [qkv, row_factors(5, mix), *inputs, *rotation(5, 16, False)]
             check(t.attention_inputs_forward, (*inputs, False, True))
             check(t.attention_inputs_backward, (*inputs, *grads, False, True))
         check(t.transposed, (torch.ones(4, 8, dtype=torch.int8),))  # opcheck itself cannot do fp8
-        tables = rotation(16, 16)
+        tables = rotation(16, 16, True)
 
         def everything(x, up, down, ve, gate, scale):
             y, _ = t.ReluSquareMLP.apply(x, t.inverse_rms(x.detach().square(), 96), up, down, scale)
             q, k, v = t.AttentionInputs.apply(y.view(16, 3, 2, 16), None, ve, gate, *tables, True, True)
             s = t.symmetric_product(t.symmetric_product(up[None].detach(), 0.0, 1.0), 0.5, 0.25)
-            loss, grad = t.softcapped_mtp_loss(y.detach(), torch.arange(16), torch.ones(2), FP32, 1.0)
+            loss, grad = t.softcapped_mtp_loss(y.detach(), torch.arange(16)[None], torch.ones(2), FP32, 1.0)
             return (q * v).sum() + (k * v).sum() + s.sum() + loss.sum() + grad.sum()
 
         inputs = [0.3 * torch.randn(shape) for shape in ((16, 96), (32, 96), (32, 96), (16, 32), (16, 2), (16,))]
@@ -554,9 +561,10 @@ class TestGPU:
         y, sums_r = t.LinearSum.apply(x, w, c, scale, c, c, c, s0[0], s1[0])
         assert error(sums_r, t.inverse_rms(y.double().square(), D)) <= 2.0**-8
 
-    @pytest.mark.parametrize("T,paired,offset,mix", [(1001, *kind) for kind in KINDS] + [(4096, True, True, True)])
-    def test_attention_inputs(self, T, paired, offset, mix):
-        (*inputs, grads), tables = qkv_inputs(T, 6, 128, mix, device="cuda"), rotation(T, 128, device="cuda")
+    @pytest.mark.parametrize("T,S,paired,offset,mix", [(1001, 1001, *kind) for kind in KINDS] + [
+        (4096, 1024, True, True, True), (3003, 1001, False, True, True)])
+    def test_attention_inputs(self, T, S, paired, offset, mix):
+        (*inputs, grads), tables = qkv_inputs(T, 6, 128, mix, device="cuda"), rotation(S, 128, paired, device="cuda")
         inputs, grads, tables = to(BF16, *inputs), to(BF16, *grads), to(BF16, *tables)
         r = row_factors(T, offset == mix, device="cuda")
 
@@ -578,13 +586,14 @@ class TestGPU:
 
         as_good(results(t.Gates.apply), results(t.gates_reference), results(t.gates_reference, FP64, FP64))
 
-    @pytest.mark.parametrize("T,V,count,spread,dtype", [
-        (512, 50304, 3, 4, E5M2), (37, 1002, 2, 8, E5M2), (5, 50258, 1, 4, BF16), (300, 1003, 3, 4, FP32)])
-    def test_loss(self, T, V, count, spread, dtype):
+    @pytest.mark.parametrize("n,S,V,count,spread,dtype", [
+        (1, 512, 50304, 3, 4, E5M2), (1, 37, 1002, 2, 8, E5M2), (1, 5, 50258, 1, 4, BF16), (1, 300, 1003, 3, 4, FP32),
+        (4, 128, 50304, 3, 4, E5M2), (3, 100, 1003, 3, 4, FP32)])
+    def test_loss(self, n, S, V, count, spread, dtype):
         """fp32 and bf16 gradients to the bound of the arithmetic; e5m2 ones, with a short tanh, to e5m2's own error."""
-        logits, targets = spread * randn(T, V), torch.randint(0, V, (T,), device="cuda")
+        logits, targets = spread * randn(n * S, V), torch.randint(0, V, (n, S), device="cuda")
         logits = logits.to(FP32) if dtype == FP32 else logits
-        targets[2:5] = targets[2]
+        targets[:, 2:5] = targets[:, 2:3]
         weights, scale = torch.tensor([1.0, 0.5, 0.25][:count], device="cuda") / 8, t.GRAD_SCALE / 8
         loss, grad = t.softcapped_mtp_loss(logits, targets, weights, dtype, scale)
         exact, exact_grad, bound = exact_loss(logits, targets, weights, scale)
@@ -595,7 +604,7 @@ class TestGPU:
             assert ((grad.double() - exact_grad).abs() <= bound + rounding).all()
             return
         plain = exact_grad.to(FP32).to(E5M2).double()
-        away = torch.ones_like(plain).scatter_(1, targets[:, None], 0)
+        away = torch.ones_like(plain).scatter_(1, targets.view(-1, 1), 0)
         for part in (1, away):  # the few large numbers at the targets would hide the others
             as_good([grad.double() * part], [plain * part], [exact_grad * part], slack=1e-4)
 
@@ -647,7 +656,7 @@ class TestGPU:
     def test_head(self, fp8, kernels):
         """Loss as with the reference to the loss kernel's bound; gradients no less exact than the reference's."""
         T, D, V = 512, 768, 50304
-        x, w, targets = randn(T, D), randn(D, V) * 0.03, torch.randint(0, V, (T,), device="cuda")
+        x, w, targets = randn(T, D), randn(D, V) * 0.03, torch.randint(0, V, (2, T // 2), device="cuda")
         weights = torch.tensor([1.0, 0.5, 0.25], device="cuda") / 8
         one = torch.ones((), device="cuda")
         (loss, *ours), (reference, *plain) = (

@@ -15,7 +15,7 @@ import train_gpt as t
 BOS = 50256
 CPU = torch.device("cpu")
 FEW = settings(max_examples=25, deadline=None)
-HP = t.Hyperparameters(**t.PRESETS["demo"] | dict(batch_unit=64, block=2))
+HP = t.Hyperparameters(**t.PRESETS["demo"] | dict(batch_unit=64, micro_tokens=1, block=2))
 
 
 def write(path, tokens):
@@ -256,7 +256,7 @@ def test_fixed_length_of_cu_seqlens(n, entries):
     tokens = np.full(n + 1, 5, np.uint16)
     tokens[[0, n // 2]] = BOS
     for ends in ([n // 2, n + 1], [n // 2, n]):
-        batch = t.Packer(HP, t.Ranks(0, 1, CPU))(tokens, np.array(ends))
+        batch = t.Packer(HP, t.Ranks(0, 1, CPU))((tokens, np.array(ends)))
         assert batch.cu_seqlens.tolist() == [0, n // 2] + [n] * (entries - 2)
 
 
@@ -268,13 +268,13 @@ def test_many_tiny_documents(capsys, documents, entries):
     tokens = np.tile(np.array([BOS, 3], np.uint16), documents + 1)[: n + 1]
     ends = np.append(np.arange(1, documents) * 2, n)
     for _ in range(3):
-        batch = pack(tokens, ends)
+        batch = pack((tokens, ends))
         assert len(batch.cu_seqlens) == entries
         check_cu_seqlens(batch)
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == err.count("warning: ") == (0 if documents == 127 else 1)
-    assert t.Packer(HP, t.Ranks(1, 2, CPU))(tokens, ends).cu_seqlens.tolist() == batch.cu_seqlens.tolist()
+    assert t.Packer(HP, t.Ranks(1, 2, CPU))((tokens, ends)).cu_seqlens.tolist() == batch.cu_seqlens.tolist()
     assert capsys.readouterr() == ("", "")  # other ranks say nothing
 
 
@@ -324,7 +324,7 @@ def test_packer_reads_only(seed, n, share):
     ends = np.append(starts[1:], n + 1)
     kept = tokens.copy(), ends.copy()
     tokens.flags.writeable = ends.flags.writeable = False
-    batch = t.Packer(HP, t.Ranks(0, 1, CPU))(tokens, ends)
+    batch = t.Packer(HP, t.Ranks(0, 1, CPU))((tokens, ends))
     assert (batch.tokens.numpy() == tokens[:-1]).all() and (batch.targets.numpy() == tokens[1:]).all()
     assert batch.bigram_ids.tolist() == slow_bigram(tokens[:-1].tolist(), HP.bigram_rows)
     check_cu_seqlens(batch)

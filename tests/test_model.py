@@ -40,7 +40,7 @@ def tokens():
 
 
 def batch_of(tokens):
-    batch = t.Packer(HP, t.Ranks(0, 1, torch.device("cpu")))(tokens, np.array(ENDS[1:]))
+    batch = t.Packer(HP, t.Ranks(0, 1, torch.device("cpu")))((tokens, np.array(ENDS[1:])))
     return batch._replace(targets=torch.full_like(batch.targets, 7))  # so that a token counts as input only
 
 

@@ -332,10 +332,11 @@ def test_mtp_loss(weights, T, V):
     reference = direct_loss(exact, targets, weights)
     reference.sum().backward()
     for scale in (1.0, 0.037):
-        loss, grad = t.softcapped_mtp_loss_reference(logits, targets, torch.tensor(weights), torch.float32, scale)
+        loss, grad = t.softcapped_mtp_loss_reference(logits, targets[None], torch.tensor(weights), torch.float32, scale)
         assert loss.shape == (T,) and loss.dtype == torch.float32
         assert close(loss, reference.detach(), 1e-6) and close(grad * scale, exact.grad, 2e-6)
-    _, coarse = t.softcapped_mtp_loss_reference(logits.bfloat16(), targets, torch.tensor(weights), torch.bfloat16, 1.0)
+    coarse = t.softcapped_mtp_loss_reference(logits.bfloat16(), targets[None], torch.tensor(weights), torch.bfloat16,
+                                             1.0)[1]
     assert coarse.dtype == torch.bfloat16
 
 
@@ -350,7 +351,7 @@ def test_head_loss_gradients(weights, T, D, V):
     for make, factor in ((torch.Tensor.float, -2.5), (torch.Tensor.double, 1.0)):
         a, b = make(x).clone().requires_grad_(), make(w).clone().requires_grad_()
         if a.dtype == torch.float32:
-            loss = t.HeadLoss.apply(a, b, targets, torch.tensor(weights), False, 0.125, "reference")
+            loss = t.HeadLoss.apply(a, b, targets[None], torch.tensor(weights), False, 0.125, "reference")
         else:
             loss = direct_loss(a @ b, targets, weights).sum()
         assert loss.shape == ()
@@ -372,7 +373,7 @@ def test_head_loss_fp8(unit, factor, dtype):
     targets = torch.randint(V, (T,), generator=generator)
     weights = torch.tensor([1.0, 0.5, 0.25]) * unit
     try:
-        loss = t.HeadLoss.apply(x, w, targets, weights, True, unit, "reference")
+        loss = t.HeadLoss.apply(x, w, targets[None], weights, True, unit, "reference")
         (factor * loss).backward()
     except (RuntimeError, NotImplementedError) as e:
         pytest.skip(f"this torch has no FP8 product on the CPU: {e}")
@@ -412,7 +413,7 @@ def test_head_loss_fp8_clamps_large_weights():
     x, w = torch.randn(16, 16, generator=generator), 0.1 * torch.randn(16, 32, generator=generator)
     w[3, 5], w[4, 6] = 5.0, -9.0
     clamped = w.clamp(-1.6, 1.6)
-    targets, weights = torch.arange(16), torch.ones(1)
+    targets, weights = torch.arange(16)[None], torch.ones(1)
     a, b = (t.HeadLoss.apply(x, weight, targets, weights, True, 1.0, "reference") for weight in (w, clamped))
     assert a.isfinite() and a == b
 

@@ -101,7 +101,7 @@ def products(T: int) -> Iterator[Row]:
 def attention_inputs(T: int) -> Iterator[Row]:
     """What attention reads, from QKV, with a key offset and a value embedding; T tokens."""
     inputs = [randn(T, 3, HEADS, HEAD_DIM), randn(T, DIM), randn(T, HEADS)]
-    angles, grads = 6 * torch.rand(2 * T, HEAD_DIM // 4, device=DEVICE), [randn(T, HEADS, HEAD_DIM) for _ in range(3)]
+    angles, grads = 6 * torch.rand(T, HEAD_DIM // 4, device=DEVICE), [randn(T, HEADS, HEAD_DIM) for _ in range(3)]
     more, shape = (angles.cos().to(DTYPE), angles.sin().to(DTYPE), False, True), f"{T} x {HEADS} x {HEAD_DIM}"
     ours, plain = (
         lambda qkv, *x, f=f: f(qkv, None, *x, *more) for f in (t.AttentionInputs.apply, t.attention_inputs_reference))
@@ -135,7 +135,7 @@ def logits(T: int) -> Iterator[Row]:
 
 def loss(T: int) -> Iterator[Row]:
     """Loss and gradient from the logits of T tokens, for one predicted token."""
-    logits, targets = randn(T, VOCABULARY).mul_(4), torch.randint(0, VOCABULARY, (T,), device=DEVICE)
+    logits, targets = randn(T, VOCABULARY).mul_(4), torch.randint(0, VOCABULARY, (1, T), device=DEVICE)
     args = logits, targets, torch.tensor([1 / 8], device=DEVICE), E5M2, t.GRAD_SCALE / 8
     yield Row("loss", f"{T} x {VOCABULARY}", partial(t.softcapped_mtp_loss, *args), 3 * T * VOCABULARY,
               compiled=partial(compiled(t.softcapped_mtp_loss_reference), *args))

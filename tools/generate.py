@@ -44,7 +44,7 @@ def pack(model: t.GPT, tokens: list[int], ends: list[int]) -> t.Batch:
     """Tokens [T] and the ends of their documents as a batch; the last target is 0."""
     packer = t.Packer(model.hp, t.Ranks(0, 1, model.cos.device))
     packer.warned = True  # nothing is compiled here, so documents may be many
-    return t.Batch(*(x.to(model.cos.device) for x in packer(np.array([*tokens, 0]), np.array(ends))))
+    return t.Batch(*(x.to(model.cos.device) for x in packer((np.array([*tokens, 0]), np.array(ends)))))
 
 
 def next_logits(model: t.GPT, geometry: t.Geometry, tokens: list[int]) -> torch.Tensor:
