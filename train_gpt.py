@@ -155,7 +155,8 @@ class Hyperparameters:
 
 # What a run resumed from a checkpoint may change: no step's weights depend on it, but for rounding
 MAY_CHANGE = ("val_files", "val_tokens", "val_chunk", "val_every", "final_val_window", "compile", "graphs",
-              "micro_tokens", "attention", "kernels", "device", "log_dir", "run_id", "save_every", "save_final", "resume")
+              "micro_tokens", "attention", "kernels", "device", "log_dir", "run_id", "save_every", "save_final",
+              "resume")
 PRESETS = {
     "record80": {},
     # The same topology, optimizers and schedule shape at a size that two CPU cores train in about two minutes.
@@ -1736,6 +1737,7 @@ def polar_express(x: Tensor, fast: bool) -> Tensor:
 # ==== 5. Attention: attention(q, k, v, cu_seqlens, max_len, window, scale, gate) with interchangeable backends ========
 
 REFERENCE_BLOCK = 256  # queries at a time, so that the mask stays small
+GATE_MIN = 1e-30  # what a gate counts as at least where its output is divided by it again
 
 
 def gated(y: Tensor, gate: Tensor | None) -> Tensor:
@@ -1774,29 +1776,66 @@ def attention_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len
     return gated(out, gate)
 
 
-@custom_op("speedrun::flash4", mutates_args=())
-def flash4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int,
-           scale: float) -> tuple[Tensor, Tensor]:
-    """Output [T, h, d] and log-sum-exp [h, T] fp32 of FlashAttention-4 (package flash-attn-4; Hopper or newer)."""
-    from flash_attn.cute.interface import _flash_attn_fwd
+@cache
+def gated_flash4() -> tuple[type, dict]:
+    """FlashAttention-4's forward kernel with gates, which come where it will put the log-sum-exp; and its compiled
+    forms, apart from the package's own."""
+    import cutlass
+    import cutlass.cute as cute
+    from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
+    from quack.layout_utils import reshape_acc_to_mn
 
-    out, lse, *_ = _flash_attn_fwd(
-        q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_len, max_seqlen_k=max_len,
-        softmax_scale=scale, causal=True, window_size_left=window, window_size_right=0, return_lse=True)
+    class Gated(FlashAttentionForwardSm90):
+        @cute.jit
+        def epilogue(self, acc_O, lse, mO, mLSE, sO, seqlen, gmem_tiled_copy_O, tma_atom_O, tiled_mma, tidx, m_block,
+                     head_idx, batch_idx):
+            document = seqlen.offset_batch_Q(mLSE, batch_idx, dim=2)[None, head_idx]
+            tile = cute.local_tile(document, (self.tile_m,), (m_block,))
+            wide = cute.append(tile.layout, cute.make_layout((self.tile_hdimv,), stride=(0,)))
+            own = tiled_mma.get_slice(tidx)
+            gates = reshape_acc_to_mn(own.partition_C(cute.make_tensor(tile.iterator, wide)))
+            places = cute.make_identity_tensor((self.tile_m, self.tile_hdimv))
+            places, y = reshape_acc_to_mn(own.partition_C(places)), reshape_acc_to_mn(acc_O)
+            for m in cutlass.range(cute.size(y, mode=[0]), unroll_full=True):
+                if places[m, 0][0] < seqlen.seqlen_q - m_block * self.tile_m:
+                    y[m, None].store(y[m, None].load() * gates[m, 0])
+            cute.arch.sync_warp()  # four threads share a row, and one of them writes its log-sum-exp now
+            FlashAttentionForwardSm90.epilogue(
+                self, acc_O, lse, mO, mLSE, sO, seqlen, gmem_tiled_copy_O, tma_atom_O, tiled_mma, tidx, m_block,
+                head_idx, batch_idx)
+
+    return Gated, {}
+
+
+@custom_op("speedrun::flash4", mutates_args=())
+def flash4(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cu_seqlens: Tensor, max_len: int, window: int,
+           scale: float) -> tuple[Tensor, Tensor]:
+    """Output [T, h, d], times gate [T, h], and log-sum-exp [h, T] fp32 of FlashAttention-4 (package flash-attn-4)."""
+    from flash_attn.cute import interface
+
+    kernel, kept = gated_flash4()
+    lse = gate.mT.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    with patch.object(interface, "FlashAttentionForwardSm90", kernel), patch.object(
+            interface._flash_attn_fwd, "compile_cache", kept):
+        out, lse, *_ = interface._flash_attn_fwd(
+            q, k, v, lse=lse, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_len,
+            max_seqlen_k=max_len, softmax_scale=scale, causal=True, window_size_left=window, window_size_right=0,
+            return_lse=True)
     return out, lse
 
 
-def flash4_preprocess_reference(out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor | None, cu_seqlens: Tensor,
-                                block: int, sums: Tensor, lse2: Tensor, zero: Tensor) -> Tensor:
-    """Sums [T, h] fp32 of out dout over each head, from out, dout [T, h, d]: the first part of flash4's backward.
+def flash4_preprocess_reference(out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor, cu_seqlens: Tensor, block: int,
+                                sums: Tensor, lse2: Tensor, zero: Tensor) -> Tensor:
+    """Sums [T, h] fp32 over each head of dout times the output before the gate, from out, dout [T, h, d], gate [T, h]:
+    the first part of flash4's backward.
 
     It also writes for padded rows, where document i begins at block floor(cu_seqlens[i] / block) + i: the sums
-    [h, rows], lse2 = log2(e) lse [h, rows] from lse [h, T], less the logarithm of gate [T, h] if there is one, and
-    zeros into `zero` [h, rows d], where the package then sums the gradient of q. Where a document's last block goes on
-    after its end, sums are 0 and lse2 infinite.
+    [h, rows], lse2 = log2(e) (lse - log(gate)) [h, rows] from lse [h, T], and zeros into `zero` [h, rows d], where the
+    package then sums the gradient of q. Where a document's last block goes on after its end, sums are 0 and lse2
+    infinite.
     """
-    dots = (out.float() * dout.float()).sum(-1)
-    lse = lse if gate is None else lse - gate.mT.log()
+    dots = (out.float() * dout.float()).sum(-1) / gate.float().clamp_min(GATE_MIN)
+    lse = lse - gate.float().mT.log()
     for i, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
         at = (start // block + i) * block
         used = at + round_up(end - start, block)
@@ -1809,7 +1848,7 @@ def flash4_preprocess_reference(out: Tensor, dout: Tensor, lse: Tensor, gate: Te
 
 @jit
 def flash4_preprocess_kernel(out, dout, lse, gate, cu_seqlens, sums, lse2, zero, dots, T, room, LOG2_E: tl.constexpr,
-                             DOCUMENTS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATED: tl.constexpr,
+                             MIN: tl.constexpr, DOCUMENTS: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
                              BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     """One program: a block of one head."""
     block, head, columns, documents = tl.program_id(0), tl.program_id(1), tl.arange(0, D), tl.arange(0, COLUMNS)
@@ -1822,33 +1861,31 @@ def flash4_preprocess_kernel(out, dout, lse, gate, cu_seqlens, sums, lse2, zero,
         rows, to = first + tl.arange(0, BLOCK), head.to(tl.int64) * room + block * BLOCK + tl.arange(0, BLOCK)
         inside, at = rows < end, rows.to(tl.int64)[:, None] * (H * D) + head * D + columns[None, :]
         x = tl.load(out + at, mask=inside[:, None], other=0.0).to(tl.float32)
-        dot = tl.sum(x * tl.load(dout + at, mask=inside[:, None], other=0.0).to(tl.float32), 1)
-        value = tl.load(lse + head * T + rows, mask=inside, other=float("inf"))
-        if GATED:
-            value -= tl.log(tl.load(gate + rows * H + head, mask=inside, other=1.0).to(tl.float32))
+        g = tl.load(gate + rows * H + head, mask=inside, other=1.0).to(tl.float32)
+        dot = tl.sum(x * tl.load(dout + at, mask=inside[:, None], other=0.0).to(tl.float32), 1) / tl.maximum(g, MIN)
+        value = tl.load(lse + head * T + rows, mask=inside, other=float("inf")) - tl.log(g)
         tl.store(dots + rows * H + head, dot, mask=inside)
         tl.store(sums + to, dot)
         tl.store(lse2 + to, LOG2_E * value)
         tl.store(zero + to[:, None] * D + columns[None, :], tl.zeros([BLOCK, D], tl.float32))
 
 
-def flash4_preprocess(out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor | None, cu_seqlens: Tensor, block: int,
+def flash4_preprocess(out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor, cu_seqlens: Tensor, block: int,
                       sums: Tensor, lse2: Tensor, zero: Tensor) -> Tensor:
     (T, h, d), room, documents = out.shape, sums.size(1), len(cu_seqlens) - 1
     assert all(x.is_contiguous() for x in (out, dout, lse, cu_seqlens)) and zero.size(1) == room * d
     dots = lse.new_empty(T, h)
     flash4_preprocess_kernel[(room // block, h)](
-        out, dout, lse, None if gate is None else gate.contiguous(), cu_seqlens, sums, lse2, zero, dots, T, room,
-        math.log2(math.e), documents, h, d, gate is not None, block, triton.next_power_of_2(documents))
+        out, dout, lse, gate.contiguous(), cu_seqlens, sums, lse2, zero, dots, T, room, math.log2(math.e), GATE_MIN,
+        documents, h, d, block, triton.next_power_of_2(documents))
     return dots
 
 
 @custom_op("speedrun::flash4_backward", mutates_args=())
-def flash4_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor | None,
+def flash4_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor,
                     cu_seqlens: Tensor, max_len: int, window: int,
                     scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v where that of out is gate dout (dout, without a gate); and sums [T, h] fp32 of out dout over
-    each head, which are the gradient of the gate.
+    """Gradients of flash4's q, k, v and gate (fp32) from its results and the gradient dout of out.
 
     flash4_preprocess takes the place of the package's first kernel, which would not hand out the sums.
     """
@@ -1874,31 +1911,32 @@ flash4_backward.register_fake(lambda q, k, v, *_: (
 
 class Flash4(torch.autograd.Function):
     """attention_flash4. The gradients of q, k and v are linear in the softmax's weights exp(score - lse), so taking
-    log(gate) from lse multiplies them by the gate, without a pass over dy."""
+    log(gate) from lse multiplies them by the gate, without a pass over dy. The gate's own is what backward begins with:
+    the sums of the output before the gate times dy."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, cu_seqlens: Tensor, *options) -> Tensor:
-        out, lse = flash4(q, k, v, cu_seqlens, *options)
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cu_seqlens: Tensor, *options) -> Tensor:
+        out, lse = flash4(q, k, v, gate, cu_seqlens, *options)
         ctx.save_for_backward(q, k, v, gate, cu_seqlens, out, lse)
         ctx.options = options
-        return gated(out, gate)
+        return out
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         q, k, v, gate, cu_seqlens, out, lse = ctx.saved_tensors
         *grads, dgate = flash4_backward(q, k, v, out, dy, lse, gate, cu_seqlens, *ctx.options)
-        return *grads, None if gate is None else dgate.to(gate.dtype), None, None, None, None
+        return *grads, dgate.to(gate.dtype), None, None, None, None
 
 
 def attention_flash4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int, scale: float,
                      gate: Tensor | None = None) -> Tensor:
     """attention_reference by FlashAttention-4."""
+    gate = q.new_ones(q.shape[:2]) if gate is None else gate
     return Flash4.apply(q, k, v, gate, cu_seqlens, max_len, window, scale)
 
 
 def load_flash4() -> Callable:
-    import flash_attn.cute.interface  # noqa: F401, fails here if it cannot work
-
+    gated_flash4()  # fails here if it cannot work
     return attention_flash4
 
 
@@ -1929,8 +1967,9 @@ ATTENTION_BACKENDS = {"fa4": load_flash4, "fa3": load_flash3, "torch": lambda: a
 def choose_attention(hp: Hyperparameters, device: torch.device) -> str:
     """The name of the backend to use: the one asked for, or the fastest that works on this device."""
     gpu = device.type == "cuda" and hp.dtype == "bfloat16"
-    # flash4_preprocess needs Triton and takes these widths only
-    fa4 = gpu and is_hopper(device) and triton is not None and hp.head_dim in (32, 64, 128)
+    # gated_flash4 is a kernel for Hopper; flash4_preprocess needs Triton and takes these widths only
+    hopper = gpu and torch.cuda.get_device_capability(device)[0] == 9
+    fa4 = hopper and triton is not None and hp.head_dim in (32, 64, 128)
     fits = {"fa4": fa4, "fa3": gpu and is_hopper(device), "torch": gpu, "reference": True}
     for name in ATTENTION_BACKENDS if hp.attention == "auto" else [hp.attention]:
         if fits[name]:
@@ -1940,8 +1979,8 @@ def choose_attention(hp: Hyperparameters, device: torch.device) -> str:
             except Exception as e:  # whatever a package raises that does not fit this machine
                 reason = f"{type(e).__name__}: {e}"
         else:
-            reason = ("it needs bfloat16 on a GPU, fa4 and fa3 a Hopper or newer one, and fa4 Triton and a --head_dim "
-                      "of 32, 64 or 128")
+            reason = ("it needs bfloat16 on a GPU, fa3 a Hopper or newer one, and fa4 a Hopper one, Triton and a "
+                      "--head_dim of 32, 64 or 128")
     raise UserError(f"--attention={hp.attention} does not work here ({reason}); use --attention=auto")
 
 
