@@ -164,6 +164,37 @@ def test_train_loader(small_run, world):
             check_cu_seqlens(batch)
 
 
+@pytest.mark.parametrize("S,A,limit,together", [
+    (16384, 8, 65536, 4), (32768, 8, 65536, 2), (49152, 8, 65536, 1), (16384, 4, 65536, 4), (16384, 2, 65536, 2),
+    (16384, 1, 65536, 1), (16384, 8, 10**6, 8), (16384, 8, 65535, 2), (16384, 8, 1, 1), (10, 2, 20, 2), (10, 2, 19, 1)])
+def test_segments_together(S, A, limit, together):
+    """As many as fit, in micro-batches of one size; at least one, whatever the limit."""
+    assert t.segments_together(S, A, limit) == together
+
+
+@pytest.mark.parametrize("world,limit", [(1, 16), (1, 40), (1, 1000), (2, 40), (4, 1000), (8, 1000)])
+def test_joined_segments(small_run, world, limit):
+    """A joined micro-batch is its segments' batches one after the other, and each document begins where it did."""
+    hp, _, truth = small_run
+    for rank in range(world):
+        alone = loader(hp, rank, world, len(truth))
+        joined = loader(dataclasses.replace(hp, micro_tokens=limit), rank, world, len(truth))
+        for step, (batches, singles) in enumerate(zip(joined, alone, strict=True)):
+            S = t.plan(step, hp).batch_tokens // 8
+            n = t.segments_together(S, 8 // world, limit)
+            assert len(batches) * n == len(singles) and (limit < 1000 or len(batches) == 1)
+            for i, batch in enumerate(batches):
+                parts = singles[i * n : (i + 1) * n]
+                for name in ("tokens", "targets", "bigram_ids"):
+                    assert torch.equal(getattr(batch, name), torch.cat([getattr(part, name) for part in parts]))
+                starts = [k * S + at for k, part in enumerate(parts) for at in part.cu_seqlens.tolist() if at < S]
+                cu = batch.cu_seqlens.tolist()
+                assert cu[: len(starts)] == starts and set(cu[len(starts) :]) == {n * S}
+                assert len(cu) == sum(len(part.cu_seqlens) for part in parts)
+                assert sorted(batch.order.tolist()) == list(range(n * S))
+                assert (batch.tokens[batch.order.long()].diff() >= 0).all()
+
+
 def check_cu_seqlens(batch, begins=True):
     """Strictly rising document starts, then only n; the starts are 0 and the BOS positions of the inputs."""
     n, cu = len(batch.tokens), batch.cu_seqlens.tolist()

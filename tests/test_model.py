@@ -116,3 +116,27 @@ def test_what_crosses_documents(model, tokens, monkeypatch, position, open_way):
     if open_way == "bigram id" and torch.equal(*model.bigram_embed[torch.stack(ids)]):
         crosses = False  # rows that training did not reach are zero
     assert torch.equal(before[ENDS[2] :], after[ENDS[2] :]) != crosses
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_joined_segments_train_as_each_alone(model, n, S=24):
+    """Loss and all gradients of n segments in one micro-batch are the sums over the segments."""
+    rng, weights, parts = np.random.default_rng(n), torch.tensor([1.0, 0.5, 0.25]), []
+    for _ in range(n):
+        tokens = rng.integers(0, HP.bos, S + 1)
+        tokens[[0, 9]] = HP.bos
+        parts.append((tokens, np.array([9, S + 1])))
+    pack, parameters = t.Packer(HP, t.Ranks(0, 1, torch.device("cpu"))), tuple(model.parameters())
+
+    def results(segments, S):
+        batch = pack(*segments)
+        loss = model(batch, model.lookup(batch), GEOMETRY._replace(segment=S), weights, 1.0)
+        return loss, *torch.autograd.grad(loss, parameters)
+
+    alone = list(zip(*(results([part], S) for part in parts)))
+    names = ["loss", *(name for name, _ in model.named_parameters())]
+    for name, a, b in zip(names, results(parts, S), alone, strict=True):
+        rounding = 2.0**-8 if name.endswith("_lambdas") else 1e-5  # the gradients of those are rounded to bf16
+        assert (a - sum(b)).norm() <= rounding * sum(x.norm() for x in b), name
+    # and a boundary is felt: as one long segment, the losses are others
+    assert abs(results(parts, n * S)[0] - sum(alone[0])) > 1e-4 * sum(alone[0])
