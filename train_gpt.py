@@ -1778,8 +1778,9 @@ def attention_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len
 
 @cache
 def gated_flash4() -> tuple[type, dict]:
-    """FlashAttention-4's forward kernel with gates, which come where it will put the log-sum-exp; and its compiled
-    forms, apart from the package's own."""
+    """FlashAttention-4's forward kernel for Hopper, which multiplies each head by its gate before it stores it: a pass
+    less. The gates come in the memory where it then puts the log-sum-exp, so that it needs no further argument. And a
+    place for its compiled forms, apart from the package's own."""
     import cutlass
     import cutlass.cute as cute
     from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
@@ -1789,6 +1790,7 @@ def gated_flash4() -> tuple[type, dict]:
         @cute.jit
         def epilogue(self, acc_O, lse, mO, mLSE, sO, seqlen, gmem_tiled_copy_O, tma_atom_O, tiled_mma, tidx, m_block,
                      head_idx, batch_idx):
+            # as the package's epilogue finds the rows whose log-sum-exp it stores
             document = seqlen.offset_batch_Q(mLSE, batch_idx, dim=2)[None, head_idx]
             tile = cute.local_tile(document, (self.tile_m,), (m_block,))
             wide = cute.append(tile.layout, cute.make_layout((self.tile_hdimv,), stride=(0,)))
