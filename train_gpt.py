@@ -1198,6 +1198,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([torch.stack([a * cos + b * sin, b * cos - a * sin], dim=-1).flatten(-2), rest], dim=-1)
 
 
+def segment_length(cos: Tensor, paired: bool) -> int:
+    """S of a rotary table [S, d/4], or [2S, d/4] on paired layers."""
+    return len(cos) // 2 if paired else len(cos)
+
+
 def attention_inputs_reference(qkv: Tensor, r: Tensor | None, ve: Tensor | None, gate: Tensor | None, cos: Tensor,
                                sin: Tensor, paired: bool, key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v [T, H, d] from the projection qkv [T, 3, H, d], which lacks the factor r [T] if there is one.
@@ -1210,8 +1215,7 @@ def attention_inputs_reference(qkv: Tensor, r: Tensor | None, ve: Tensor | None,
     T, _, H, d = qkv.shape
     q, k, v = qkv.unbind(1)
     q, k = norm(q), norm(k)
-    n = 2 if paired else 1
-    S = len(cos) // n
+    n, S = 2 if paired else 1, segment_length(cos, paired)
     cos, sin = (table.view(S, 1, n, d // 4) for table in (cos, sin))
     q, k = (rotate(x.reshape(T // S, S, H // n, n, d), cos, sin).view(T, H, d) for x in (q, k))
     if key_offset:
@@ -1322,7 +1326,7 @@ def attention_inputs_forward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, g
     T, _, H, d = qkv.shape
     q, k, v = (qkv.new_empty(T, H, d) for _ in range(3))
     attention_inputs_kernel[(H, triton.cdiv(T, ATTENTION_INPUT_ROWS))](
-        qkv, r, ve, gate, cos, sin, q, k, v, T, len(cos) // (2 if paired else 1), FP32_EPS, H, d, paired, key_offset,
+        qkv, r, ve, gate, cos, sin, q, k, v, T, segment_length(cos, paired), FP32_EPS, H, d, paired, key_offset,
         r is not None, ve is not None, ATTENTION_INPUT_ROWS)
     return q, k, v
 
@@ -1337,7 +1341,7 @@ def attention_inputs_backward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, 
     dgate = torch.empty_like(gate) if mix else qkv.new_empty(0, H)
     dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
     attention_inputs_backward_kernel[(H, triton.cdiv(T, ATTENTION_INPUT_ROWS))](
-        qkv, r, ve, gate, cos, sin, dq, dk, dv, dqkv, dve, dgate, T, len(cos) // (2 if paired else 1), FP32_EPS, H, d,
+        qkv, r, ve, gate, cos, sin, dq, dk, dv, dqkv, dve, dgate, T, segment_length(cos, paired), FP32_EPS, H, d,
         paired, key_offset, r is not None, mix, ATTENTION_INPUT_ROWS)
     return dqkv, dve, dgate
 
@@ -1939,6 +1943,8 @@ def attention_flash4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_le
 
 def load_flash4() -> Callable:
     gated_flash4()  # fails here if it cannot work
+    if torch.cuda.get_device_capability()[0] != 9:  # the package would take another kernel, which knows no gates
+        raise RuntimeError("its kernel with gates is for Hopper")
     return attention_flash4
 
 
@@ -1969,9 +1975,8 @@ ATTENTION_BACKENDS = {"fa4": load_flash4, "fa3": load_flash3, "torch": lambda: a
 def choose_attention(hp: Hyperparameters, device: torch.device) -> str:
     """The name of the backend to use: the one asked for, or the fastest that works on this device."""
     gpu = device.type == "cuda" and hp.dtype == "bfloat16"
-    # gated_flash4 is a kernel for Hopper; flash4_preprocess needs Triton and takes these widths only
-    hopper = gpu and torch.cuda.get_device_capability(device)[0] == 9
-    fa4 = hopper and triton is not None and hp.head_dim in (32, 64, 128)
+    # flash4_preprocess needs Triton and takes these widths only
+    fa4 = gpu and is_hopper(device) and triton is not None and hp.head_dim in (32, 64, 128)
     fits = {"fa4": fa4, "fa3": gpu and is_hopper(device), "torch": gpu, "reference": True}
     for name in ATTENTION_BACKENDS if hp.attention == "auto" else [hp.attention]:
         if fits[name]:
@@ -1981,8 +1986,8 @@ def choose_attention(hp: Hyperparameters, device: torch.device) -> str:
             except Exception as e:  # whatever a package raises that does not fit this machine
                 reason = f"{type(e).__name__}: {e}"
         else:
-            reason = ("it needs bfloat16 on a GPU, fa3 a Hopper or newer one, and fa4 a Hopper one, Triton and a "
-                      "--head_dim of 32, 64 or 128")
+            reason = ("it needs bfloat16 on a GPU, fa4 and fa3 a Hopper or newer one, and fa4 Triton and a --head_dim "
+                      "of 32, 64 or 128")
     raise UserError(f"--attention={hp.attention} does not work here ({reason}); use --attention=auto")
 
 

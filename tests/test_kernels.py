@@ -415,9 +415,8 @@ class TestInterpreted:
         tokens = torch.randint(0, 300, (n + 1,), dtype=torch.int32)
         ids = torch.from_numpy(t.bigram_ids(tokens[:-1].numpy(), hp.bigram_rows))
         ends = torch.tensor([0, 13, 30, n, n], dtype=torch.int32)
-        order, geometry = tokens[:-1].argsort().int(), t.Geometry(4, 12, 17, 0.2)
+        order, geometry = tokens[:-1].argsort().int(), t.Geometry(4, 12, 17, 0.2, segment=n // 2)
         batch = t.Batch(tokens[:-1], tokens[1:].long(), ids, ends, order)
-        geometry = geometry._replace(segment=n // 2)
 
         def results(kernels, compiler=lambda f, **_: f):
             model.use("reference", kernels)
@@ -505,6 +504,20 @@ def test_flash3_is_called_right(monkeypatch):
     attend = torch.compile(t.ATTENTION_BACKENDS["fa3"](), fullgraph=True, backend="aot_eager")
     for gate in (None, torch.rand(40, 2)):
         torch.testing.assert_close(attend(q, k, v, *options, gate), t.attention_reference(q, k, v, *options, gate))
+
+
+@pytest.mark.parametrize("capability,chosen", [((9, 0), "fa4"), ((10, 0), "torch")])
+def test_fa4_is_for_hopper(monkeypatch, capability, chosen):
+    """On newer GPUs the package would take a kernel that knows no gates."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(t, "triton", object())
+    monkeypatch.setattr(t, "gated_flash4", lambda: None)
+    monkeypatch.setitem(t.ATTENTION_BACKENDS, "fa3", lambda: 1 // 0)
+    hp, device = t.parse_args([])[0], torch.device("cuda")
+    assert t.choose_attention(hp, device) == chosen
+    if chosen != "fa4":
+        with pytest.raises(t.UserError, match="RuntimeError: its kernel with gates is for Hopper"):
+            t.choose_attention(replace(hp, attention="fa4"), device)
 
 
 @pytest.mark.parametrize("heads,head_dim,attention,kernels", [
