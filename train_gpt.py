@@ -1737,7 +1737,6 @@ def polar_express(x: Tensor, fast: bool) -> Tensor:
     return x
 
 
-
 # ==== 5. Attention: attention(q, k, v, cu_seqlens, max_len, window, scale, gate) with interchangeable backends ========
 
 REFERENCE_BLOCK = 256  # queries at a time, so that the mask stays small
@@ -1945,6 +1944,7 @@ def load_flash4() -> Callable:
     gated_flash4()  # fails here if it cannot work
     if torch.cuda.get_device_capability()[0] != 9:  # the package would take another kernel, which knows no gates
         raise RuntimeError("its kernel with gates is for Hopper")
+    warnings.filterwarnings("ignore", message="Argument aux_data")  # of the package's compiler, harmless
     return attention_flash4
 
 
