@@ -24,7 +24,7 @@ fi
 # FlashAttention-4 is faster than PyTorch's own attention, but not needed; an environment of yours is left alone
 if [ "$PYTHON" = .venv/bin/python ] && "$PYTHON" -c "
 import importlib.util, sys, torch
-sys.exit(torch.cuda.get_device_capability() < (9, 0) or importlib.util.find_spec('flash_attn') is not None)"; then
+sys.exit(torch.cuda.get_device_capability()[0] != 9 or importlib.util.find_spec('flash_attn') is not None)"; then
   "$PYTHON" -m pip install --quiet -r requirements-gpu.txt ||
     echo "warning: requirements-gpu.txt could not be installed; training with PyTorch's own attention" >&2
 fi

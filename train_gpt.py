@@ -121,7 +121,7 @@ class Hyperparameters:
     dtype: str = "bfloat16"  # of weights and activations: bfloat16 or float32
     fp8_head: bool = True  # the training head's products in FP8
     compile: bool = True  # torch.compile; plain eager PyTorch if false
-    graphs: bool = True  # replay each micro-step as one CUDA graph (on a GPU)
+    graphs: bool = True  # replay each micro-step as one CUDA graph (on a GPU, if compiled)
     micro_tokens: int = 65_536  # a rank's segments are joined to micro-batches up to this; less takes less memory
     attention: str = "auto"  # auto or a key of ATTENTION_BACKENDS
     kernels: str = "auto"  # auto or one of KERNELS
@@ -515,8 +515,8 @@ class Watch:
     """The context of a run: on every rank a thread ends the process soon after a rank died, hangs or raised, and agrees
     with the others on a step before which all stop.
 
-    It publishes its rank's state in torchrun's store and reads the others', without the device: NCCL's own watchdog
-    does not see collectives inside CUDA graphs, and the training clock shall not pay.
+    It publishes its rank's state in torchrun's store and reads the others', without the device: the training clock
+    shall not pay. NCCL's own watchdog waits for minutes, and cannot name what hangs.
     """
 
     def __init__(self, ranks: Ranks, log: Log):
@@ -638,10 +638,12 @@ def log_environment(log: Log, hp: Hyperparameters, ranks: Ranks, attention: str,
 # ==== 4. Kernels: each Triton kernel has its plain PyTorch reference, of the same signature, directly above it ========
 # Where a function takes `fast`, true means the Triton kernel (bf16 on a Hopper or newer GPU) and false the reference.
 
+HOPPER = 9  # GPU generation
 
-def is_hopper(device: torch.device) -> bool:
-    """Whether the device is an NVIDIA GPU of the Hopper generation or newer."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+def gpu_generation(device: torch.device) -> int:
+    """The first number of an NVIDIA GPU's compute capability; 0 of other devices."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -654,8 +656,9 @@ KERNELS = ("quack", "triton", "reference")  # the fastest first; each has those 
 
 def choose_kernels(hp: Hyperparameters, device: torch.device) -> str:
     """The one of KERNELS to use: the one asked for, or the fastest that works on this device."""
-    gpu = triton is not None and is_hopper(device) and hp.dtype == "bfloat16" and hp.head_dim.bit_count() == 1
-    quack = gpu and torch.cuda.get_device_capability(device)[0] == 9 and importlib.util.find_spec("quack") is not None
+    generation = gpu_generation(device)
+    gpu = triton is not None and generation >= HOPPER and hp.dtype == "bfloat16" and hp.head_dim.bit_count() == 1
+    quack = gpu and generation == HOPPER and importlib.util.find_spec("quack") is not None
     usable = {"quack": quack, "triton": gpu, "reference": True}
     if hp.kernels == "auto":
         return next(name for name in KERNELS if usable[name])
@@ -1379,7 +1382,7 @@ def softcapped_mtp_loss_reference(logits: Tensor, targets: Tensor, weights: Tens
     in grad_dtype).
     Capped logits lie in (0, CAP), so the softmax needs no pass for its maximum: CAP itself is the shift.
     """
-    T, V = logits.shape
+    V = logits.size(1)
     u = torch.sigmoid((logits.float() + CAP_SHIFT) / CAP_WIDTH)  # [T, V]; z = CAP * u
     e = torch.exp(CAP * u - CAP)
     total = e.sum(dim=1)  # [T]
@@ -1400,7 +1403,7 @@ def softcapped_mtp_loss_reference(logits: Tensor, targets: Tensor, weights: Tens
 
 @jit
 def capped(x, HALF: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr, FAST: tl.constexpr):
-    """t = tanh((x + SHIFT) / WIDTH / 2), so that z = CAP (1 + t) / 2 with slope (1 - t^2) / 4; and exp(z - CAP)."""
+    """t = tanh((x + SHIFT) / WIDTH / 2): z = CAP (1 + t) / 2, dz/dx = CAP / WIDTH (1 - t^2) / 4; and exp(z - CAP)."""
     if FAST:  # an instruction each, error 2^-11: the special-function unit limits this kernel
         t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [x * (0.5 / WIDTH) + 0.5 * SHIFT / WIDTH],
                                       dtype=tl.float32, is_pure=True, pack=1)
@@ -1942,8 +1945,6 @@ def attention_flash4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_le
 
 def load_flash4() -> Callable:
     gated_flash4()  # fails here if it cannot work
-    if torch.cuda.get_device_capability()[0] != 9:  # the package would take another kernel, which knows no gates
-        raise RuntimeError("its kernel with gates is for Hopper")
     warnings.filterwarnings("ignore", message="Argument aux_data")  # of the package's compiler, harmless
     return attention_flash4
 
@@ -1975,9 +1976,10 @@ ATTENTION_BACKENDS = {"fa4": load_flash4, "fa3": load_flash3, "torch": lambda: a
 def choose_attention(hp: Hyperparameters, device: torch.device) -> str:
     """The name of the backend to use: the one asked for, or the fastest that works on this device."""
     gpu = device.type == "cuda" and hp.dtype == "bfloat16"
+    hopper = gpu and gpu_generation(device) == HOPPER  # elsewhere fa4's package has other kernels, without gates
     # flash4_preprocess needs Triton and takes these widths only
-    fa4 = gpu and is_hopper(device) and triton is not None and hp.head_dim in (32, 64, 128)
-    fits = {"fa4": fa4, "fa3": gpu and is_hopper(device), "torch": gpu, "reference": True}
+    fa4 = hopper and triton is not None and hp.head_dim in (32, 64, 128)
+    fits = {"fa4": fa4, "fa3": hopper, "torch": gpu, "reference": True}
     for name in ATTENTION_BACKENDS if hp.attention == "auto" else [hp.attention]:
         if fits[name]:
             try:
@@ -1986,8 +1988,8 @@ def choose_attention(hp: Hyperparameters, device: torch.device) -> str:
             except Exception as e:  # whatever a package raises that does not fit this machine
                 reason = f"{type(e).__name__}: {e}"
         else:
-            reason = ("it needs bfloat16 on a GPU, fa4 and fa3 a Hopper or newer one, and fa4 Triton and a --head_dim "
-                      "of 32, 64 or 128")
+            reason = ("it needs bfloat16 on a GPU, fa4 and fa3 a Hopper GPU, and fa4 Triton and a --head_dim of 32, 64 "
+                      "or 128")
     raise UserError(f"--attention={hp.attention} does not work here ({reason}); use --attention=auto")
 
 
@@ -2083,7 +2085,7 @@ class GPT(nn.Module):
             kind = dtype if row.dtype == "model" else torch.float32
             self.register_parameter(row.name, nn.Parameter(torch.empty(shapes[row.name], dtype=kind)))
         longest = max(hp.val_chunk, max(stage.batch for stage in STAGES) * hp.batch_unit // SEGMENTS)
-        for name in ("cos", "sin"):  # row p is position p; paired heads use 2T positions
+        for name in ("cos", "sin"):  # row p is position p; paired heads use two for each token
             table = torch.empty(2 * longest, hp.head_dim // 4, dtype=torch.bfloat16)
             self.register_buffer(name, table, persistent=False)
         self.register_buffer("attn_layers", torch.tensor(list(ATTN_INDEX)), persistent=False)
@@ -2126,7 +2128,8 @@ class GPT(nn.Module):
         """Rebuild the rotary tables when a stage begins."""
         if stage != self.stage:
             frequencies, self.scale = stage_rotation(self.hp, stage)
-            angle = torch.outer(torch.arange(len(self.cos)), frequencies)
+            positions = torch.arange(len(self.cos), device=self.cos.device)  # there: the clock runs
+            angle = torch.outer(positions, to_device(frequencies, self.cos.device))
             self.cos.copy_(angle.cos())
             self.sin.copy_(angle.sin())
             self.stage = stage
@@ -2635,27 +2638,37 @@ def segments_together(S: int, A: int, limit: int) -> int:
     return next((n for n in (A, A // 2, A // 4) if n and n * S <= limit), 1)
 
 
+@cache
+def warn_once(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
 class Packer:
-    """Turns segments, each S+1 tokens and the ends of its documents, into a Batch; warns once if documents are many."""
+    """Turns segments, each S+1 tokens and the ends of its documents, into a Batch.
+
+    Where documents are many, cu_seqlens is made longer by steps that all batches of a stage share, as torch.compile
+    takes eight shapes of a function and no more, and four are the stages'.
+    """
 
     def __init__(self, hp: Hyperparameters, ranks: Ranks):
-        self.rows, self.pin, self.rank, self.warned = hp.bigram_rows, ranks.device.type == "cuda", ranks.rank, False
+        self.hp, self.rank, self.pin = hp, ranks.rank, ranks.device.type == "cuda"
 
-    def __call__(self, *segments: tuple[np.ndarray, np.ndarray]) -> Batch:
+    def __call__(self, *segments: tuple[np.ndarray, np.ndarray], documents: int = 0) -> Batch:
+        """documents: how many to have room for at least."""
         S = len(segments[0][0]) - 1
-        T, entries = len(segments) * S, len(segments) * max_docs(S)
+        T, expected = len(segments) * S, len(segments) * max_docs(S)
         ends = np.unique([i * S + min(end, S) for i, (_, ends) in enumerate(segments) for end in ends])
-        if len(ends) + 1 > entries:
-            if not self.warned and self.rank == 0:
-                print(f"warning: {len(ends)} documents in {T} tokens exceed the {entries - 1} expected: the step is "
-                      "compiled once more for a longer list", file=sys.stderr)
-            self.warned = True
-            entries = round_up(len(ends) + 1, 128)
+        entries, needed = expected, max(documents, len(ends)) + 1
+        while entries < needed:
+            entries *= 4
+        if entries > expected and self.hp.compile:
+            warn_once(f"more than the expected {expected - 1} documents in {T} tokens: compiled anew for lists of "
+                      f"{entries} (rank {self.rank})")
         cu_seqlens = np.full(entries, T, dtype=np.int32)
         cu_seqlens[0] = 0
         cu_seqlens[1 : len(ends) + 1] = ends
         inputs, targets = (np.concatenate([tokens[part] for tokens, _ in segments]) for part in (np.s_[:-1], np.s_[1:]))
-        ids = np.concatenate([bigram_ids(tokens[:-1], self.rows) for tokens, _ in segments])
+        ids = np.concatenate([bigram_ids(tokens[:-1], self.hp.bigram_rows) for tokens, _ in segments])
         order = np.argsort(inputs, kind="stable").astype(np.int32)  # fast for uint16, as tokens are in shards
         arrays = inputs.astype(np.int32), targets.astype(np.int64), ids, cu_seqlens, order
         return Batch(*(t.pin_memory() if self.pin else t for t in map(torch.from_numpy, arrays)))
@@ -2745,11 +2758,12 @@ def read_val_tokens(hp: Hyperparameters) -> np.ndarray:
 
 def val_batches(hp: Hyperparameters, ranks: Ranks, tokens: np.ndarray) -> Iterator[Batch]:
     """This rank's chunks of the val stream: in order, neither cut nor aligned to documents."""
-    pack = Packer(hp, ranks)
+    pack, starts = Packer(hp, ranks), np.flatnonzero(tokens[: hp.val_tokens] == hp.bos)
+    documents = np.bincount(starts // hp.val_chunk, minlength=1).max() + 1  # in any chunk, so that one graph does
     for start in range(ranks.rank * hp.val_chunk, hp.val_tokens, ranks.world * hp.val_chunk):
         chunk = tokens[start : start + hp.val_chunk + 1]
         starts = np.flatnonzero(chunk[:-1] == hp.bos)
-        batch = pack((chunk, np.append(starts[starts > 0], hp.val_chunk)))
+        batch = pack((chunk, np.append(starts[starts > 0], hp.val_chunk)), documents=documents)
         yield Batch(*(t.to(ranks.device, non_blocking=True) for t in batch))
 
 
@@ -2782,12 +2796,13 @@ class MicroStep:
     their gradients on to the parameters.
 
     With graphs, the second call of a kind (shapes, geometry) is captured as a CUDA graph and replayed from then on, as
-    in stage 1 the GPU waits for launches: 253 ms a step become 188 (H200, fa4). The first call runs and so compiles.
+    the GPU waits for launches where batches are small: with 8 of 16,384 tokens, 253 ms a step became 188 (H200, fa4).
+    The first call runs and so compiles.
     """
 
     def __init__(self, model: GPT, optimizer: NorMuonAdam, hp: Hyperparameters, ranks: Ranks):
         self.model, self.optimizer = model, optimizer
-        self.loss_of, self.compiles = compiled(model.forward) if hp.compile else model.forward, hp.compile
+        self.loss_of = compiled(model.forward) if hp.compile else model.forward
         self.graphs = hp.graphs and hp.compile and ranks.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None  # graphs run one at a time: one memory
         self.replays: dict[tuple, Callable | None] = {}
@@ -2795,7 +2810,7 @@ class MicroStep:
         self.matrices = Matrices(*(x.detach().clone().requires_grad_() for x in model.matrices()))
         for x in self.matrices:  # at fixed addresses like x itself, which a CUDA graph needs
             x.grad = torch.zeros_like(x)
-        self.compiling = False  # during the first call of a kind; then it takes long
+        self.compiling = False  # in the first call of a kind, which takes long: kernels compile even without hp.compile
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -2835,7 +2850,7 @@ class MicroStep:
 
     def __call__(self, batch: Batch, geometry: Geometry, weights: Tensor, grad_unit: float) -> Tensor:
         kind = (geometry, grad_unit, *(t.shape for t in (*batch, weights)))
-        self.compiling = self.compiles and kind not in self.replays
+        self.compiling = kind not in self.replays
         if not self.graphs or kind not in self.replays:
             self.replays[kind] = None
             return self.run(batch, geometry, weights, grad_unit)
@@ -2873,7 +2888,7 @@ def val_geometry(model: GPT, p: Plan, last: bool, max_len: int) -> Geometry:
 @torch.no_grad()
 def evaluate(hp: Hyperparameters, ranks: Ranks, model: GPT, losses_of: Callable, tokens: np.ndarray, p: Plan,
              last: bool, limit: int | None = None) -> float:
-    """Mean loss over the val stream, or over this rank's first `limit` chunks, with the windows of plan p."""
+    """Mean loss over the val stream, or over each rank's first `limit` chunks, with the windows of plan p."""
     geometry = val_geometry(model, p, last, longest_document(tokens, hp))
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, count
     for number, batch in enumerate(val_batches(hp, ranks, tokens)):
@@ -2945,7 +2960,8 @@ class FirstBad(TorchDispatchMode):
             frames = [f for f, _ in traceback.walk_stack(sys._getframe(1)) if f.f_code.co_filename == __file__]
             layer = [f", layer {f.f_locals['i']}" for f in frames if f.f_code.co_name == "trunk" and "i" in f.f_locals]
             calls = [f"{f.f_code.co_name}:{f.f_lineno}" for f in frames[:3]]
-            self.place = f"{func} in {' of '.join(calls)}{''.join(layer)}"
+            # on a GPU, autograd has a thread of its own, without these frames
+            self.place = f"{func} in {' of '.join(calls) or 'the backward pass'}{''.join(layer)}"
         return result
 
 

@@ -102,7 +102,7 @@ def test_table_and_json(small, tmp_path, monkeypatch, capsys):
     times = {"ours": [2.0, 1.5, 2.5], "eager": [8.0, 8.0, 8.0]}
     monkeypatch.setattr(b, "timed", lambda f: times.get(f(), [1.0, 1.0, 1.0]))
     monkeypatch.setattr(b, "GROUPS", {"made up": group, "missing": unusable})
-    monkeypatch.setattr(b.t, "is_hopper", lambda device: True)
+    monkeypatch.setattr(b.t, "gpu_generation", lambda device: t.HOPPER)
     for name, value in (("is_available", True), ("get_device_name", "a GPU"), ("empty_cache", None)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(b, "ceilings", lambda: (1024.0, 1.0))

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -217,9 +218,9 @@ def test_slow_is_not_dead(watch):
 
 
 def test_new_shape_compiles(base):
-    """A step whose shapes are new has no deadline, as the compiler works."""
+    """A step whose shapes are new has no deadline, as a compiler works: Triton's at least."""
     micro_step = t.MicroStep(t.GPT(base), SimpleNamespace(), base, ONE)
-    micro_step.compiles, micro_step.run = True, lambda *_: None
+    micro_step.run = lambda *_: None
     seen = []
     for n in (5, 5, 7, 5):
         micro_step((torch.zeros(n),), None, torch.zeros(1), 1.0)
@@ -297,6 +298,16 @@ def test_place_of_the_first_nan(base, tmp_path, monkeypatch, where, expected):
     assert re.search(expected, str(error.value)) and "on rank 0 in step 4" in str(error.value), error.value
     saved = t.read_checkpoint(str(tmp_path / "run_step3.pt"), hp)
     assert saved["step"] == 3 and all(x.isfinite().all() for x in saved["tensors"].values())
+
+
+def test_nan_in_autograds_own_thread():
+    """On a GPU the backward pass runs in a thread that has no frames of the script."""
+    with t.FirstBad() as found:
+        call = torch.ops.aten.log.default, (), (-torch.ones(1),)
+        thread = threading.Thread(target=found.__torch_dispatch__, args=call)
+        thread.start()
+        thread.join()
+    assert found.place == "aten.log.default in the backward pass"
 
 
 def test_nan_that_does_not_come_back(base, tmp_path):

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 import train_gpt as t
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when the kernels are defined
-HOPPER = not INTERPRETED and t.triton is not None and torch.cuda.is_available() and t.is_hopper(torch.device("cuda"))
+HOPPER = (not INTERPRETED and t.triton is not None and torch.cuda.is_available()
+          and t.gpu_generation(torch.device("cuda")) >= t.HOPPER)
 EPS = torch.finfo(torch.float32).eps
 TANH_ERROR = 2.0**-11  # of tanh.approx.f32, which the loss kernel uses for e5m2 gradients
 ROUNDING = 8 * t.CAP * EPS  # of exp(z), z in (0, CAP): some roundings of the exponent
@@ -516,7 +517,7 @@ def test_fa4_is_for_hopper(monkeypatch, capability, chosen):
     hp, device = t.parse_args([])[0], torch.device("cuda")
     assert t.choose_attention(hp, device) == chosen
     if chosen != "fa4":
-        with pytest.raises(t.UserError, match="RuntimeError: its kernel with gates is for Hopper"):
+        with pytest.raises(t.UserError, match="fa4 and fa3 a Hopper GPU"):
             t.choose_attention(replace(hp, attention="fa4"), device)
 
 
@@ -524,7 +525,6 @@ def test_fa4_is_for_hopper(monkeypatch, capability, chosen):
     (6, 128, "fa4", "triton"), (4, 256, "torch", "triton"), (8, 96, "torch", "reference")])
 def test_choice_by_head_dim(monkeypatch, heads, head_dim, attention, kernels):
     """What is chosen on a Hopper GPU without quack and fa3 can take that width, and what cannot says why."""
-    monkeypatch.setattr(t, "is_hopper", lambda device: True)
     monkeypatch.setattr(t, "triton", object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -291,22 +291,42 @@ def test_fixed_length_of_cu_seqlens(n, entries):
         assert batch.cu_seqlens.tolist() == [0, n // 2] + [n] * (entries - 2)
 
 
-@pytest.mark.parametrize("documents, entries", [(127, 128), (128, 256), (300, 384)])
+@pytest.mark.parametrize("documents, entries", [(127, 128), (128, 512), (511, 512), (512, 2048)])
 def test_many_tiny_documents(capsys, documents, entries):
-    """More documents than expected still make a right batch, with one warning for all of them."""
-    pack = t.Packer(HP, t.Ranks(0, 1, CPU))
-    n = 2 * documents
+    """More documents than expected still make a right batch; what is compiled for each length says so once a length."""
+    hp, n = dataclasses.replace(HP, compile=True), 2 * documents
     tokens = np.tile(np.array([BOS, 3], np.uint16), documents + 1)[: n + 1]
     ends = np.append(np.arange(1, documents) * 2, n)
+    t.warn_once.cache_clear()
     for _ in range(3):
-        batch = pack((tokens, ends))
+        batch = t.Packer(hp, t.Ranks(0, 1, CPU))((tokens, ends))
         assert len(batch.cu_seqlens) == entries
         check_cu_seqlens(batch)
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.count("\n") == err.count("warning: ") == (0 if documents == 127 else 1)
-    assert t.Packer(HP, t.Ranks(1, 2, CPU))((tokens, ends)).cu_seqlens.tolist() == batch.cu_seqlens.tolist()
-    assert capsys.readouterr() == ("", "")  # other ranks say nothing
+    warning = f"warning: more than the expected 127 documents in {n} tokens"
+    assert err.count("\n") == err.count(warning) == (entries > 128)
+    again = t.Packer(HP, t.Ranks(1, 2, CPU))((tokens, ends))
+    assert again.cu_seqlens.tolist() == batch.cu_seqlens.tolist()
+    assert capsys.readouterr() == ("", "")  # nothing is compiled
+
+
+@pytest.mark.parametrize("mean", [25, 40, 50, 75, 100, 150, 200, 300, 450, 700])
+@pytest.mark.parametrize("A", [1, 8])
+def test_few_lengths_of_cu_seqlens(mean, A):
+    """Whatever length documents have: torch.compile stops a run at the ninth shape of a function."""
+    rng, pack, lengths = np.random.default_rng(mean), t.Packer(HP, t.Ranks(0, 1, CPU)), set()
+    for number, stage in enumerate(t.STAGES):
+        S = 16384 * stage.batch
+        tokens = np.full(S + 1, 5, np.uint16)
+        for _ in range(12):
+            segments = []
+            for _ in range(t.segments_together(S, A, 65536)):
+                drawn = rng.lognormal(math.log(mean) - 0.5, 1.0, 4 * S // mean).astype(int)
+                ends = np.cumsum(drawn.clip(1, stage.max_doc * 128))
+                segments.append((tokens, np.append(ends[ends < S + 1], S + 1)))
+            lengths.add((number, len(pack(*segments).cu_seqlens)))
+    assert len(lengths) <= 8
 
 
 def wrap(x):
@@ -381,6 +401,7 @@ def test_val_stream(seed, chunk, longest, before):
         ranks = [list(t.val_batches(hp, t.Ranks(rank, world, CPU), tokens)) for rank in range(world)]
         chunks = list(itertools.chain.from_iterable(zip(*ranks)))
         assert [len(r) for r in ranks] == [8 // world] * world and {len(b.tokens) for b in chunks} == {chunk}
+        assert len({len(b.cu_seqlens) for b in chunks}) == 1
         assert (np.concatenate([b.tokens.numpy() for b in chunks]) == tokens[:-1]).all()
         assert (np.concatenate([b.targets.numpy() for b in chunks]) == tokens[1:]).all()
         for batch in chunks:

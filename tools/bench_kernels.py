@@ -228,7 +228,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.tokens < 16 or args.tokens % 16 or (args.json and not args.json.resolve().parent.is_dir()):
         parser.error("--tokens must be a positive multiple of 16, and the folder of --json must exist")
-    if t.triton is None or not torch.cuda.is_available() or not t.is_hopper(torch.device(DEVICE)):
+    if t.triton is None or not torch.cuda.is_available() or t.gpu_generation(torch.device(DEVICE)) < t.HOPPER:
         print("bench_kernels: needs Triton and a Hopper or newer NVIDIA GPU", file=sys.stderr)
         return 1
     began, results = time.monotonic(), []

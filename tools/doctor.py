@@ -143,7 +143,7 @@ def choice(case: Case, key: str, names: Iterable[str], choose: Callable) -> Line
     text = f"{chosen} (usable here: {', '.join(usable)})"
     if case.device.type == "cpu" or getattr(case.hp, key) != "auto" or chosen == next(iter(names)):
         return Line("ok", text)
-    return Line("warn", text, "" if t.is_hopper(case.device) else "faster ones need a Hopper or newer GPU")
+    return Line("warn", text, "" if t.gpu_generation(case.device) == t.HOPPER else "faster ones need a Hopper GPU")
 
 
 def check_attention(case: Case) -> Line:

@@ -27,7 +27,7 @@ import train_gpt as t
 def load_model(path: str) -> tuple[t.GPT, t.Geometry]:
     """A checkpoint's model, uncompiled and with reference kernels, and the windows that it would validate with."""
     saved = t.read_checkpoint(path)
-    hp, step = replace(saved["hp"], attention="auto"), saved["step"]
+    hp, step = replace(saved["hp"], attention="auto", compile=False), saved["step"]
     if hp.vocab_size != tokenizer().n_vocab:
         raise t.UserError(f"{path}: trained on {hp.vocab_size} tokens, GPT-2 has {tokenizer().n_vocab}; choose another")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -43,7 +43,6 @@ def load_model(path: str) -> tuple[t.GPT, t.Geometry]:
 def pack(model: t.GPT, tokens: list[int], ends: list[int]) -> t.Batch:
     """Tokens [T] and the ends of their documents as a batch; the last target is 0."""
     packer = t.Packer(model.hp, t.Ranks(0, 1, model.cos.device))
-    packer.warned = True  # nothing is compiled here, so documents may be many
     return t.Batch(*(x.to(model.cos.device) for x in packer((np.array([*tokens, 0]), np.array(ends)))))
 
 
