@@ -323,11 +323,14 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def check_tables(model: nn.Module) -> None:
-    """PARAMS names each parameter of the model exactly once, and each has its own turn."""
+    """PARAMS names each parameter of the model exactly once, each has its own turn, and layers read earlier ones."""
     names, turns = [p.name for p in PARAMS], [p.turn for p in PARAMS]
     assert sorted(names) == sorted(n for n, _ in model.named_parameters()), "PARAMS does not match the model"
     assert sorted(turns) == list(range(len(PARAMS))), "PARAMS: every row needs its own turn"
     assert all((layer.window is None) == (layer.skip_from is not None) for layer in LAYERS)
+    assert all(layer.window in ("short", "long", None) for layer in LAYERS), "LAYERS: windows are short, long or None"
+    sources = ((i, source) for i, layer in enumerate(LAYERS) for source in (layer.reads, layer.skip_from))
+    assert all(source is None or 0 <= source < i for i, source in sources), "LAYERS: a layer reads only earlier ones"
 
 
 # ==== 3. Errors, command line, ranks, log =============================================================================
@@ -361,7 +364,8 @@ def parse_args(argv: list[str]) -> tuple[Hyperparameters, argparse.Namespace]:
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         key = unknown[0].split("=")[0]
-        close = difflib.get_close_matches(key, [f"--{f.name}" for f in fields(Hyperparameters)], n=3, cutoff=0.5)
+        keys = ["--preset", "--plan", "--check", *(f"--{f.name}" for f in fields(Hyperparameters))]
+        close = difflib.get_close_matches(key, keys, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(close)}?" if close else "; python train_gpt.py --help lists every key"
         raise UserError(f"unknown key {key}{hint}")
     given = {f.name: getattr(args, f.name) for f in fields(Hyperparameters) if hasattr(args, f.name)}
@@ -381,11 +385,14 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
     require(world > 0 and SEGMENTS % world == 0, f"{world} ranks cannot share {SEGMENTS} segments: use 1, 2, 4 or 8")
     positive = ["num_scheduled_iterations", "batch_unit", "block", "val_tokens", "val_chunk", "model_dim", "num_heads",
                 "head_dim", "bigram_ratio", "vocab_size", "muon_momentum_warmup", "muon_momentum_cooldown",
-                "micro_tokens"]
+                "micro_tokens", "final_val_window", "rope_base", "adam_eps"]
+    for key, value in asdict(hp).items():
+        require(not isinstance(value, float) or math.isfinite(value), f"--{key}={value} must be a finite number")
     for key in positive:
         require(getattr(hp, key) > 0, f"--{key}={getattr(hp, key)} must be positive")
     for key in ("num_extension_iterations", "val_every", "save_every"):
         require(getattr(hp, key) >= 0, f"--{key}={getattr(hp, key)} must not be negative")
+    require(-2**63 <= hp.seed < 2**64, f"--seed={hp.seed} must have at most 64 bits")
     require(hp.num_scheduled_iterations >= 3, "--num_scheduled_iterations must be at least 3, one for each stage")
     require(0 <= hp.cooldown_start < 1, f"--cooldown_start={hp.cooldown_start} must be in [0, 1)")
     choices = {"dtype": ("bfloat16", "float32"), "device": ("auto", "cuda", "cpu"),
@@ -459,7 +466,8 @@ class Log:
     """logs/<run id>.txt and the terminal, on rank 0; on other ranks nothing happens.
 
     The file begins with the source of this script, so that a log says by itself what was run; --resume appends to it.
-    If it cannot be written at first, that is an error; later, training goes on with one warning.
+    If it cannot be written at first, that is an error; later, training goes on with one warning, or without the
+    terminal.
     """
 
     def __init__(self, hp: Hyperparameters, ranks: Ranks):
@@ -468,8 +476,10 @@ class Log:
             self.path = path = Path(hp.log_dir, (hp.run_id or time.strftime("%Y%m%d-%H%M%S")) + ".txt")
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self.file = open(path, "a" if hp.resume else "w", buffering=1)
+                self.file = open(path, "a" if hp.resume else "x", buffering=1)
                 print(Path(__file__).read_text() + "=" * 100, file=self.file)
+            except FileExistsError:
+                raise UserError(f"{path} is another run's log; choose another --run_id or --log_dir") from None
             except OSError as e:
                 raise UserError(f"cannot write the log {path}: {e.strerror}; free some space or choose another "
                                 "--log_dir") from None
@@ -487,14 +497,16 @@ class Log:
                 self.file, self.lost = None, f"warning: the log {self.path} is incomplete ({e.strerror})"
                 self.bar.write(f"{self.lost}; training goes on, copy what you need from the terminal", file=sys.stderr)
         if self.bar and show:
-            self.bar.write(text)
+            with contextlib.suppress(OSError):
+                self.bar.write(text)
 
     def step(self, line: str, done: int, **postfix: str) -> None:
         """A step's line: to the file, and to the terminal as a moving bar, or as a plain line in a pipe."""
         if self.bar:
             self(line, show=self.bar.disable)
-            self.bar.set_postfix(postfix, refresh=False)
-            self.bar.update(done - self.bar.n)
+            with contextlib.suppress(OSError):
+                self.bar.set_postfix(postfix, refresh=False)
+                self.bar.update(done - self.bar.n)
 
     def close(self) -> None:
         if self.bar:
@@ -534,7 +546,9 @@ class Watch:
         self.keys = [f"watch {os.environ.get('TORCHELASTIC_RESTART_COUNT')} {rank}" for rank in range(self.world)]
         self.publish()
         dist.barrier()
-        self.handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+        heard = [signal.SIGINT, signal.SIGTERM]
+        heard += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)  # which nohup asks for
+        self.handlers = {n: signal.signal(n, self.on_signal) for n in heard}
         self.leaving, self.thread = threading.Event(), threading.Thread(target=self.work, daemon=True)
         self.thread.start()
         return self
@@ -547,7 +561,8 @@ class Watch:
         else:
             trace = "".join(traceback.format_exception(error))
             self.error = f"{trace}error: rank {self.rank}, step {self.step + 1}: {kind.__name__}: {error}"
-        self.publish()
+        with contextlib.suppress(RuntimeError):  # the launcher is gone: the thread finds out, too
+            self.publish()
         self.thread.join()  # after an error it ends the process; till then no lost connection confuses the others
         dist.barrier()  # nobody leaves while others watch
         for number, handler in self.handlers.items():
@@ -2081,6 +2096,7 @@ class GPT(nn.Module):
             "value_embeds": (NUM_VALUE_TABLES * V, D),
             "embed": (V, D),
         }
+        assert shapes.keys() == {row.name for row in PARAMS}, "PARAMS does not match the model"
         for row in PARAMS:
             kind = dtype if row.dtype == "model" else torch.float32
             self.register_parameter(row.name, nn.Parameter(torch.empty(shapes[row.name], dtype=kind)))
@@ -2545,8 +2561,8 @@ def read_header(path: str) -> int:
     if header[1] != VERSION:
         raise UserError(f"{path}: version {header[1]} instead of {VERSION}; {again}")
     if header[2] < 1 or size != 4 * HEADER_INTS + 2 * int(header[2]):
-        held = (size - 4 * HEADER_INTS) // 2
-        raise UserError(f"{path}: the header says {header[2]} tokens, the file holds {held}; {again}")
+        expected = 4 * HEADER_INTS + 2 * int(header[2])
+        raise UserError(f"{path}: the header says {header[2]} tokens, {expected} bytes; the file has {size}; {again}")
     return int(header[2])
 
 
@@ -2781,6 +2797,9 @@ def check_data(hp: Hyperparameters) -> None:
     plans = [plan(step, hp) for step in range(hp.num_steps)]
     done = sum(1 for _ in walk(files, hp.bos, plans))
     if done < len(plans):
+        if not any((read_shard(path, hp.bos) == hp.bos).any() for path in files):
+            raise UserError(f"--train_files={hp.train_files}: no document begins in them, as no token is {hp.bos}; use "
+                            "the --vocab_size that they were made for, or make them again")
         used, missing = (sum(p.batch_tokens for p in part) for part in (plans[:done], plans[done:]))
         # what a shard yields after cuts, or all of it if none lasted a step
         shards = math.ceil(missing / ((used or sum(sizes)) / len(files)))

@@ -112,7 +112,8 @@ def build(args: argparse.Namespace) -> None:
         raise DataError(f"{', '.join(map(str, sources))}: no documents found; give sources that hold text")
     print(f"{args.out}: {tokens:,} tokens in {shards} shards")
     if shards == 1:
-        print("warning: the text fills no more than the validation shard; lower --val_size", file=sys.stderr)
+        print("warning: all of it is in the validation shard, so there is nothing to train on; remove the shard and "
+              f"give a --val_size well below {tokens}", file=sys.stderr)
 
 
 def positive(text: str) -> int:

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -127,7 +128,19 @@ def test_changes_are_refused(variants, capsys):
     assert json.loads(Path("out/command.json").read_text())["b"] == "train.py --lr=2" and len(history()) == 2
 
 
+def test_arguments_are_checked_first(variants, capsys):
+    """What the other variant's script refuses is told before any run."""
+    Path("train.py").write_text(SCRIPT.replace("import os,", "import sys\nif '--check' in sys.argv:\n"
+                                               "    sys.exit('lr' in str(sys.argv) and 'error: unknown key --lr')\n"
+                                               "import os,"))
+    assert ab.main(["--pairs=1", *variants]) == 2
+    err = capsys.readouterr().err
+    assert re.fullmatch("error: train.py --lr=2 .*: error: unknown key --lr\n", err), err
+    assert not Path("history").exists() and not Path("out/command.json").exists()
+
+
 @pytest.mark.parametrize("change, words", [("--a=none.py", "no script 'none.py'"), ("--a=", "no script ''"),
+                                           ("--a=train.py --seed=7", "--no_seed"),
                                            ("--out=train.py", "choose another --out")])
 def test_bad_input(variants, capsys, change, words):
     mark = variants.index("--")

@@ -188,6 +188,8 @@ def test_disk(fresh, monkeypatch):
     line = examine("disk")
     assert line.status == "fail" and "2.00" in line.text and "--train_files" in line.remedy
     assert examine("disk", own).status == "ok"
+    saving = replace(own, save_every=500, save_final=True)  # at 500, 1000 and the end
+    assert examine("disk", saving).status == "fail" and "needs 21.6" in examine("disk", saving).text
     free = 1000
     line = examine("disk", own)
     assert line.status == "fail" and "--log_dir" in line.remedy

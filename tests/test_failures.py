@@ -367,7 +367,40 @@ def test_log_that_cannot_be_written_at_first(base, tmp_path):
     (tmp_path / "run.txt").symlink_to("/dev/full")
     for folder, cause in ((tmp_path, "No space left"), (Path("/proc/self"), "No such file")):
         with pytest.raises(t.UserError, match=f"cannot write the log {folder}/run.txt: {cause}.*--log_dir"):
-            t.Log(dataclasses.replace(base, log_dir=str(folder), run_id="run"), ONE)
+            t.Log(dataclasses.replace(base, log_dir=str(folder), run_id="run", resume="x.pt"), ONE)
+
+
+def test_log_of_another_run_is_kept(base, tmp_path):
+    hp = dataclasses.replace(base, log_dir=str(tmp_path), run_id="run")
+    t.Log(hp, ONE).close()
+    kept = (tmp_path / "run.txt").read_text()
+    with pytest.raises(t.UserError, match=f"{tmp_path}/run.txt is another run's log; choose another --run_id"):
+        t.Log(hp, ONE)
+    assert (tmp_path / "run.txt").read_text() == kept
+    t.Log(dataclasses.replace(hp, resume="x.pt"), ONE).close()
+    assert (tmp_path / "run.txt").read_text() == kept + kept
+
+
+def test_lost_terminal(base, tmp_path, monkeypatch):
+    """A terminal that is closed costs its lines, not the log's."""
+    log = t.Log(dataclasses.replace(base, log_dir=str(tmp_path), run_id="run"), ONE)
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w", buffering=1))
+    log("one")
+    log.step("two", 1)
+    log.close()
+    assert (tmp_path / "run.txt").read_text().endswith("one\ntwo\n")
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_closed_terminal_is_a_signal(base, tmp_path, ignored):
+    """It stops a run as Ctrl-C does, except under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        with t.Watch(ONE, t.Log(dataclasses.replace(base, log_dir=str(tmp_path)), ONE)) as watch:
+            signal.raise_signal(signal.SIGHUP)
+            assert watch.wish == ("" if ignored else "SIGHUP")
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_checkpoint_on_a_full_disk(base, tmp_path, monkeypatch):

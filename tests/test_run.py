@@ -171,7 +171,7 @@ def test_two_agents(letters, small_runs, tmp_path):
 BAD = {  # name: words that the error must contain (the cause, the file or key, the remedy)
     "missing train data": ["--train_files=", "/nothing_*.bin", "data/cached_fineweb10B.py"],
     "missing val data": ["--val_files=", "/nothing_*.bin", "data/cached_fineweb10B.py"],
-    "truncated shard": ["fineweb_train_000001.bin", "608837", "608737", "again"],
+    "truncated shard": ["fineweb_train_000001.bin", "608837 tokens", "1218698", "1218498", "again"],
     "no header": ["fineweb_train_000001.bin", "100 bytes", "again"],
     "wrong magic": ["fineweb_train_000001.bin", "magic", "20240521", "again"],
     "wrong version": ["fineweb_val_000000.bin", "version 2", "again"],
@@ -180,6 +180,7 @@ BAD = {  # name: words that the error must contain (the cause, the file or key, 
     "wrong type": ["--val_every", "often", "--help"],
     "not enough train tokens": ["--train_files=", "6 of 8 steps", "about 1 more", "--num_scheduled_iterations"],
     "many shards missing": ["--train_files=", "0 of 8 steps", "more of this size", "--num_scheduled_iterations"],
+    "no documents": ["--train_files=", "no document begins", "50256", "--vocab_size"],
     "not enough val tokens": ["fineweb_val_000000.bin", "1000 tokens", "1025", "--val_tokens"],
     "three ranks": ["3 ranks", "1, 2, 4 or 8"],
     "attention that cannot run": ["--attention=torch", "bfloat16", "--attention=auto"],
@@ -226,6 +227,8 @@ def bad_arguments(name, folder):
         write(train, short[: FULL_LENGTH - 2 * 384 + 8 * 8 * 4])
     elif name == "many shards missing":
         write(train, short[:100])
+    elif name == "no documents":
+        write(train, np.full(FULL_LENGTH + 100, 5))
     elif name == "not enough val tokens":
         write(val, tokens[:1000])
     elif name == "three ranks":

@@ -186,6 +186,22 @@ def test_check_tables_rejects_a_broken_table(monkeypatch, index):
             t.check_tables(model)
 
 
+@pytest.mark.parametrize("index, change", [(1, dict(window="shrt")), (7, dict(reads=9)), (6, dict(skip_from=6))])
+def test_check_tables_rejects_a_broken_layer(monkeypatch, index, change):
+    layers = list(t.LAYERS)
+    layers[index] = layers[index]._replace(**change)
+    model = t.GPT(SMALL)
+    monkeypatch.setattr(t, "LAYERS", tuple(layers))
+    with pytest.raises(AssertionError, match="LAYERS: "):
+        t.check_tables(model)
+
+
+def test_parameter_without_a_row(monkeypatch):
+    monkeypatch.setattr(t, "PARAMS", t.PARAMS[1:])
+    with pytest.raises(AssertionError, match="PARAMS does not match the model"):
+        t.GPT(SMALL)
+
+
 def test_layers():
     """Which layers are paired, long, fed by value tables, without attention, or read the saved stream."""
     layers = dict(enumerate(t.LAYERS))
@@ -254,6 +270,10 @@ def test_typed_keys():
     (["--val_every=-1"], ["--val_every=-1", "negative"]),
     (["--cooldown_start=nan"], ["--cooldown_start=nan"]),
     (["--model_dim=770"], ["--model_dim", "head_dim"]),
+    (["--chek"], ["unknown key --chek", "--check"]),
+    (["--muon_lr=nan"], ["--muon_lr=nan", "finite"]),
+    (["--rope_base=0"], ["--rope_base=0", "positive"]),
+    (["--seed=99999999999999999999"], ["--seed=9999", "64 bits"]),
 ])
 def test_bad_keys(args, parts):
     """One line that names the key and what is allowed."""

@@ -111,15 +111,27 @@ def test_mixed_sources(check, write, capsys):
     (dict(device="cpu"), "the environments differ"),
     (dict(muon_lr=0.5), "muon_lr differs"),
     (dict(seed=1), "2 runs with seed 1"),
+    (dict(val_tokens=8192), "run3.txt: 8192 validation targets, not 10485760"),
 ])
 def test_runs_must_match(check, change, problem):
-    assert problem in failing(check, *runs(), fake_log(3.271, 1001, **{"seed": 3} | change))["problems"]
+    found = failing(check, *runs(), fake_log(3.271, 1001, **{"seed": 3} | change))["problems"]
+    assert any(text.endswith(problem) for text in found), found
 
 
 def test_own_settings_may_differ(check):
     logs = [fake_log(loss, 1000, seed, run_id=f"r{seed}", log_dir=f"d{seed}", save_final=not seed)
             for seed, loss in enumerate(LOSSES)]
     assert check(*logs, more=["--target=3.4"])[0] == 0
+
+
+@pytest.mark.parametrize("change, problem", [
+    (dict(resume="x.pt", save_every=2), ""), (dict(val_chunk=16), "val_chunk"), (dict(torch="2.12.0"), "versions"),
+    (dict(source=SOURCE + "pass\n"), "source"), (dict(source=SOURCE + "pass\n", val_chunk=16), "source, val_chunk")])
+def test_resumed_run(check, change, problem):
+    """All parts of its log count, not just those that made the result."""
+    logs = [*runs(), fake_log(3.271, 1001, 3, stop=5) + fake_log(3.271, 1001, **{"seed": 3} | change)]
+    found = check(*logs, more=["--target=3.4"])[1]["problems"]
+    assert [text.partition("resumed with another ")[2] for text in found] == [problem] * bool(problem), found
 
 
 def test_copy_is_found_without_seeds(check):

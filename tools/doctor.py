@@ -236,10 +236,20 @@ def missing_shards(hp: t.Hyperparameters) -> list[Path]:
     return [path for path in paths if not downloader.intact(path)]
 
 
+def checkpoint_bytes(hp: t.Hyperparameters) -> int:
+    """The most that one checkpoint takes."""
+    one = t.Ranks(0, 1, torch.device("meta"))
+    with one.device:
+        return sum(x.nbytes for _, x, _ in t.NorMuonAdam(t.GPT(hp), hp, one).tensors())
+
+
 def check_disk(case: Case) -> Line:
-    """There is room for the log and for shards that are still to come."""
-    needs = [(Path(case.hp.log_dir), LOG_BYTES, "--log_dir")]
-    if missing := missing_shards(case.hp):
+    """There is room for the log, for checkpoints, and for shards that are still to come."""
+    hp = case.hp
+    saves = sum(1 for step in range(1, hp.num_steps) if hp.save_every and step % hp.save_every == 0)
+    saves += hp.save_final or bool(hp.save_every and hp.num_steps % hp.save_every == 0)
+    needs = [(Path(hp.log_dir), LOG_BYTES + saves * (checkpoint_bytes(hp) if saves else 0), "--log_dir")]
+    if missing := missing_shards(hp):
         needs.append((missing[0].parent, len(missing) * SHARD_BYTES, "--train_files"))
     texts = []
     for folder, need, key in needs:

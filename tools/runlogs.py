@@ -54,6 +54,7 @@ class RunLog:
     config: dict[str, str]  # values as they are written; empty for logs without configuration
     results: str  # the text after the last rule
     steps: int  # of the whole run; 0 if no line says it
+    changed: tuple[str, ...]  # settings, "source" and "versions", as far as a resumption of the run changed them
     val: list[Line]
     train: list[Line]
 
@@ -104,28 +105,39 @@ class RunLog:
         return slopes
 
 
+def read_part(text: str) -> tuple[str, dict[str, str], str]:
+    """Environment, configuration and results of what follows a source, up to the end of the log."""
+    environment, *blocks = RULE.split(text)
+    return environment, dict(SETTING.findall(blocks[0])) if len(blocks) > 1 else {}, blocks[-1] if blocks else ""
+
+
 def read_log(path: Path) -> RunLog:
     """Parse a log, of a finished run or not; raises LogError if there is none."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise LogError(f"cannot read {path}: {error.strerror}; name existing log files") from None
-    end = END_OF_SOURCE.search(text)
-    if not end:
+    ends = list(END_OF_SOURCE.finditer(text))  # a resumed run has several
+    if not ends:
         raise LogError(f"{path} is not a log: no line of 100 '=' with versions below it; name files that a training "
                        "script wrote")
-    environment, *blocks = RULE.split(text[end.end():])
-    results = blocks[-1] if blocks else ""
-    config = dict(SETTING.findall(blocks[0])) if len(blocks) > 1 else {}
+    source, environment, config, changed = text[: ends[0].start()], *read_part(text[ends[0].end() :])[:2], set()
+    versions = tuple(VERSION.findall(environment) + DRIVER.findall(environment))
+    for end in ends[1:]:
+        later, settings, _ = read_part(text[end.end() :])
+        changed |= {key for key in config.keys() | settings.keys() if config.get(key) != settings.get(key)}
+        same = {"source": text[: end.start()].endswith(source),
+                "versions": versions == tuple(VERSION.findall(later) + DRIVER.findall(later))}
+        changed |= {key for key, value in same.items() if not value}
+    results = read_part(text[ends[-1].end() :])[2]
     names, ranks = GPU.findall(environment), RANKS.search(environment)
     name = "CPU" if config.get("device") == "'cpu'" else " / ".join(sorted(set(names))) or "unknown device"
     gpus = f"{ranks[1] if ranks else len(names) or '?'} x {name}"
-    versions = tuple(VERSION.findall(environment) + DRIVER.findall(environment))
     kinds, steps = {"val": [], "train": []}, 0
     for step, total, kind, loss, ms in STEP_LINE.findall(results):
         kinds[kind or "train"].append(Line(int(step), float(loss or "nan"), float(ms)))
         steps = int(total)
-    return RunLog(path, text[:end.start()], versions, gpus, config, results, steps, **kinds)
+    return RunLog(path, source, versions, gpus, config, results, steps, tuple(sorted(changed)), **kinds)
 
 
 def read_set(path: Path) -> tuple[list[RunLog], list[RunLog]]:

@@ -4,8 +4,9 @@
     python tools/verify.py records/new/*.txt --baseline records/old/*.txt --json
 
 A record is valid if there are at least two runs, all of them finished, with the same source, configuration and
-environment, none of them a copy or of the same seed as another, and if p < 0.01 in a one-sided one-sample t-test of
-the mean final validation loss against the target. Exit status: 0 valid, 1 not valid, 2 unreadable input.
+environment (also after a resumption), none of them a copy or of the same seed as another, all validated on the track's
+number of targets as far as the logs say it, and if p < 0.01 in a one-sided one-sample t-test of the mean final
+validation loss against the target. Exit status: 0 valid, 1 not valid, 2 unreadable input.
 """
 
 import argparse
@@ -23,12 +24,14 @@ from runlogs import LogError, RunLog, difference, mean_interval, read_log
 from scipy import stats
 
 TARGET, P_LIMIT, MIN_RUNS = 3.28, 0.01, 2
+VAL_TOKENS = 10_485_760
 # settings in which the runs of one record may differ; checkpoints are written while the clock rests
 OWN_KEYS = ("seed", "run_id", "log_dir", "save_every", "save_final")
 DIFF_LINES = 40  # of a difference between sources that are shown
 CLOCK = "Time is train_time of the final line: training steps only, without compilation, warm-up and validation."
-NOTE = ("The verdict holds only if the data are FineWeb and the loss is over the track's first 10,485,760 validation "
-        "targets,\nwhich logs cannot prove. Times compare only on the same hardware; the track's is 8 H100s.")
+NOTE = (f"The verdict holds only if the data are FineWeb and the loss is over the track's first {VAL_TOKENS:,} "
+        "validation targets,\nwhich logs cannot prove. Times compare only on the same hardware; the track's is 8 "
+        "H100s.")
 ROW = "{:<{width}} {:>8} {:>10} {:>7} {:>7}  {:<20} {:<10} {}"
 
 
@@ -91,7 +94,12 @@ def problems(logs: list[RunLog], facts: dict, target: float) -> list[str]:
     elif facts["p"] is None:
         found.append("all losses are equal, which a t-test cannot judge")
     elif not facts["p"] < P_LIMIT:
-        found.append(f"p = {facts['p']:.3g} that the mean is below {target}, not below {P_LIMIT}")
+        found.append(f"p = {facts['p']:.3g} in the test for a mean below {target}; it must be below {P_LIMIT}")
+    for log in logs:
+        if changed := [key for key in log.changed if key not in (*OWN_KEYS, "resume")]:
+            found.append(f"{log.path}: resumed with another {', '.join(changed)}")
+        if log.config.get("val_tokens", str(VAL_TOKENS)) != str(VAL_TOKENS):
+            found.append(f"{log.path}: {log.config['val_tokens']} validation targets, not {VAL_TOKENS}")
     if len({log.source for log in logs}) > 1:
         found.append("the sources differ")
     found += [f"{key} differs" for key in differing(logs)]
