@@ -282,6 +282,11 @@ def plan_csv(hp: Hyperparameters) -> Iterator[str]:
         yield ",".join(f"{v:.10g}" for v in (*p[:7], *mtp, p.update_adam, p.untie_embed))
 
 
+def saves(step: int, hp: Hyperparameters) -> bool:
+    """Whether a checkpoint is due when this many steps are done."""
+    return (hp.save_every > 0 and step % hp.save_every == 0) or (hp.save_final and step == hp.num_steps)
+
+
 class Param(NamedTuple):
     """How one parameter is trained, and how ranks share the work."""
 
@@ -322,10 +327,10 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def check_tables(model: nn.Module) -> None:
+def check_tables(parameters: Iterable[str]) -> None:
     """PARAMS names each parameter of the model exactly once, each has its own turn, and layers read earlier ones."""
     names, turns = [p.name for p in PARAMS], [p.turn for p in PARAMS]
-    assert sorted(names) == sorted(n for n, _ in model.named_parameters()), "PARAMS does not match the model"
+    assert sorted(names) == sorted(parameters), "PARAMS does not match the model"
     assert sorted(turns) == list(range(len(PARAMS))), "PARAMS: every row needs its own turn"
     assert all((layer.window is None) == (layer.skip_from is not None) for layer in LAYERS)
     assert all(layer.window in ("short", "long", None) for layer in LAYERS), "LAYERS: windows are short, long or None"
@@ -510,7 +515,8 @@ class Log:
 
     def close(self) -> None:
         if self.bar:
-            self.bar.close()
+            with contextlib.suppress(OSError):
+                self.bar.close()
         if self.file:
             self.file.close()
         if self.lost:
@@ -630,11 +636,13 @@ class Watch:
             with contextlib.suppress(OSError):  # no log is no reason to stay
                 fd = os.open(self.states[0].get("log", self.log.path), os.O_WRONLY | os.O_APPEND)
                 os.write(fd, f"{text}\n".encode())
-            print(text, file=sys.stderr)
+            with contextlib.suppress(OSError):  # nor is a closed terminal
+                print(text, file=sys.stderr)
         else:
             time.sleep(2 * LOOK_EVERY)  # torchrun ends all ranks with the first
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
         os._exit(status)
 
 
@@ -2096,7 +2104,7 @@ class GPT(nn.Module):
             "value_embeds": (NUM_VALUE_TABLES * V, D),
             "embed": (V, D),
         }
-        assert shapes.keys() == {row.name for row in PARAMS}, "PARAMS does not match the model"
+        check_tables(shapes)
         for row in PARAMS:
             kind = dtype if row.dtype == "model" else torch.float32
             self.register_parameter(row.name, nn.Parameter(torch.empty(shapes[row.name], dtype=kind)))
@@ -2144,7 +2152,7 @@ class GPT(nn.Module):
         """Rebuild the rotary tables when a stage begins."""
         if stage != self.stage:
             frequencies, self.scale = stage_rotation(self.hp, stage)
-            positions = torch.arange(len(self.cos), device=self.cos.device)  # there: the clock runs
+            positions = torch.arange(len(self.cos), device=self.cos.device)  # on the CPU it takes 0.2 s
             angle = torch.outer(positions, to_device(frequencies, self.cos.device))
             self.cos.copy_(angle.cos())
             self.sin.copy_(angle.sin())
@@ -2777,9 +2785,9 @@ def val_batches(hp: Hyperparameters, ranks: Ranks, tokens: np.ndarray) -> Iterat
     pack, starts = Packer(hp, ranks), np.flatnonzero(tokens[: hp.val_tokens] == hp.bos)
     documents = np.bincount(starts // hp.val_chunk, minlength=1).max() + 1  # in any chunk, so that one graph does
     for start in range(ranks.rank * hp.val_chunk, hp.val_tokens, ranks.world * hp.val_chunk):
-        chunk = tokens[start : start + hp.val_chunk + 1]
-        starts = np.flatnonzero(chunk[:-1] == hp.bos)
-        batch = pack((chunk, np.append(starts[starts > 0], hp.val_chunk)), documents=documents)
+        end = start + hp.val_chunk
+        ends = np.append(starts[(starts > start) & (starts < end)], end) - start
+        batch = pack((tokens[start : end + 1], ends), documents=documents)
         yield Batch(*(t.to(ranks.device, non_blocking=True) for t in batch))
 
 
@@ -3116,7 +3124,6 @@ def set_up(hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str) -> M
     """Model with its initial weights, optimizer, and the step that trains them."""
     with torch.device(ranks.device):
         model = GPT(hp, ranks.world)
-    check_tables(model)
     model.use(attention, kernels)
     model.initialize(hp.seed)
     return MicroStep(model, NorMuonAdam(model, hp, ranks), hp, ranks)
@@ -3142,8 +3149,7 @@ def train(hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str, log: 
     for step in range(first, N + 1):
         stop, last, p = watch.stops(step), step == N, plan(min(step, N - 1), hp)
         validating = last or (hp.val_every and step % hp.val_every == 0)
-        saving = step > first and ((hp.save_every and step % hp.save_every == 0) or (last and hp.save_final)
-                                   or (stop and (hp.save_every or hp.save_final)))
+        saving = step > first and (saves(step, hp) or (stop and (hp.save_every or hp.save_final)))
         if stop or validating or saving:
             clock.stop()
             while pending:

@@ -391,6 +391,17 @@ def test_lost_terminal(base, tmp_path, monkeypatch):
     assert (tmp_path / "run.txt").read_text().endswith("one\ntwo\n")
 
 
+def test_end_without_a_terminal(base, tmp_path, monkeypatch):
+    """The reason is in the log, and the process ends."""
+    watch = t.Watch(ONE, t.Log(dataclasses.replace(base, log_dir=str(tmp_path), run_id="run"), ONE))
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, open("/dev/full", "w", buffering=1))
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    watch.end("error: why", 3)
+    assert ended == [3] and (tmp_path / "run.txt").read_text().endswith("error: why\n")
+
+
 @pytest.mark.parametrize("ignored", [False, True])
 def test_closed_terminal_is_a_signal(base, tmp_path, ignored):
     """It stops a run as Ctrl-C does, except under nohup."""

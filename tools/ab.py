@@ -75,9 +75,9 @@ def keep_command(out: Path, command: dict) -> None:
     note.write_text(json.dumps(command, indent=1) + "\n")
 
 
-def check_arguments(script: Path, arguments: list[str]) -> None:
+def check_arguments(script: Path, source: str, arguments: list[str]) -> None:
     """Raises LogError if a script that knows --check finds fault, so that no time is spent on the other variant."""
-    if "--check" in script.read_text(errors="replace"):
+    if "--check" in source:
         done = subprocess.run([sys.executable, script, *arguments, "--check"], capture_output=True, text=True)
         if done.returncode:
             raise LogError(f"{script.name} {shlex.join(arguments)}: {done.stderr.strip().rpartition(chr(10))[2]}")
@@ -119,13 +119,13 @@ def interleave(args: argparse.Namespace) -> None:
     launcher = [sys.executable]
     if args.nproc_per_node:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc_per_node}"]
-    for script, arguments in variants.values():
+    sources = {name: script.read_text(errors="replace") for name, (script, _) in variants.items()}
+    for name, (script, arguments) in variants.items():
         if args.seed and any(argument.startswith("--seed") for argument in (*arguments, *args.both)):
             raise LogError("ab.py gives each pair a --seed of its own; leave it out, or use --no_seed")
-        check_arguments(script, [*arguments, *args.both])
+        check_arguments(script, sources[name], [*arguments, *args.both])
     keep_command(args.out, {"a": args.a, "b": args.b, "both": args.both, "nproc_per_node": args.nproc_per_node,
                             "seed": args.seed})
-    sources = {name: script.read_text(errors="replace") for name, (script, _) in variants.items()}
     logs = {"a": [], "b": []}
     for i in range(args.pairs):
         for name in "ab" if i % 2 == 0 else "ba":

@@ -246,9 +246,8 @@ def checkpoint_bytes(hp: t.Hyperparameters) -> int:
 def check_disk(case: Case) -> Line:
     """There is room for the log, for checkpoints, and for shards that are still to come."""
     hp = case.hp
-    saves = sum(1 for step in range(1, hp.num_steps) if hp.save_every and step % hp.save_every == 0)
-    saves += hp.save_final or bool(hp.save_every and hp.num_steps % hp.save_every == 0)
-    needs = [(Path(hp.log_dir), LOG_BYTES + saves * (checkpoint_bytes(hp) if saves else 0), "--log_dir")]
+    saves = sum(t.saves(step, hp) for step in range(1, hp.num_steps + 1))
+    needs = [(Path(hp.log_dir), LOG_BYTES + (saves and saves * checkpoint_bytes(hp)), "--log_dir")]
     if missing := missing_shards(hp):
         needs.append((missing[0].parent, len(missing) * SHARD_BYTES, "--train_files"))
     texts = []

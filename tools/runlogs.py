@@ -49,7 +49,7 @@ class RunLog:
 
     path: Path
     source: str
-    versions: tuple[str, ...]  # Python, PyTorch, Triton, driver and CUDA
+    versions: tuple[str, ...]  # see read_versions
     gpus: str  # number and name of the devices
     config: dict[str, str]  # values as they are written; empty for logs without configuration
     results: str  # the text after the last rule
@@ -111,6 +111,11 @@ def read_part(text: str) -> tuple[str, dict[str, str], str]:
     return environment, dict(SETTING.findall(blocks[0])) if len(blocks) > 1 else {}, blocks[-1] if blocks else ""
 
 
+def read_versions(environment: str) -> tuple[str, ...]:
+    """Python, PyTorch, Triton, driver and CUDA."""
+    return tuple(VERSION.findall(environment) + DRIVER.findall(environment))
+
+
 def read_log(path: Path) -> RunLog:
     """Parse a log, of a finished run or not; raises LogError if there is none."""
     try:
@@ -122,13 +127,12 @@ def read_log(path: Path) -> RunLog:
         raise LogError(f"{path} is not a log: no line of 100 '=' with versions below it; name files that a training "
                        "script wrote")
     source, environment, config, changed = text[: ends[0].start()], *read_part(text[ends[0].end() :])[:2], set()
-    versions = tuple(VERSION.findall(environment) + DRIVER.findall(environment))
+    versions = read_versions(environment)
     for end in ends[1:]:
         later, settings, _ = read_part(text[end.end() :])
-        changed |= {key for key in config.keys() | settings.keys() if config.get(key) != settings.get(key)}
-        same = {"source": text[: end.start()].endswith(source),
-                "versions": versions == tuple(VERSION.findall(later) + DRIVER.findall(later))}
-        changed |= {key for key, value in same.items() if not value}
+        differs = {key: config.get(key) != settings.get(key) for key in config.keys() | settings.keys()}
+        differs |= {"source": not text.endswith(source, 0, end.start()), "versions": versions != read_versions(later)}
+        changed |= {key for key, value in differs.items() if value}
     results = read_part(text[ends[-1].end() :])[2]
     names, ranks = GPU.findall(environment), RANKS.search(environment)
     name = "CPU" if config.get("device") == "'cpu'" else " / ".join(sorted(set(names))) or "unknown device"
