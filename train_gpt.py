@@ -17,11 +17,14 @@ Dimension letters, used in shape comments:
     V vocabulary, padded to a multiple of 128   F MLP width (4D)   B bigram rows   L layers
     R ranks (GPUs)   A segments of a rank in one step (R*A = 8)      K matrices of a bank   N optimizer steps
 
-Map of the file; a token's way is 8 -> 6 (with 5 and 4 inside) -> 7:
-    1 this text          2 configuration: Hyperparameters, LAYERS, STAGES and plan(), PARAMS
-    3 errors, command line, ranks, log, watch   4 kernels, each with its reference        5 attention
-    6 model              7 optimizer            8 data          9 train_step, evaluate, warmup, main
+Map of the file. The algorithm, as a token meets it:
+    1 this text    2 configuration: Hyperparameters, LAYERS, STAGES and plan(), PARAMS    3 what flows
+    4 data         5 model        6 optimizer        7 the run: train_step, evaluate, warmup, train, main
+The engine room, which decides nothing about the result:
+    8 kernels, each with its reference    9 attention backends    10 keeping a run: errors, command line, ranks, log
 """
+
+from __future__ import annotations
 
 import argparse
 import contextlib
@@ -327,338 +330,1117 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def check_tables(parameters: Iterable[str]) -> None:
-    """PARAMS names each parameter of the model exactly once, each has its own turn, and layers read earlier ones."""
-    names, turns = [p.name for p in PARAMS], [p.turn for p in PARAMS]
-    assert sorted(names) == sorted(parameters), "PARAMS does not match the model"
-    assert sorted(turns) == list(range(len(PARAMS))), "PARAMS: every row needs its own turn"
-    assert all((layer.window is None) == (layer.skip_from is not None) for layer in LAYERS)
-    assert all(layer.window in ("short", "long", None) for layer in LAYERS), "LAYERS: windows are short, long or None"
-    sources = ((i, source) for i, layer in enumerate(LAYERS) for source in (layer.reads, layer.skip_from))
-    assert all(source is None or 0 <= source < i for i, source in sources), "LAYERS: a layer reads only earlier ones"
+# ==== 3. What flows between the parts =================================================================================
+
+class Batch(NamedTuple):
+    """One micro-batch on one rank: segments of packed documents, one after the other."""
+
+    tokens: Tensor  # [T] int32
+    targets: Tensor  # [T] int64
+    bigram_ids: Tensor  # [T] int32
+    cu_seqlens: Tensor  # [documents + 1] int32, padded with T to a fixed length
+    order: Tensor  # [T] int32, positions sorted by token, so that gradients of one table row are neighbours
 
 
-# ==== 3. Errors, command line, ranks, log =============================================================================
+class Rows(NamedTuple):
+    """The rows of the embedding tables that a micro-batch reads. Lookups are no part of the compiled step, so that
+    gradients come back as rows and the tables' own gradients need no dense passes (see NorMuonAdam.collect)."""
 
-class UserError(Exception):
-    """A bad input, told in one line that names the cause and the remedy."""
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; python train_gpt.py --help lists every key")
+    embed: Tensor  # [T, D]
+    bigram: Tensor  # [T, D]
+    value: tuple[Tensor, ...]  # [T, D] of each value table
 
 
-def boolean(text: str) -> bool:
-    """For argparse: true, false, 1 or 0; raises ValueError."""
+class Matrices(NamedTuple):
+    """What products multiply activations with: the banks' matrices times the lambdas that else multiply activations.
+
+    These are smaller, and no activation is read for the lambdas' gradients. A training step makes them once, not in
+    each micro-step (see MicroStep)."""
+
+    qkv: Tensor  # [layers with attention, 3D, D]
+    o: Tensor  # [layers with attention, D, D]
+    up: Tensor  # [L, F, D]
+    down: Tensor  # [L, F, D]
+
+
+class Geometry(NamedTuple):
+    """What the model needs besides tensors; constants to the compiler, so each stage has its own compiled step."""
+
+    window_short: int
+    window_long: int
+    max_len: int  # no document is longer
+    scale: float  # of the softmax
+    segment: int = 0  # positions, smear, key offset and the list of targets begin anew every so many tokens; 0: never
+
+
+class TouchedRows(NamedTuple):
+    """The rows of the bigram table that gradients touched since Adam's last step, as far as one rank exchanges them.
+
+    All from the tokens, which every rank's host can read: to ask the device or the other ranks would be to wait.
+    """
+
+    sent: Tensor  # [rows] int32, rising and thus by owner: touched by this rank
+    received: Tensor  # [rows] int32, counted from the first of this rank's shard: touched there by rank 0, rank 1, ...
+    send_counts: list[int]  # how many of `sent` each rank owns
+    receive_counts: list[int]  # how many of `received` each rank touched
+
+
+# ==== 4. Data =========================================================================================================
+
+HEADER_INTS, MAGIC, VERSION = 256, 20240520, 1  # a shard: 256 int32 (magic, version, token count, zeros), uint16 tokens
+MAX_DOCS = {16_384: 64, 32_768: 96, 49_152: 128}  # entries of cu_seqlens that fit FineWeb, by tokens of a segment
+QUEUE_STEPS = 2  # batches prepared ahead
+
+
+def find_shards(pattern: str, key: str) -> list[str]:
+    """The files that a pattern matches, in order of their names; raises UserError if none does."""
+    files = sorted(glob.glob(pattern))
+    if not files:
+        raise UserError(f"no file matches --{key}={pattern}: run `python data/cached_fineweb10B.py 9` to download "
+                        "FineWeb, or `python data/fineweb.py` to make shards from your own text")
+    return files
+
+
+def read_header(path: str) -> int:
+    """The number of tokens in a shard; raises UserError if its header or size is wrong."""
     try:
-        return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
-    except KeyError:
-        raise ValueError(text) from None
+        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+        size = os.path.getsize(path)
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}; download the shard again") from None
+    again = "delete it and run data/cached_fineweb10B.py again"
+    if len(header) < HEADER_INTS:
+        raise UserError(f"{path}: {size} bytes are too few for a header; {again}")
+    if header[0] != MAGIC:
+        raise UserError(f"{path}: magic number {header[0]} instead of {MAGIC}, so this is no token shard; {again}")
+    if header[1] != VERSION:
+        raise UserError(f"{path}: version {header[1]} instead of {VERSION}; {again}")
+    if header[2] < 1 or size != 4 * HEADER_INTS + 2 * int(header[2]):
+        expected = 4 * HEADER_INTS + 2 * int(header[2])
+        raise UserError(f"{path}: the header says {header[2]} tokens, {expected} bytes; the file has {size}; {again}")
+    return int(header[2])
 
 
-def parse_args(argv: list[str]) -> tuple[Hyperparameters, argparse.Namespace]:
-    """Turn --key=value arguments into checked hyperparameters; raises UserError."""
-    parser = Parser(prog="train_gpt.py", allow_abbrev=False, description=__doc__.split("\n\n")[0])
-    parser.add_argument("--preset", default="record80", choices=PRESETS, help="start from these values")
-    parser.add_argument("--plan", action="store_true", help="print the schedule as CSV and exit")
-    parser.add_argument("--check", action="store_true", help="check the arguments and the data, and exit")
-    for f in fields(Hyperparameters):
-        parser.add_argument(f"--{f.name}", type=boolean if f.type is bool else f.type, default=argparse.SUPPRESS,
-                            metavar=f.type.__name__, help=f"{f.default!r} in record80")
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        key = unknown[0].split("=")[0]
-        keys = ["--preset", "--plan", "--check", *(f"--{f.name}" for f in fields(Hyperparameters))]
-        close = difflib.get_close_matches(key, keys, n=3, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(close)}?" if close else "; python train_gpt.py --help lists every key"
-        raise UserError(f"unknown key {key}{hint}")
-    given = {f.name: getattr(args, f.name) for f in fields(Hyperparameters) if hasattr(args, f.name)}
-    hp = replace(Hyperparameters(), **PRESETS[args.preset] | given)
-    check_hyperparameters(hp)
-    return hp, args
+def read_shard(path: str, bos: int, count: int = -1) -> np.ndarray:
+    """The first `count` tokens of a shard, or all, as uint16; raises UserError if anything about the file is wrong."""
+    read_header(path)
+    tokens = np.fromfile(path, dtype="<u2", count=count, offset=4 * HEADER_INTS)
+    if len(tokens) and tokens.max() > bos:
+        where = int(np.argmax(tokens > bos))
+        raise UserError(f"{path}: token {tokens[where]} at position {where} is above {bos}; delete the file and "
+                        "download or make it again")
+    return tokens
 
 
-def check_hyperparameters(hp: Hyperparameters) -> None:
-    """Raise UserError for values with which no run can work."""
+class Documents:
+    """A shard and where its documents begin and end; tokens before the first BOS belong to none."""
 
-    def require(ok: bool, text: str) -> None:
-        if not ok:
-            raise UserError(text)
+    def __init__(self, path: str, bos: int):
+        self.tokens = read_shard(path, bos)
+        self.starts = np.flatnonzero(self.tokens == bos).tolist()
+        self.ends = [*self.starts[1:], len(self.tokens)]
 
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    require(world > 0 and SEGMENTS % world == 0, f"{world} ranks cannot share {SEGMENTS} segments: use 1, 2, 4 or 8")
-    positive = ["num_scheduled_iterations", "batch_unit", "block", "val_tokens", "val_chunk", "model_dim", "num_heads",
-                "head_dim", "bigram_ratio", "vocab_size", "muon_momentum_warmup", "muon_momentum_cooldown",
-                "micro_tokens", "final_val_window", "rope_base", "adam_eps"]
-    for key, value in asdict(hp).items():
-        require(not isinstance(value, float) or math.isfinite(value), f"--{key}={value} must be a finite number")
-    for key in positive:
-        require(getattr(hp, key) > 0, f"--{key}={getattr(hp, key)} must be positive")
-    for key in ("num_extension_iterations", "val_every", "save_every"):
-        require(getattr(hp, key) >= 0, f"--{key}={getattr(hp, key)} must not be negative")
-    require(-2**63 <= hp.seed < 2**64, f"--seed={hp.seed} must have at most 64 bits")
-    require(hp.num_scheduled_iterations >= 3, "--num_scheduled_iterations must be at least 3, one for each stage")
-    require(0 <= hp.cooldown_start < 1, f"--cooldown_start={hp.cooldown_start} must be in [0, 1)")
-    choices = {"dtype": ("bfloat16", "float32"), "device": ("auto", "cuda", "cpu"),
-               "attention": ("auto", *ATTENTION_BACKENDS), "kernels": ("auto", *KERNELS)}
-    for key, allowed in choices.items():
-        require(getattr(hp, key) in allowed, f"--{key}={getattr(hp, key)}: use {', '.join(allowed)}")
-    require(hp.batch_unit % SEGMENTS == 0 and hp.batch_unit // SEGMENTS >= MTP_MAX,
-            f"--batch_unit={hp.batch_unit} must be a multiple of {SEGMENTS}, and at least {MTP_MAX * SEGMENTS}")
-    require(hp.model_dim == hp.num_heads * hp.head_dim, "--model_dim must equal num_heads * head_dim")
-    require(hp.num_heads % 2 == 0 and hp.head_dim % 8 == 0, "--num_heads must be even, --head_dim a multiple of 8")
-    require(hp.model_dim % SEGMENTS == 0, f"--model_dim must be a multiple of {SEGMENTS}, so that ranks can share it")
-    require(hp.vocab_size <= 2**16, f"--vocab_size={hp.vocab_size}: shards hold 16-bit tokens")
-    require(hp.val_tokens % (hp.val_chunk * world) == 0,
-            f"--val_tokens={hp.val_tokens} must be a multiple of --val_chunk={hp.val_chunk} x {world} ranks")
+    def segments(self, first: int, length: int, max_doc: int) -> tuple[list[list[tuple[int, int]]], int] | None:
+        """SEGMENTS lists of document slices of `length` tokens each, from document number `first` on.
+
+        Documents are cut to max_doc tokens, and the last of a segment to what is missing; what is cut is skipped.
+        Returns the lists and the next document's number, or None if too few documents are left for all of them.
+        """
+        segments, doc = [], first
+        for _ in range(SEGMENTS):
+            slices, missing = [], length
+            while missing:
+                if doc == len(self.starts):
+                    return None
+                start = self.starts[doc]
+                end = min(self.ends[doc], start + max_doc, start + missing)
+                slices.append((start, end))
+                missing -= end - start
+                doc += 1
+            segments.append(slices)
+        return segments, doc
 
 
-class Ranks(NamedTuple):
-    """This process among all: its number, how many there are, and its device."""
+def walk(files: list[str], bos: int, plans: Iterable[Plan]) -> Iterator[tuple[Documents, list[list[tuple[int, int]]]]]:
+    """For each step its documents: the shard, and the slices of each segment. A pure function of files and plans.
 
-    rank: int
-    world: int
-    device: torch.device
-
-
-def setup_ranks(hp: Hyperparameters) -> Ranks:
-    """Join the process group that torchrun announces in the environment, or make a group of one."""
-    rank, world, local = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    cuda = hp.device == "cuda" or (hp.device == "auto" and torch.cuda.is_available())
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if cuda and here > torch.cuda.device_count():
-        raise UserError(f"{here} processes need a GPU each, but {torch.cuda.device_count()} are visible: start fewer "
-                        "processes, or use --preset=demo to train on the CPU")
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    else:
-        reuse_cpu_memory()
-    # gloo carries Python objects and errors, NCCL the tensors of a GPU run
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, device_id=device if cuda else None)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return Ranks(rank, world, device)
+    A step never spans shards: when one has too few documents left, what is left of it is dropped. Ends early if the
+    shards run out. The next shard is read in a thread.
+    """
+    plans = list(plans)
+    with ThreadPoolExecutor(1) as reader:
+        coming = deque([reader.submit(Documents, files[0], bos)])
+        at = 0
+        for number in range(len(files)):
+            if number + 1 < len(files) and at < len(plans):
+                coming.append(reader.submit(Documents, files[number + 1], bos))
+            documents, first = coming.popleft().result(), 0
+            while at < len(plans):
+                found = documents.segments(first, plans[at].batch_tokens // SEGMENTS + 1, plans[at].max_doc_len)
+                if found is None:
+                    break
+                segments, first = found
+                yield documents, segments
+                at += 1
+            if at == len(plans):
+                return
 
 
-def reuse_cpu_memory() -> None:
-    """Let glibc keep freed memory: handing big blocks back and faulting them in anew made the demo 1.9 times slower."""
-    libc, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = ctypes.CDLL(None), -1, -3
-    if hasattr(libc, "mallopt"):  # other C libraries have none
-        libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+def bigram_ids(tokens: np.ndarray, rows: int) -> np.ndarray:
+    """Row of the bigram table for each token and the one before it: a hash in wrapping int32 arithmetic.
+
+    Position 0 has the last row to itself, and in the hash of position 1 that row's number stands for its token.
+    """
+    tokens = tokens.astype(np.int32)
+    tokens[0] = rows - 1
+    ids = np.empty_like(tokens)
+    ids[0] = rows - 1
+    np.mod(np.int32(36313) * tokens[1:] ^ np.int32(27191) * tokens[:-1], np.int32(rows - 1), out=ids[1:])
+    return ids
 
 
-def on_every_rank(f: Callable) -> object:
-    """f() on every rank; if it raises a UserError on any, all ranks raise the same."""
-    result = error = None
-    try:
-        result = f()
-    except UserError as e:
-        error = str(e)
-    errors = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for rank, error in enumerate(errors):
-        if error:
-            raise UserError(error if rank == 0 else f"{error} (on rank {rank})")
-    return result
+def max_docs(S: int) -> int:
+    """Fixed length of cu_seqlens for a segment of S tokens."""
+    return MAX_DOCS.get(S) or max(128, round_up(S // 300, 128))
 
 
-class Log:
-    """logs/<run id>.txt and the terminal, on rank 0; on other ranks nothing happens.
+def segments_together(S: int, A: int, limit: int) -> int:
+    """How many of a rank's A segments of S tokens make a micro-batch: all, a half .. or one, as fit into the limit."""
+    return next((n for n in (A, A // 2, A // 4) if n and n * S <= limit), 1)
 
-    The file begins with the source of this script, so that a log says by itself what was run; --resume appends to it.
-    If it cannot be written at first, that is an error; later, training goes on with one warning, or without the
-    terminal.
+
+@cache
+def warn_once(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+class Packer:
+    """Turns segments, each S+1 tokens and the ends of its documents, into a Batch.
+
+    Where documents are many, cu_seqlens is made longer by steps that all batches of a stage share, as torch.compile
+    takes eight shapes of a function and no more, and four are the stages'.
     """
 
     def __init__(self, hp: Hyperparameters, ranks: Ranks):
-        self.file = self.bar = self.path = self.lost = None
-        if ranks.rank == 0:
-            self.path = path = Path(hp.log_dir, (hp.run_id or time.strftime("%Y%m%d-%H%M%S")) + ".txt")
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self.file = open(path, "a" if hp.resume else "x", buffering=1)
-                print(Path(__file__).read_text() + "=" * 100, file=self.file)
-            except FileExistsError:
-                raise UserError(f"{path} is another run's log; choose another --run_id or --log_dir") from None
-            except OSError as e:
-                raise UserError(f"cannot write the log {path}: {e.strerror}; free some space or choose another "
-                                "--log_dir") from None
-            self.bar = tqdm(total=hp.num_steps, unit="step", disable=not sys.stderr.isatty(), leave=False)
+        self.hp, self.rank, self.pin = hp, ranks.rank, ranks.device.type == "cuda"
 
-    def __call__(self, text: str, show: bool = True) -> None:
-        if self.file:
-            try:
-                if os.fstat(self.file.fileno()).st_nlink == 0:
-                    raise FileNotFoundError(0, "it was deleted")
-                print(text, file=self.file)
-            except OSError as e:
-                with contextlib.suppress(OSError):  # it tries once more to write
-                    self.file.close()
-                self.file, self.lost = None, f"warning: the log {self.path} is incomplete ({e.strerror})"
-                self.bar.write(f"{self.lost}; training goes on, copy what you need from the terminal", file=sys.stderr)
-        if self.bar and show:
-            with contextlib.suppress(OSError):
-                self.bar.write(text)
-
-    def step(self, line: str, done: int, **postfix: str) -> None:
-        """A step's line: to the file, and to the terminal as a moving bar, or as a plain line in a pipe."""
-        if self.bar:
-            self(line, show=self.bar.disable)
-            with contextlib.suppress(OSError):
-                self.bar.set_postfix(postfix, refresh=False)
-                self.bar.update(done - self.bar.n)
-
-    def close(self) -> None:
-        if self.bar:
-            with contextlib.suppress(OSError):
-                self.bar.close()
-        if self.file:
-            self.file.close()
-        if self.lost:
-            print(self.lost, file=sys.stderr)
+    def __call__(self, *segments: tuple[np.ndarray, np.ndarray], documents: int = 0) -> Batch:
+        """documents: how many to have room for at least."""
+        S = len(segments[0][0]) - 1
+        T, expected = len(segments) * S, len(segments) * max_docs(S)
+        ends = np.unique([i * S + min(end, S) for i, (_, ends) in enumerate(segments) for end in ends])
+        entries, needed = expected, max(documents, len(ends)) + 1
+        while entries < needed:
+            entries *= 4
+        if entries > expected and self.hp.compile:
+            warn_once(f"more than the expected {expected - 1} documents in {T} tokens: compiled anew for lists of "
+                      f"{entries} (rank {self.rank})")
+        cu_seqlens = np.full(entries, T, dtype=np.int32)
+        cu_seqlens[0] = 0
+        cu_seqlens[1 : len(ends) + 1] = ends
+        inputs, targets = (np.concatenate([tokens[part] for tokens, _ in segments]) for part in (np.s_[:-1], np.s_[1:]))
+        ids = np.concatenate([bigram_ids(tokens[:-1], self.hp.bigram_rows) for tokens, _ in segments])
+        order = np.argsort(inputs, kind="stable").astype(np.int32)  # fast for uint16, as tokens are in shards
+        arrays = inputs.astype(np.int32), targets.astype(np.int64), ids, cu_seqlens, order
+        return Batch(*(t.pin_memory() if self.pin else t for t in map(torch.from_numpy, arrays)))
 
 
-LOOK_EVERY = 1.0  # seconds; the limits below count looks, so that a process that was asleep blames no other
-SILENT = 15  # looks without a sign of life: found before torchrun kills all, 30 s after a rank died
-SILENT_COMPILING = 45  # the same before the first step, as a compiler may keep other threads from running
-STALLED = 45  # looks without progress while the clock runs
+class TrainLoader:
+    """Iterates over the steps in `steps` but the first `done`; each item, prepared in a thread, is this rank's list of
+    batches and, in Adam's steps of SPARSE_FROM ranks or more, its TouchedRows (else None)."""
 
-
-class Watch:
-    """The context of a run: on every rank a thread ends the process soon after a rank died, hangs or raised, and agrees
-    with the others on a step before which all stop.
-
-    It publishes its rank's state in torchrun's store and reads the others', without the device: the training clock
-    shall not pay. NCCL's own watchdog waits for minutes, and cannot name what hangs.
-    """
-
-    def __init__(self, ranks: Ranks, log: Log):
-        self.rank, self.world, self.log = ranks.rank, ranks.world, log
-        self.clock = self.micro_step = None  # of the training loop
-        self.stop_from = self.stop_before = None  # steps
-        self.step, self.wish, self.why, self.error = -1, "", "", ""  # wish: why this rank wants all to stop
-        self.states, self.beat, self.quiet = [{}] * ranks.world, 0, [0] * ranks.world
-        self.stalled = self.failing = 0
-
-    def __enter__(self) -> "Watch":
-        self.store = dist.HashStore()
-        if self.world > 1:  # a connection of its own, as others may keep theirs busy
-            self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        self.keys = [f"watch {os.environ.get('TORCHELASTIC_RESTART_COUNT')} {rank}" for rank in range(self.world)]
-        self.publish()
-        dist.barrier()
-        heard = [signal.SIGINT, signal.SIGTERM]
-        heard += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)  # which nohup asks for
-        self.handlers = {n: signal.signal(n, self.on_signal) for n in heard}
-        self.leaving, self.thread = threading.Event(), threading.Thread(target=self.work, daemon=True)
+    def __init__(self, hp: Hyperparameters, ranks: Ranks, steps: Iterable[int], done: int = 0):
+        self.files = find_shards(hp.train_files, "train_files")
+        self.plans = [plan(step, hp) for step in steps]
+        self.hp, self.ranks, self.pack, self.done = hp, ranks, Packer(hp, ranks), done
+        self.touched = np.zeros((ranks.world, hp.bigram_rows), dtype=bool)  # by each rank, since Adam's last step
+        self.queue: queue.Queue = queue.Queue(QUEUE_STEPS)
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self.work, daemon=True)
         self.thread.start()
-        return self
 
-    def __exit__(self, kind, error: BaseException | None, trace) -> None:
-        if error is None:
-            self.leaving.set()
-        elif isinstance(error, UserError):
-            self.error = f"error: {error}"
-        else:
-            trace = "".join(traceback.format_exception(error))
-            self.error = f"{trace}error: rank {self.rank}, step {self.step + 1}: {kind.__name__}: {error}"
-        with contextlib.suppress(RuntimeError):  # the launcher is gone: the thread finds out, too
-            self.publish()
-        self.thread.join()  # after an error it ends the process; till then no lost connection confuses the others
-        dist.barrier()  # nobody leaves while others watch
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+    def batches(self) -> Iterator[tuple[list[Batch], TouchedRows | None]]:
+        R, rank = self.ranks.world, self.ranks.rank
+        for number, (documents, segments) in enumerate(walk(self.files, self.hp.bos, self.plans)):
+            adam = self.plans[number].update_adam
+            touched = self.touch(documents, segments, adam) if R >= SPARSE_FROM else None
+            if number < self.done:
+                self.touched |= self.touched.any(axis=0)  # a checkpoint of fewer ranks gives all of them its gradients
+                continue
+            own = [(np.concatenate([documents.tokens[a:b] for a, b in slices]), np.cumsum([b - a for a, b in slices]))
+                   for slices in segments[rank::R]]
+            n = segments_together(self.plans[number].batch_tokens // SEGMENTS, len(own), self.hp.micro_tokens)
+            yield [self.pack(*own[i : i + n]) for i in range(0, len(own), n)], touched
 
-    def on_signal(self, number: int, frame) -> None:
-        if self.world == 1:  # a second one ends the process at once; several get it twice, once from torchrun
-            signal.signal(number, signal.SIG_DFL)
-        self.wish = self.wish or signal.Signals(number).name
-
-    def publish(self) -> None:
-        self.beat += 1
-        frame = sys._current_frames()[threading.main_thread().ident]
-        place = f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
-        timed = bool(self.clock and self.clock.started and not self.micro_step.compiling)
-        state = {"beat": self.beat, "step": self.step, "timed": timed, "at": place, "stop": self.stop_from,
-                 "why": self.why, "error": self.error, "log": str(self.log.path)}
-        self.store.set(self.keys[self.rank], json.dumps(state))
+    def touch(self, documents: Documents, segments: list[list[tuple[int, int]]], adam: bool) -> TouchedRows | None:
+        """Mark the rows that a step touches on each rank; when Adam steps, return what is exchanged and start anew."""
+        R, rank = self.ranks.world, self.ranks.rank
+        for s, slices in enumerate(segments):
+            tokens = np.concatenate([documents.tokens[a:b] for a, b in slices])
+            self.touched[s % R, bigram_ids(tokens[:-1], self.hp.bigram_rows)] = True
+        if not adam:
+            return None
+        owned = self.touched.reshape(R, R, -1)  # [rank that touched, rank that owns, row of the shard]
+        counts, ids = np.count_nonzero(owned, axis=2), (np.flatnonzero(owned[rank]), owned[:, rank].nonzero()[1])
+        ids = [torch.from_numpy(a.astype(np.int32)) for a in ids]
+        self.touched[:] = False
+        return TouchedRows(*(t.pin_memory() if self.pack.pin else t for t in ids),
+                           counts[rank].tolist(), counts[:, rank].tolist())
 
     def work(self) -> None:
-        while not self.leaving.wait(LOOK_EVERY):
+        try:
+            if self.ranks.device.type == "cuda":  # pinning in a new thread would open a context on GPU 0
+                torch.cuda.set_device(self.ranks.device)
+            for item in self.batches():
+                self.put(item)
+                if self.stopped.is_set():
+                    return
+            self.put(UserError("the train shards ran out before the schedule"))
+        except BaseException as e:  # handed to the training loop, which raises it
+            self.put(e)
+
+    def put(self, item: object) -> None:
+        while not self.stopped.is_set():
             try:
-                self.publish()
-                states = [json.loads(text) for text in self.store.multi_get(self.keys)]
-            except RuntimeError:
-                self.end(f"error: rank {self.rank} cannot reach the launcher of the run: killed or cut off")
-            self.look(states)
+                return self.queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
 
-    def look(self, states: list[dict]) -> None:
-        """Judge the states of all ranks, LOOK_EVERY after the last ones."""
-        old, self.states, steps = self.states, states, [s["step"] for s in states]
-        self.quiet = [n + 1 if a == b else 0 for n, a, b in zip(self.quiet, old, states)]
-        moved = steps != [s.get("step") for s in old] or not all(s["timed"] for s in states)
-        self.stalled = 0 if moved or self.world == 1 else self.stalled + 1
-        errors, silence = [s["error"] for s in states if s["error"]], max(self.quiet)
-        self.failing += bool(errors)
-        if silence >= (SILENT if self.step >= 0 or self.wish or errors else SILENT_COMPILING):
-            lost = self.quiet.index(silence)
-            self.end(f"error: rank {lost} gave no sign of life for {silence * LOOK_EVERY:.0f} s, last in step "
-                     f"{steps[lost] + 1} at {states[lost]['at']}: killed, out of memory, stopped or cut off")
-        if errors and (self.world == 1 or self.failing > 2 and silence < 2):  # else it may follow from a rank's death
-            self.end(errors[0])
-        if self.stalled >= STALLED:
-            places = ", ".join(f"rank {rank} in step {s['step'] + 1} at {s['at']}" for rank, s in enumerate(states))
-            self.end(f"error: no rank finished a step for {STALLED * LOOK_EVERY:.0f} s, a rank hangs: {places}")
-        if self.stop_from is None and (why := self.wish or next((s["why"] for s in states if s["why"]), "")):
-            self.why, self.stop_from = why, self.step
-        stops = [s["stop"] for s in states]
-        if None not in stops:
-            self.why = states[0]["why"]
-            if min(stops) < 0:
-                self.end(f"interrupted by {self.why} before the first step", 128 + signal.Signals[self.why])
-            self.stop_before = max(stops) + 2  # a rank may have begun the step after the one that it published
+    def __next__(self) -> tuple[list[Batch], TouchedRows | None]:
+        item = self.queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        (batches, touched), move = item, lambda t: t.to(self.ranks.device, non_blocking=True)
+        return [Batch(*map(move, b)) for b in batches], touched and TouchedRows(*map(move, touched[:2]), *touched[2:])
 
-    def stops(self, step: int) -> bool:
-        """Whether all ranks stop before this step; to be asked before each."""
-        self.step = step
-        while (self.wish or self.stop_from is not None) and self.stop_before is None:
-            time.sleep(0.01)
-        return step == self.stop_before
+    def close(self) -> None:
+        self.stopped.set()
+        self.thread.join()  # the interpreter would end it in the middle of C++ code and abort
 
-    def end(self, text: str, status: int = 1) -> None:
-        """End this process; the first rank alive writes the reason to stderr and to the end of the log."""
-        if self.rank == next((rank for rank, looks in enumerate(self.quiet) if looks < 2), self.rank):
-            with contextlib.suppress(OSError):  # no log is no reason to stay
-                fd = os.open(self.states[0].get("log", self.log.path), os.O_WRONLY | os.O_APPEND)
-                os.write(fd, f"{text}\n".encode())
-            with contextlib.suppress(OSError):  # nor is a closed terminal
-                print(text, file=sys.stderr)
+
+def read_val_tokens(hp: Hyperparameters) -> np.ndarray:
+    """The val_tokens inputs and, one further on, targets of validation."""
+    path = find_shards(hp.val_files, "val_files")[0]
+    tokens = read_shard(path, hp.bos, hp.val_tokens + 1)
+    if len(tokens) <= hp.val_tokens:
+        raise UserError(f"{path}: {len(tokens)} tokens, but validation needs {hp.val_tokens + 1}; lower --val_tokens")
+    return tokens
+
+
+def val_batches(hp: Hyperparameters, ranks: Ranks, tokens: np.ndarray) -> Iterator[Batch]:
+    """This rank's chunks of the val stream: in order, neither cut nor aligned to documents."""
+    pack, starts = Packer(hp, ranks), np.flatnonzero(tokens[: hp.val_tokens] == hp.bos)
+    documents = np.bincount(starts // hp.val_chunk, minlength=1).max() + 1  # in any chunk, so that one graph does
+    for start in range(ranks.rank * hp.val_chunk, hp.val_tokens, ranks.world * hp.val_chunk):
+        end = start + hp.val_chunk
+        ends = np.append(starts[(starts > start) & (starts < end)], end) - start
+        batch = pack((tokens[start : end + 1], ends), documents=documents)
+        yield Batch(*(t.to(ranks.device, non_blocking=True) for t in batch))
+
+
+def longest_document(tokens: np.ndarray, hp: Hyperparameters) -> int:
+    """A power of two that no document of the val stream exceeds: one value for all chunks, so one compiled graph."""
+    edges = np.concatenate([[0], np.flatnonzero(tokens == hp.bos), [len(tokens)]])
+    return min(hp.val_chunk, 2 ** math.ceil(math.log2(np.diff(edges).max())))
+
+
+def check_data(hp: Hyperparameters) -> None:
+    """Walk the whole schedule over the shards without training; raises UserError for whatever would stop a run."""
+    read_val_tokens(hp)
+    files = find_shards(hp.train_files, "train_files")
+    sizes = [read_header(path) for path in files]
+    plans = [plan(step, hp) for step in range(hp.num_steps)]
+    done = sum(1 for _ in walk(files, hp.bos, plans))
+    if done < len(plans):
+        if not any((read_shard(path, hp.bos) == hp.bos).any() for path in files):
+            raise UserError(f"--train_files={hp.train_files}: no document begins in them, as no token is {hp.bos}; use "
+                            "the --vocab_size that they were made for, or make them again")
+        used, missing = (sum(p.batch_tokens for p in part) for part in (plans[:done], plans[done:]))
+        # what a shard yields after cuts, or all of it if none lasted a step
+        shards = math.ceil(missing / ((used or sum(sizes)) / len(files)))
+        raise UserError(f"--train_files={hp.train_files}: {len(files)} shards last {done} of {len(plans)} steps; add "
+                        f"about {shards} more of this size, or lower --num_scheduled_iterations")
+
+
+# ==== 5. Model ========================================================================================================
+
+FP32_EPS = 1.19e-7  # of float32, also where activations are bf16
+# Logits are capped smoothly to (0, CAP): z = CAP * sigmoid((logit + CAP_SHIFT) / CAP_WIDTH)
+CAP, CAP_SHIFT, CAP_WIDTH = 23.0, 5.0, 7.5
+# FP8 scales of the head, tuned: what a step of the number format's grid stands for
+FP8_MAX = 448.0  # largest e4m3 number
+X_SCALE, W_SCALE, GRAD_SCALE = 100 / FP8_MAX, 1.6 / FP8_MAX, 0.75 / FP8_MAX
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last dim, without a learned weight."""
+    return F.rms_norm(x, (x.size(-1),), eps=FP32_EPS)
+
+
+def softcap(logits: Tensor) -> Tensor:
+    """Logits of any shape and type, capped smoothly to (0, CAP), in fp32."""
+    return CAP * torch.sigmoid((logits.float() + CAP_SHIFT) / CAP_WIDTH)
+
+
+VAL_HEAD_ROWS = 32_768  # positions that the validation head takes at a time, to keep logits small
+YARN_LOW, YARN_HIGH = 1.0, 32.0  # rotations within the old window: fewer than LOW stretch fully, more than HIGH not
+
+
+def yarn(frequencies: Tensor, scale: float, old: int, new: int) -> tuple[Tensor, float]:
+    """Frequencies and softmax scale after the long window grows from old to new tokens (YaRN, arXiv 2309.00071)."""
+    rotations = old * frequencies / (2 * math.pi)
+    keep = ((rotations - YARN_LOW) / (YARN_HIGH - YARN_LOW)).clamp(0, 1)
+    return frequencies * (old / new + keep * (1 - old / new)), scale * (0.2 * math.log(new / old) + 1)
+
+
+def stage_rotation(hp: Hyperparameters, stage: int) -> tuple[Tensor, float]:
+    """Rotary frequencies [d/4] and softmax scale of a stage: every window growth up to it applied in turn."""
+    frequencies, scale = hp.rope_base ** -torch.linspace(0, 1, hp.head_dim // 4), hp.attn_scale
+    for before, after in zip(STAGES[:stage], STAGES[1 : stage + 1]):
+        frequencies, scale = yarn(frequencies, scale, before.long * hp.block, after.long * hp.block)
+    return frequencies, scale
+
+
+class GPT(nn.Module):
+    """11 layers on one residual stream; all matrices of a kind are stacked in a bank, which the optimizer shards."""
+
+    def __init__(self, hp: Hyperparameters, world: int = 1):
+        super().__init__()
+        self.hp = hp
+        D, V, H, dtype = hp.model_dim, hp.padded_vocab, hp.num_heads, getattr(torch, hp.dtype)
+        L, attn = len(LAYERS), len(ATTN_INDEX)
+        shapes = {
+            "qk_bank": (round_up(attn * H, world), 2 * hp.head_dim, D),  # per layer: Q, then K, in pairs of heads
+            "vo_bank": (round_up(attn * 2, world), D, D),  # per layer: V, then O
+            "mlp_bank": (round_up((L + 1) * 2, world), hp.mlp_dim, D),  # per layer: up, then down; one layer of padding
+            "scalars": (SCALARS,),
+            "smear_gate": (1, GATE_INPUTS),
+            "skip_gate": (1, GATE_INPUTS),
+            "attn_gate_bank": (attn, H, GATE_INPUTS),
+            "ve_gate_bank": (NUM_VALUE_TABLES, H, GATE_INPUTS),
+            "lm_head": (D, V),
+            "bigram_embed": (hp.bigram_rows, D),
+            "post_lambdas": (L, 2),  # of attention, of the MLP
+            "x0_lambdas": (L,),
+            "bigram_lambdas": (L,),
+            "resid_lambdas": (L, 2),
+            "value_embeds": (NUM_VALUE_TABLES * V, D),
+            "embed": (V, D),
+        }
+        check_tables(shapes)
+        for row in PARAMS:
+            kind = dtype if row.dtype == "model" else torch.float32
+            self.register_parameter(row.name, nn.Parameter(torch.empty(shapes[row.name], dtype=kind)))
+        longest = max(hp.val_chunk, max(stage.batch for stage in STAGES) * hp.batch_unit // SEGMENTS)
+        for name in ("cos", "sin"):  # row p is position p; paired heads use two for each token
+            table = torch.empty(2 * longest, hp.head_dim // 4, dtype=torch.bfloat16)
+            self.register_buffer(name, table, persistent=False)
+        self.register_buffer("attn_layers", torch.tensor(list(ATTN_INDEX)), persistent=False)
+        self.use("reference", "reference")
+        self.stage, self.scale = -1, hp.attn_scale
+
+    def use(self, attention: str, kernels: str) -> None:
+        """Compute with this one of ATTENTION_BACKENDS and this one of KERNELS."""
+        self.attention = ATTENTION_BACKENDS[attention]()
+        self.kernels, self.fast, self.fused = kernels, kernels != "reference", kernels == "quack"
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Set all weights. Drawn on the CPU from one generator, so a seed means the same weights everywhere."""
+        generator = torch.Generator().manual_seed(seed)
+        hp, D = self.hp, self.hp.model_dim
+        bound = math.sqrt(3) * 0.5 * D**-0.5
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+        for p in self.parameters():
+            p.zero_()
+        self.lm_head.copy_(torch.empty(self.lm_head.shape).normal_(0, 0.005, generator=generator))
+        self.embed.copy_(self.lm_head.T)
+        self.value_embeds.copy_(torch.empty(self.value_embeds.shape).normal_(0, 0.01, generator=generator))
+        attn, layers = len(ATTN_INDEX), len(LAYERS)
+        self.qk_bank[: attn * hp.num_heads].copy_(uniform(attn * hp.num_heads, 2 * hp.head_dim, D))
+        self.vo_bank[: attn * 2].copy_(uniform(attn * 2, D, D))
+        self.mlp_bank[0 : 2 * layers : 2].copy_(uniform(layers, hp.mlp_dim, D))  # up; down starts at zero
+        self.post_lambdas.fill_(1.0)
+        self.resid_lambdas.fill_(math.sqrt(1.1))
+        self.bigram_lambdas.fill_(0.05)
+        self.scalars.copy_(torch.tensor([0.5, 1.0] * layers + [0.0, 0.5, -1.5]))  # (a, b), smear, backout, skip
+        for p in self.parameters():  # in case ranks have processors that draw differently
+            dist.broadcast(p, 0)
+
+    @torch.no_grad()
+    def set_stage(self, stage: int) -> None:
+        """Rebuild the rotary tables when a stage begins."""
+        if stage != self.stage:
+            frequencies, self.scale = stage_rotation(self.hp, stage)
+            positions = torch.arange(len(self.cos), device=self.cos.device)  # on the CPU it takes 0.2 s
+            angle = torch.outer(positions, to_device(frequencies, self.cos.device))
+            self.cos.copy_(angle.cos())
+            self.sin.copy_(angle.sin())
+            self.stage = stage
+
+    def lookup(self, batch: Batch) -> Rows:
+        """The rows of the tables that a batch reads."""
+        tables = self.value_embeds.view(NUM_VALUE_TABLES, self.hp.padded_vocab, self.hp.model_dim).unbind()
+        return Rows(F.embedding(batch.tokens, self.embed), F.embedding(batch.bigram_ids, self.bigram_embed),
+                    tuple(F.embedding(batch.tokens, table) for table in tables))
+
+    def smear(self, e: Tensor) -> Tensor:
+        """Add to each embedding [n, S, D] a gated part of the one before it, across documents."""
+        gate = self.scalars[2 * len(LAYERS)] * torch.sigmoid(F.linear(e[:, 1:, :GATE_INPUTS], self.smear_gate))
+        return torch.cat([e[:, :1], e[:, 1:] + gate * e[:, :-1]], dim=1)
+
+    def inverse_rms(self, x: Tensor) -> Tensor | None:
+        """r [T] of x [T, D], which fused products take in place of norms."""
+        return inverse_rms(x.detach().float().square(), x.size(1)) if self.fused else None
+
+    def normed(self, x: Tensor, r: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """norm(x [T, D]), and the factor r [T] that it lacks if products are fused."""
+        return FoldedNorm.apply(x, r) if self.fused else norm(x), r
+
+    def first_columns(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return FirstColumns.apply(x, k) if self.fast else (x, x[:, :k])
+
+    def attend(self, i: int, h: Tensor, r: Tensor | None, qkv: Tensor, ve: Tensor | None, batch: Batch,
+               g: Geometry) -> Tensor:
+        """Gated attention of layer i on normed's h [T, D], r with weights qkv [3D, D], before O; [T, D]."""
+        layer, T, H, d = LAYERS[i], h.size(0), self.hp.num_heads, self.hp.head_dim
+        ve_first, w_value = None, None if ve is None else self.ve_gate_bank[layer.value_table]
+        if ve is not None and not layer.paired:
+            ve, ve_first = self.first_columns(ve, GATE_INPUTS // 2)
+        gate_inputs = ve_first, self.attn_gate_bank[ATTN_INDEX[i]], w_value
+        if self.fused:
+            qkv, gate, ve_gate = NormedLinear.apply(h, r, qkv, *gate_inputs)
         else:
-            time.sleep(2 * LOOK_EVERY)  # torchrun ends all ranks with the first
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):
-                stream.flush()
-        os._exit(status)
+            qkv = F.linear(h, qkv)
+            gate, ve_gate = (Gates.apply if self.fast else gates_reference)(h[:, :GATE_INPUTS], r, *gate_inputs)
+        inputs = AttentionInputs.apply if self.fast else attention_inputs_reference
+        n = 2 if layer.paired else 1
+        cos, sin = (table[: n * (g.segment or T)] for table in (self.cos, self.sin))
+        q, k, v = inputs(qkv.view(T, 3, H, d), r, ve, ve_gate, cos, sin, layer.paired, layer.key_offset)
+        # A paired token becomes two, heads 0..H/2-1 and then the rest: the same memory seen as [2T, H/2, d]
+        q, k, v = (x.reshape(n * T, H // n, d) for x in (q, k, v))
+        window = g.window_short if layer.window == "short" else g.window_long
+        return self.attention(q, k, v, batch.cu_seqlens * n, g.max_len * n, window, g.scale,
+                              gate.view(n * T, H // n)).reshape(T, H * d)
+
+    def matrices(self) -> Matrices:
+        """The Matrices of the current banks and lambdas."""
+        L, D, F_, attn = len(LAYERS), self.hp.model_dim, self.hp.mlp_dim, len(ATTN_INDEX)
+        post_attn, post_mlp = self.post_lambdas.bfloat16().float().unbind(1)
+        a, b = self.scalars[: 2 * L].view(L, 2).unbind(1)
+        a, b = (x[self.attn_layers] for x in (a, b * post_attn))
+        qk = self.qk_bank[: attn * self.hp.num_heads].view(attn, 2 * D, D)
+        v, o = self.vo_bank[: 2 * attn].view(attn, 2, D, D).unbind(1)
+        up, down = self.mlp_bank[: 2 * L].view(L, 2, F_, D).unbind(1)
+        qkv, o, down = ((scale[:, None, None] * bank).to(bank.dtype) for scale, bank in (
+            (a, torch.cat([qk, v], dim=1)), (b, o), (post_mlp, down)))
+        return Matrices(qkv, o, up, down)
+
+    def trunk(self, batch: Batch, rows: Rows, g: Geometry, matrices: Matrices | None = None) -> Tensor:
+        """From tokens to the normalised last hidden state [T, D]."""
+        linear_sum = LinearSum.apply if self.fused else linear_sum_reference
+        embedding_sums = EmbeddingSums.apply if self.fused else embedding_sums_reference
+        mlp = ReluSquareMLP.apply if self.fused else mlp_reference
+        backout_lambda, skip_lambda = self.scalars[-2:].unbind()
+        resid, x0_lambdas, bigram_lambdas = (
+            p.bfloat16().float() for p in (self.resid_lambdas, self.x0_lambdas, self.bigram_lambdas))
+        # [2i] for attention, [2i+1] for the MLP; repeated for each token, so that gradients are summed at once for all
+        resid = resid.flatten()[:, None].expand(-1, len(batch.tokens)).unbind()
+        # Unbound once: the backward of an unbind is one stack, that of each indexing a pass over the whole bank
+        qkv, o, up, down = (x.unbind() for x in matrices or self.matrices())
+
+        smeared = self.smear(rows.embed.unflatten(0, (-1, g.segment or len(rows.embed)))).flatten(0, 1)
+        x0, first = self.first_columns(norm(smeared), GATE_INPUTS)
+        x = x0 + bigram_lambdas[0] * rows.bigram
+        r = self.inverse_rms(x)
+        s0, s1 = (scales[self.attn_layers] for scales in (x0_lambdas, bigram_lambdas))
+        s1 = F.pad(s1[1:], (1, 0))  # the first layer's bigram is in the stream already
+        added = embedding_sums(x0, rows.bigram, s0, s1)
+        embeddings, s0, s1 = (x0.detach(), rows.bigram.detach()), s0.detach().unbind(), s1.detach().unbind()
+        after, normed = {}, {-1: self.normed(x, r)}  # layer -> the stream after it; its norm, which several layers read
+        for i, layer in enumerate(LAYERS):
+            if layer.skip_from is not None:
+                gate = torch.sigmoid(skip_lambda) * 2 * torch.sigmoid(F.linear(first, self.skip_gate))
+                x = x + gate * after[layer.skip_from]
+                r = self.inverse_rms(x)
+            else:
+                j, table = ATTN_INDEX[i], layer.value_table
+                y = self.attend(i, *normed[i - 1 if layer.reads is None else layer.reads], qkv[j],
+                                None if table is None else rows.value[table], batch, g)
+                x, r = linear_sum(y, o[j], x, resid[2 * i], added[j], *embeddings, s0[j], s1[j])
+            x, r = mlp(x, r, up[i], down[i], resid[2 * i + 1])
+            after[i], normed[i] = x, self.normed(x, r)
+        return norm(x - backout_lambda * after[BACKOUT_LAYER])
+
+    def forward(self, batch: Batch, rows: Rows, g: Geometry, mtp_weights: Tensor, grad_unit: float,
+                matrices: Matrices | None = None) -> Tensor:
+        """Training loss, summed over positions; mtp_weights [k] include 1/A, and grad_unit is 1/A."""
+        x = self.trunk(batch, rows, g, matrices)
+        targets = batch.targets.unflatten(0, (-1, g.segment or len(batch.targets)))
+        return HeadLoss.apply(x, self.lm_head, targets, mtp_weights, self.hp.fp8_head, grad_unit, self.kernels)
+
+    def token_losses(self, batch: Batch, rows: Rows, g: Geometry) -> Tensor:
+        """Validation loss of each position [T]."""
+        x = self.trunk(batch, rows, g)
+        parts = zip(x.split(VAL_HEAD_ROWS), batch.targets.split(VAL_HEAD_ROWS))
+        return torch.cat([F.cross_entropy(softcap(x @ self.lm_head), t, reduction="none") for x, t in parts])
 
 
-def log_environment(log: Log, hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str) -> None:
-    """Write versions and GPUs, the configuration, and the chosen backends to the log, each followed by a rule."""
+# ==== 6. Optimizer: NorMuon for the banks, Adam for the rest ==========================================================
+
+# Polar Express (Amsel et al., arXiv 2505.16932): a, b, c of X <- a X + (b S + c S^2) X, S = X X^T; 5 iterations,
+# safety 2e-2, cushion 2
+POLAR_COEFFICIENTS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+POLAR_SAFETY = 1.02
+
+
+def polar_express(x: Tensor, fast: bool) -> Tensor:
+    """The orthogonal factor of each matrix in x [K, rows, columns], approximately."""
+    tall = x.size(-2) > x.size(-1)
+    # small matrices gain nothing from half the tiles, and a Triton launch costs the CPU more (H200)
+    product = symmetric_product if fast and min(x.shape[-2:]) > 256 else symmetric_product_reference
+    x = x / (POLAR_SAFETY * x.float().norm(dim=(-2, -1), keepdim=True) + 1e-6).to(x.dtype)
+    for a, b, c in POLAR_COEFFICIENTS:
+        s = product(x.mT if tall else x, 0.0, 1.0)  # the smaller of the two Gram matrices
+        m = product(s, b, c)
+        x = torch.baddbmm(x, x, m, beta=a) if tall else torch.baddbmm(x, m, x, beta=a)
+    return x
+
+
+def split_bits(p: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 -> its upper 16 bits as bf16 (truncated, not rounded) and its lower 16 bits as int16."""
+    bits = p.view(torch.int32)
+    return (bits >> 16).to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
+
+
+def join_bits(high: Tensor, low: Tensor) -> Tensor:
+    """Inverse of split_bits."""
+    return ((high.view(torch.int16).to(torch.int32) << 16) | (low.to(torch.int32) & 0xFFFF)).view(torch.float32)
+
+
+def normuon_direction(g: Tensor, momentum: Tensor, second: Tensor, mu: Tensor, beta2: Tensor,
+                      dtype: torch.dtype, fast: bool = False) -> Tensor:
+    """Orthogonalised, row- or column-normalised Nesterov momentum of g [K, rows, columns] (NorMuon, arXiv 2510.05491).
+
+    Updates momentum (shape of g) and second ([K, rows, 1], or [K, 1, columns] of wide matrices) in place. The
+    orthogonalisation runs in dtype; the result is in momentum's dtype.
+    """
+    g = g.to(momentum.dtype)
+    momentum.lerp_(g, 1 - mu)
+    x = polar_express(torch.lerp(g, momentum, mu).to(dtype), fast).to(momentum.dtype)
+    short = -1 if x.size(-2) >= x.size(-1) else -2
+    mean = x.square().mean(dim=short, keepdim=True)
+    second.lerp_(mean, 1 - beta2)
+    scale = second.clamp_min(1e-10).rsqrt()
+    # the normalisation must not change the Frobenius norm; both norms follow from the means
+    before, after = mean.sum(dim=(-2, -1), keepdim=True), (mean * scale.square()).sum(dim=(-2, -1), keepdim=True)
+    return x * (scale * (before / after.clamp_min(1e-30)).sqrt())
+
+
+def normuon_update(p: Tensor, low: Tensor | None, g: Tensor, momentum: Tensor, second: Tensor, lr_mul: Tensor,
+                   knobs: Tensor, fast: bool = False) -> None:
+    """One NorMuon step on p [K, rows, columns], in place.
+
+    A bf16 p carries its low mantissa bits in `low` (int16), so that updates are exactly fp32. lr_mul [K, 1, 1];
+    knobs = (lr, decay, mu, beta2). Decay is cautious: only where the update and the weight have the same sign.
+    """
+    lr, decay, mu, beta2 = knobs.unbind()
+    x = normuon_direction(g, momentum, second, mu, beta2, p.dtype, fast)
+    full = p if low is None else join_bits(p, low)
+    lr = lr * lr_mul
+    full = full - lr * decay * torch.where(x * full >= 0, full, 0.0) - lr * x
+    if low is None:
+        p.copy_(full)
+    else:
+        high, bits = split_bits(full)
+        p.copy_(high)
+        low.copy_(bits)
+
+
+def adam_update(params: list[Tensor], grads: list[Tensor], firsts: list[Tensor], seconds: list[Tensor],
+                knobs: list[Tensor]) -> None:
+    """One Adam step on each parameter, in place, with fp32 moments and cautious decay.
+
+    knobs = (lr, decay, beta1, beta2, 1 - beta1^t, 1 - beta2^t, eps, unused) of each parameter, t its updates so far.
+    """
+    for p, g, m, v, knob in zip(params, grads, firsts, seconds, knobs):
+        lr, decay, beta1, beta2, bias1, bias2, eps, _ = knob.unbind()
+        g, old = g.float(), p.float()
+        m.lerp_(g, 1 - beta1)
+        v.lerp_(g.square(), 1 - beta2)
+        update = lr * (m / bias1) / ((v / bias2).sqrt() + eps)
+        p.copy_(old - update - torch.where(update * old > 0, decay * old, 0.0))
+
+
+class NorMuonAdam:
+    """Both optimizers and their communication, in three visible phases (see step).
+
+    PARAMS says how each parameter is treated. A rank keeps state only for its shard; with one rank the shard is all.
+    """
+
+    def __init__(self, model: GPT, hp: Hyperparameters, ranks: Ranks):
+        self.hp, self.ranks, self.fast = hp, ranks, model.fast
+        self.params = {row.name: getattr(model, row.name) for row in PARAMS}
+        compiler = compiled if hp.compile else lambda f: f
+        self.normuon_update, self.adam_update = compiler(normuon_update), compiler(adam_update)
+        self.scatter_add_rows = scatter_add_rows if self.fast else scatter_add_rows_reference
+        self.transpose_into = transpose_into if self.fast else transpose_into_reference
+        # Gradients of the looked-up tables, summed in fp32 (see collect); other parameters have autograd's
+        self.table_grads = {name: torch.zeros_like(self.params[name], dtype=torch.float32, requires_grad=False)
+                            for name in ("embed", "bigram_embed", "value_embeds")}
+        self.state: dict[str, dict[str, Tensor]] = {}
+        self.lr_mul: dict[str, Tensor] = {}
+        for row in PARAMS:
+            p = self.shard(row)
+            if row.name not in self.table_grads:  # at a fixed address, which a CUDA graph needs
+                self.params[row.name].grad = torch.zeros_like(self.params[row.name])
+            if row.optimizer == "adam":
+                self.state[row.name] = {k: torch.zeros_like(p, dtype=torch.float32) for k in ("first", "second")}
+                continue
+            K, rows, columns = p.shape
+            second = (K, rows, 1) if rows >= columns else (K, 1, columns)
+            state = {"momentum": torch.zeros_like(p, dtype=torch.float32)}
+            state["second"] = torch.zeros(second, device=p.device)
+            if p.dtype == torch.bfloat16:
+                state["low"] = torch.zeros_like(p, dtype=torch.int16)
+            self.state[row.name] = state
+            # wide updates for tall matrices; down projections, the odd ones of the MLP bank, learn twice as fast
+            down = ((ranks.rank * K + torch.arange(K, device=p.device)) % 2 == 1) & (row.name == "mlp_bank")
+            self.lr_mul[row.name] = math.sqrt(max(1, rows / columns)) * torch.where(down, 2.0, 1.0)[:, None, None]
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the state before the first step."""
+        for state in self.state.values():
+            for tensor in state.values():
+                tensor.zero_()
+        for row in PARAMS:
+            self.gradient(row).zero_()
+        self.tied, self.adam_steps = True, 0
+
+    def gradient(self, row: Param) -> Tensor:
+        """Where a parameter's gradient is summed until its update."""
+        return self.table_grads.get(row.name, self.params[row.name].grad)
+
+    @torch.no_grad()
+    def collect(self, batch: Batch, rows: Rows) -> None:
+        """Add the gradients of a micro-batch's table rows to the tables' gradients; only these rows are touched."""
+        add, grads = self.scatter_add_rows, self.table_grads
+        add(rows.embed.grad, batch.tokens, grads["embed"], batch.order)
+        add(rows.bigram.grad, batch.bigram_ids, grads["bigram_embed"])
+        for row, grad in zip(rows.value, grads["value_embeds"].chunk(NUM_VALUE_TABLES)):
+            add(row.grad, batch.tokens, grad, batch.order)
+
+    def shard(self, row: Param) -> Tensor:
+        """The part of a parameter that this rank updates, as a view."""
+        p = self.params[row.name].data
+        if row.reduce == "replicate" or self.ranks.world == 1:
+            return p
+        return p.chunk(self.ranks.world)[self.ranks.rank]
+
+    @torch.no_grad()
+    def step(self, plan: Plan, touched: TouchedRows | None = None) -> None:
+        """Update all parameters from their gradients, none sparse if touched is None. Adam's add up while it rests."""
+        if plan.untie_embed:
+            self.untie()
+        rows = [row for row in PARAMS if row.optimizer == "normuon" or (
+            plan.update_adam and not (self.tied and row.name == "embed"))]
+        lm_head, embed = self.params["lm_head"], self.params["embed"]
+        if plan.update_adam and self.tied:
+            self.transpose_into(self.table_grads["embed"], lm_head.grad, add=True)
+            self.table_grads["embed"].zero_()
+        knobs = self.knobs(rows, plan)
+
+        # 1. launch all reductions
+        reducing = {row.name: self.launch_reduction(row, touched) for row in rows}
+
+        # 2. by turn, the small replicated ones together: wait for the gradient, update, launch the gather
+        rows, gathering = sorted(rows, key=lambda row: row.turn), []
+        small = [row for row in rows if row.reduce == "replicate"]
+        for group in [small] * bool(small) + [[row] for row in rows if row.reduce != "replicate"]:
+            grads, works = zip(*(reducing.pop(row.name) for row in group))
+            wait(works)
+            if group[0].reduce == "sparse" and touched is not None:
+                grads = [self.average(group[0], grads[0], touched)]
+            self.update(group, grads, knobs)
+            del grads
+            gathering += [self.launch_gather(row) for row in group]
+
+        # 3. wait for the gathers
+        wait(gathering)
+        if plan.update_adam and self.tied:
+            self.transpose_into(lm_head.data, embed.data, add=False)
+        for row in rows:
+            self.gradient(row).zero_()
+
+    def launch_reduction(self, row: Param, touched: TouchedRows | None) -> tuple[Tensor, dist.Work | None]:
+        """Start averaging a gradient; returns where the rank's part (if sparse, rows) will be, and what to wait for."""
+        grad = self.gradient(row)
+        if self.ranks.world == 1:
+            return grad, None
+        sparse = row.reduce == "sparse" and touched is not None
+        grad = grad.index_select(0, touched.sent) if sparse else grad
+        grad = grad.to(self.params[row.name].dtype)  # halves what the tables' gradients send
+        if sparse:
+            part = grad.new_empty(len(touched.received), grad.size(1))
+            return part, dist.all_to_all_single(part, grad, touched.receive_counts, touched.send_counts, async_op=True)
+        if row.reduce == "replicate":
+            return grad, dist.all_reduce(grad, op=dist.ReduceOp.AVG, async_op=True)
+        part = torch.empty_like(self.shard(row))
+        return part, dist.reduce_scatter_tensor(part, grad, op=dist.ReduceOp.AVG, async_op=True)
+
+    def average(self, row: Param, received: Tensor, touched: TouchedRows) -> Tensor:
+        """This rank's part of a sparse gradient, in fp32, from the rows that came for it."""
+        part = torch.zeros_like(self.shard(row), dtype=torch.float32)
+        self.scatter_add_rows(received, touched.received, part)
+        return part.div_(self.ranks.world)
+
+    def launch_gather(self, row: Param) -> dist.Work | None:
+        """Start sending this rank's updated shard to all ranks."""
+        if row.reduce == "replicate" or self.ranks.world == 1:
+            return None
+        return dist.all_gather_into_tensor(self.params[row.name].data, self.shard(row), async_op=True)
+
+    def knobs(self, rows: list[Param], plan: Plan) -> dict[str, Tensor]:
+        """The scalars of each update as one small device tensor a parameter, so that compiled code never changes."""
+        hp, table = self.hp, torch.zeros(len(rows), 8)
+        self.adam_steps += plan.update_adam
+        for row, knob in zip(rows, table):
+            if row.optimizer == "normuon":
+                lr = hp.muon_lr * plan.lr_factor * row.lr_mul
+                decay = hp.muon_wd * hp.muon_lr * plan.lr_factor * row.wd_mul
+                knob[:4] = torch.tensor([lr, decay, plan.muon_momentum, hp.muon_beta2])
+            else:
+                lr = hp.adam_lr * plan.lr_factor * row.lr_mul
+                bias = [1 - beta**self.adam_steps for beta in row.betas]
+                knob[:7] = torch.tensor([lr, lr**2 * hp.adam_wd * row.wd_mul, *row.betas, *bias, hp.adam_eps])
+        return {row.name: knob for row, knob in zip(rows, to_device(table, self.ranks.device))}
+
+    def update(self, group: list[Param], grads: list[Tensor], knobs: dict[str, Tensor]) -> None:
+        shards, states = [self.shard(row) for row in group], [self.state[row.name] for row in group]
+        if group[0].optimizer == "adam":
+            firsts, seconds = ([state[k] for state in states] for k in ("first", "second"))
+            self.adam_update(shards, grads, firsts, seconds, [knobs[row.name] for row in group])
+        else:
+            (row,), (p,), (g,), (s,) = group, shards, grads, states
+            lr_mul, knob = self.lr_mul[row.name], knobs[row.name][:4]
+            self.normuon_update(p, s.get("low"), g, s["momentum"], s["second"], lr_mul, knob, self.fast)
+
+    def untie(self) -> None:
+        """From now on embed has a life of its own, beginning with lm_head's moments, transposed and sharded anew."""
+        rows = {row.name: row for row in PARAMS}
+        for key in ("first", "second"):
+            part = self.state["lm_head"][key]
+            whole = part.new_empty(self.params["lm_head"].shape)
+            dist.all_gather_into_tensor(whole, part)
+            mine = whole.T.chunk(self.ranks.world)[self.ranks.rank]
+            assert mine.shape == self.shard(rows["embed"]).shape
+            self.state["embed"][key].copy_(mine)
+        self.tied = False
+
+    def tensors(self) -> Iterator[tuple[str, Tensor, str]]:
+        """All that steps change: a name, this rank's tensor, and what ranks have of it: "same", "shard" or "own"."""
+        for row in PARAMS:
+            yield row.name, self.params[row.name].data, "same"
+            for key, x in self.state[row.name].items():
+                yield f"{row.name}.{key}", x, "same" if row.reduce == "replicate" else "shard"
+            yield f"{row.name}.grad", self.gradient(row), "own"
+
+
+def wait(works: Iterable[dist.Work | None]) -> None:
+    """Until all are done; None is nothing to wait for."""
+    for work in works:
+        if work is not None:
+            work.wait()
+
+
+def compiled(f: Callable) -> Callable:
+    """f as one graph, compiled anew for each shape."""
+    return torch.compile(f, dynamic=False, fullgraph=True)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device without waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
+# ==== 7. The run ======================================================================================================
+
+class MicroStep:
+    """Forward, backward and collection of one micro-batch, called as micro_step(batch, geometry, weights, grad_unit)
+    between begin and end, which belong to a step and not to each micro-step: begin makes the Matrices, end carries
+    their gradients on to the parameters.
+
+    With graphs, the second call of a kind (shapes, geometry) is captured as a CUDA graph and replayed from then on, as
+    the GPU waits for launches where batches are small: with 8 of 16,384 tokens, 253 ms a step became 188 (H200, fa4).
+    The first call runs and so compiles.
+    """
+
+    def __init__(self, model: GPT, optimizer: NorMuonAdam, hp: Hyperparameters, ranks: Ranks):
+        self.model, self.optimizer = model, optimizer
+        self.loss_of = compiled(model.forward) if hp.compile else model.forward
+        self.graphs = hp.graphs and hp.compile and ranks.device.type == "cuda"
+        self.pool = torch.cuda.graph_pool_handle() if self.graphs else None  # graphs run one at a time: one memory
+        self.replays: dict[tuple, Callable | None] = {}
+        self.matrices_of = compiled(model.matrices) if hp.compile else model.matrices
+        self.matrices = Matrices(*(x.detach().clone().requires_grad_() for x in model.matrices()))
+        for x in self.matrices:  # at fixed addresses like x itself, which a CUDA graph needs
+            x.grad = torch.zeros_like(x)
+        self.compiling = False  # in the first call of a kind, which takes long: kernels compile even without hp.compile
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        torch._foreach_copy_(self.matrices, self.matrices_of())
+
+    def end(self) -> None:
+        grads = [x.grad for x in self.matrices]
+        # made anew: a live graph would tie the accumulation of the lambdas' gradients to this stream, and captures fail
+        torch.autograd.backward(self.matrices_of(), grads)
+        torch._foreach_zero_(grads)
+
+    def run(self, batch: Batch, geometry: Geometry, weights: Tensor, grad_unit: float) -> Tensor:
+        """Add the micro-batch's gradients to the optimizer's; returns the loss, 0-dim fp32."""
+        with torch.no_grad():
+            rows = self.model.lookup(batch)
+        for row in (rows.embed, rows.bigram, *rows.value):
+            row.requires_grad_()
+        loss = self.loss_of(batch, rows, geometry, weights, grad_unit, self.matrices)
+        loss.backward()
+        self.optimizer.collect(batch, rows)
+        return loss.detach()
+
+    def capture(self, batch: Batch, geometry: Geometry, weights: Tensor, grad_unit: float) -> Callable:
+        inputs = Batch(*(t.clone() for t in batch)), weights.clone()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the loader's thread may pin memory meanwhile
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            loss = self.run(inputs[0], geometry, inputs[1], grad_unit)
+
+        def replay(batch: Batch, weights: Tensor) -> Tensor:
+            for static, new in zip((*inputs[0], inputs[1]), (*batch, weights)):
+                static.copy_(new)
+            graph.replay()
+            return loss
+
+        return replay
+
+    def __call__(self, batch: Batch, geometry: Geometry, weights: Tensor, grad_unit: float) -> Tensor:
+        kind = (geometry, grad_unit, *(t.shape for t in (*batch, weights)))
+        self.compiling = kind not in self.replays
+        if not self.graphs or kind not in self.replays:
+            self.replays[kind] = None
+            return self.run(batch, geometry, weights, grad_unit)
+        if self.replays[kind] is None:
+            self.replays[kind] = self.capture(batch, geometry, weights, grad_unit)
+        return self.replays[kind](batch, weights)
+
+
+def train_step(micro_step: MicroStep, batches: list[Batch], touched: TouchedRows | None, p: Plan) -> Tensor:
+    """One optimizer step; returns all ranks' loss a token, weighted over the predicted tokens, as a device tensor."""
+    model, optimizer, S = micro_step.model, micro_step.optimizer, p.batch_tokens // SEGMENTS
+    A = SEGMENTS // optimizer.ranks.world
+    model.set_stage(p.stage)
+    geometry = Geometry(p.window_short, p.window_long, p.max_doc_len, model.scale, S)
+    weights = to_device(torch.tensor(p.mtp_weights) / A, optimizer.ranks.device)
+    total = 0.0
+    micro_step.begin()
+    for batch in batches:
+        total = total + micro_step(batch, geometry, weights, 1 / A)
+    micro_step.end()
+    loss = total / (S * sum(p.mtp_weights))
+    mean = dist.all_reduce(loss, op=dist.ReduceOp.AVG, async_op=True)
+    optimizer.step(p, touched)
+    mean.wait()
+    return loss
+
+
+def val_geometry(model: GPT, p: Plan, last: bool, max_len: int) -> Geometry:
+    """Windows of plan p, whose stage is set; a run's last validation widens the long one, not the rotary tables."""
+    model.set_stage(p.stage)
+    long = model.hp.final_val_window * model.hp.block if last else p.window_long
+    return Geometry(p.window_short, long, max_len, model.scale)
+
+
+@torch.no_grad()
+def evaluate(hp: Hyperparameters, ranks: Ranks, model: GPT, losses_of: Callable, tokens: np.ndarray, p: Plan,
+             last: bool, limit: int | None = None) -> float:
+    """Mean loss over the val stream, or over each rank's first `limit` chunks, with the windows of plan p."""
+    geometry = val_geometry(model, p, last, longest_document(tokens, hp))
+    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, count
+    for number, batch in enumerate(val_batches(hp, ranks, tokens)):
+        if number == limit:
+            break
+        losses = losses_of(batch, model.lookup(batch), geometry)
+        total += torch.stack([losses.double().sum(), total.new_tensor(len(losses))])
+    dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
+def warmup_steps(hp: Hyperparameters) -> list[int]:
+    """The first two steps of each stage: one with Adam, one without, and every shape that training will meet."""
+    bounds = stage_bounds(hp)
+    return [step for first, end in zip(bounds, bounds[1:]) for step in range(first, min(first + 2, end))]
+
+
+def warmup(hp: Hyperparameters, ranks: Ranks, micro_step: MicroStep, losses_of: Callable, val_tokens: np.ndarray,
+           log: Log) -> None:
+    """Compile everything by real steps on real batches, then put weights and optimizer back to their beginning."""
+    steps, model = warmup_steps(hp), micro_step.model
+    loader = TrainLoader(hp, ranks, steps)
+    started = time.perf_counter()
+    for step in steps:
+        p = plan(step, hp)
+        train_step(micro_step, *next(loader), p)
+        if step in stage_bounds(hp):
+            evaluate(hp, ranks, model, losses_of, val_tokens, p, last=False, limit=1)
+        log(f"warm-up: step {step} after {time.perf_counter() - started:.0f} s")
+    evaluate(hp, ranks, model, losses_of, val_tokens, p, last=True, limit=1)
+    loader.close()
+    model.initialize(hp.seed)
+    micro_step.optimizer.reset()
+
+
+def set_up(hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str) -> MicroStep:
+    """Model with its initial weights, optimizer, and the step that trains them."""
+    with torch.device(ranks.device):
+        model = GPT(hp, ranks.world)
+    model.use(attention, kernels)
+    model.initialize(hp.seed)
+    return MicroStep(model, NorMuonAdam(model, hp, ranks), hp, ranks)
+
+
+def train(hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str, log: Log, saved: dict | None,
+          watch: Watch) -> int:
+    """The whole run, or what a checkpoint leaves of it: set up, warm up, train, validate. Returns the exit status."""
+    log_environment(log, hp, ranks, attention, kernels)
+    val_tokens, micro_step = read_val_tokens(hp), set_up(hp, ranks, attention, kernels)
+    model = micro_step.model
+    losses_of = compiled(model.token_losses) if hp.compile else model.token_losses
+    if hp.compile:
+        warmup(hp, ranks, micro_step, losses_of, val_tokens, log)
+
+    N, clock, optimizer, pending = hp.num_steps, Clock(ranks.device), micro_step.optimizer, deque()
+    first = load_checkpoint(saved, optimizer, clock) if saved else 0
+    recent, loader = clock.before, TrainLoader(hp, ranks, range(N), first)
+    while saved and loader.queue.empty():  # to find the place in the shards is no training
+        time.sleep(0.01)
+    watch.clock, watch.micro_step, rewind = clock, micro_step, Rewind(optimizer, first)
+    clock.start()
+    for step in range(first, N + 1):
+        stop, last, p = watch.stops(step), step == N, plan(min(step, N - 1), hp)
+        validating = last or (hp.val_every and step % hp.val_every == 0)
+        saving = step > first and (saves(step, hp) or (stop and (hp.save_every or hp.save_final)))
+        if stop or validating or saving:
+            clock.stop()
+            while pending:
+                recent = report(log, watch, N, *pending.popleft(), recent)
+            if stop and not watch.why.startswith("SIG"):
+                find_bad(rewind, micro_step, log, step, clock.ms(), watch.why)
+            if saving:
+                path = save_checkpoint(log, optimizer, step, clock.ms())
+            if stop:
+                kept = f"--resume={path} goes on" if saving else "nothing saved; --save_final=true would have"
+                log(f"interrupted by {watch.why} after step {step} of {N}: {kept}")
+                break
+            if validating:
+                val_loss = evaluate(hp, ranks, model, losses_of, val_tokens, p, last)
+                average = clock.ms() / max(step, 1)
+                log(f"step:{step}/{N} val_loss:{val_loss:.4f} train_time:{clock.ms():.0f}ms step_avg:{average:.2f}ms")
+                if not math.isfinite(val_loss):
+                    find_bad(rewind, micro_step, log, step, clock.ms(), f"the validation loss is {val_loss}")
+                rewind.keep(step)
+            if last:
+                break
+            clock.start()
+        loss = train_step(micro_step, *next(loader), p)
+        # The loss is read a step late, so that the device always has the next step's work queued
+        pending.append((step + 1, Reading(loss), p.batch_tokens))
+        if len(pending) > 1:
+            recent = report(log, watch, N, *pending.popleft(), recent)
+    loader.close()
+    if stop:
+        return 128 + signal.Signals[watch.why]
+    log(f"final: val_loss {val_loss:.4f} after {N} steps, {clock.ms() / 1000:.1f} s of training on {ranks.world} x "
+        f"{torch.cuda.get_device_name() if ranks.device.type == 'cuda' else 'CPU'}")
+    if ranks.device.type == "cuda":
+        log(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB "
+            f"reserved: {torch.cuda.max_memory_reserved() // 2**20} MiB")
+    return 0
+
+
+class Reading:
+    """A device scalar on its way to the host; only value() waits, and for no later work of the device."""
+
+    def __init__(self, x: Tensor):
+        self.host, self.event = x.to("cpu", non_blocking=True), torch.cuda.Event() if x.is_cuda else None
+        if self.event:
+            self.event.record()
+
+    def value(self) -> float:
+        if self.event:
+            self.event.synchronize()
+        return self.host.item()
+
+
+def report(log: Log, watch: Watch, N: int, step: int, loss: Reading, tokens: int, before: float) -> float:
+    """Log a finished step; returns the training time in ms, which the next call takes as `before`.
+
+    A nan or inf on any rank stops all: one that was in gradients only is in the next steps' losses.
+    """
+    loss, ms = loss.value(), watch.clock.ms()
+    if not math.isfinite(loss):
+        watch.wish = watch.wish or f"the training loss of step {step} is {loss}"
+    rate = tokens / max(ms - before, 1e-3) * 1000
+    log.step(f"step:{step}/{N} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms", step,
+             loss=f"{loss:.3f}", tok_s=f"{rate:,.0f}")
+    return ms
+
+
+def main() -> None:
+    """Run the command line; a UserError costs one line and exit status 1."""
+    # PyTorch 2.13 renames two collectives; the old names work in all versions that this script supports
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor")
     try:
-        smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=60).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        smi = "nvidia-smi: not available"
-    versions = f"Python {sys.version}\nPyTorch {torch.__version__} CUDA {torch.version.cuda}, {ranks.world} ranks"
-    log(f"{versions}\n{smi}", show=False)
-    log("=" * 100 + "\n" + "\n".join(f"{f.name} = {getattr(hp, f.name)!r}" for f in fields(hp)), show=False)
-    log(f"attention used = {attention}\nkernels used = {kernels}\n{'=' * 100}", show=False)
+        hp, args = parse_args(sys.argv[1:])
+        if args.plan:
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --plan | head
+            print("\n".join(plan_csv(hp)))
+            return
+        if args.check:
+            check_data(hp)
+            if hp.resume:
+                read_checkpoint(hp.resume, hp)
+            return
+        ranks = setup_ranks(hp)
+        chosen = on_every_rank(lambda: (choose_attention(hp, ranks.device), choose_kernels(hp, ranks.device)))
+        on_every_rank(lambda: check_data(hp))
+        saved = on_every_rank(lambda: read_checkpoint(hp.resume, hp) if hp.resume else None)
+        log = on_every_rank(lambda: Log(hp, ranks))
+        with Watch(ranks, log) as watch:
+            status = train(hp, ranks, *chosen, log, saved, watch)
+        log.close()
+        dist.destroy_process_group()
+        sys.exit(status)
+    except UserError as e:  # the same on every rank: told once a machine
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
 
 
-# ==== 4. Kernels: each Triton kernel has its plain PyTorch reference, of the same signature, directly above it ========
+# ==== 8. Kernels: each Triton kernel has its plain PyTorch reference, of the same signature, directly above it ========
+
 # Where a function takes `fast`, true means the Triton kernel (bf16 on a Hopper or newer GPU) and false the reference.
 
 HOPPER = 9  # GPU generation
@@ -690,24 +1472,6 @@ def choose_kernels(hp: Hyperparameters, device: torch.device) -> str:
                         "Hopper or newer GPU, and quack just a Hopper GPU and the package quack-kernels; use "
                         "--kernels=auto")
     return hp.kernels
-
-
-FP32_EPS = 1.19e-7  # of float32, also where activations are bf16
-# Logits are capped smoothly to (0, CAP): z = CAP * sigmoid((logit + CAP_SHIFT) / CAP_WIDTH)
-CAP, CAP_SHIFT, CAP_WIDTH = 23.0, 5.0, 7.5
-# FP8 scales of the head, tuned: what a step of the number format's grid stands for
-FP8_MAX = 448.0  # largest e4m3 number
-X_SCALE, W_SCALE, GRAD_SCALE = 100 / FP8_MAX, 1.6 / FP8_MAX, 0.75 / FP8_MAX
-
-
-def norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last dim, without a learned weight."""
-    return F.rms_norm(x, (x.size(-1),), eps=FP32_EPS)
-
-
-def softcap(logits: Tensor) -> Tensor:
-    """Logits of any shape and type, capped smoothly to (0, CAP), in fp32."""
-    return CAP * torch.sigmoid((logits.float() + CAP_SHIFT) / CAP_WIDTH)
 
 
 # --- Gates of heads and of value embeddings
@@ -1738,32 +2502,7 @@ def symmetric_product(x: Tensor, b: float, c: float) -> Tensor:
 symmetric_product.register_fake(lambda x, b, c: x.new_empty(x.size(0), x.size(1), x.size(1)))
 
 
-# Polar Express (Amsel et al., arXiv 2505.16932): a, b, c of X <- a X + (b S + c S^2) X, S = X X^T; 5 iterations,
-# safety 2e-2, cushion 2
-POLAR_COEFFICIENTS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
-POLAR_SAFETY = 1.02
-
-
-def polar_express(x: Tensor, fast: bool) -> Tensor:
-    """The orthogonal factor of each matrix in x [K, rows, columns], approximately."""
-    tall = x.size(-2) > x.size(-1)
-    # small matrices gain nothing from half the tiles, and a Triton launch costs the CPU more (H200)
-    product = symmetric_product if fast and min(x.shape[-2:]) > 256 else symmetric_product_reference
-    x = x / (POLAR_SAFETY * x.float().norm(dim=(-2, -1), keepdim=True) + 1e-6).to(x.dtype)
-    for a, b, c in POLAR_COEFFICIENTS:
-        s = product(x.mT if tall else x, 0.0, 1.0)  # the smaller of the two Gram matrices
-        m = product(s, b, c)
-        x = torch.baddbmm(x, x, m, beta=a) if tall else torch.baddbmm(x, m, x, beta=a)
-    return x
-
-
-# ==== 5. Attention: attention(q, k, v, cu_seqlens, max_len, window, scale, gate) with interchangeable backends ========
+# ==== 9. Attention: attention(q, k, v, cu_seqlens, max_len, window, scale, gate) with interchangeable backends ========
 
 REFERENCE_BLOCK = 256  # queries at a time, so that the mask stays small
 GATE_MIN = 1e-30  # what a gate counts as at least where its output is divided by it again
@@ -2016,939 +2755,432 @@ def choose_attention(hp: Hyperparameters, device: torch.device) -> str:
     raise UserError(f"--attention={hp.attention} does not work here ({reason}); use --attention=auto")
 
 
-# ==== 6. Model ========================================================================================================
+# ==== 10. Keeping a run: errors, command line, ranks, log, watch, clock, checkpoints ==================================
 
-class Batch(NamedTuple):
-    """One micro-batch on one rank: segments of packed documents, one after the other."""
+def check_tables(parameters: Iterable[str]) -> None:
+    """PARAMS names each parameter of the model exactly once, each has its own turn, and layers read earlier ones."""
+    names, turns = [p.name for p in PARAMS], [p.turn for p in PARAMS]
+    assert sorted(names) == sorted(parameters), "PARAMS does not match the model"
+    assert sorted(turns) == list(range(len(PARAMS))), "PARAMS: every row needs its own turn"
+    assert all((layer.window is None) == (layer.skip_from is not None) for layer in LAYERS)
+    assert all(layer.window in ("short", "long", None) for layer in LAYERS), "LAYERS: windows are short, long or None"
+    sources = ((i, source) for i, layer in enumerate(LAYERS) for source in (layer.reads, layer.skip_from))
+    assert all(source is None or 0 <= source < i for i, source in sources), "LAYERS: a layer reads only earlier ones"
 
-    tokens: Tensor  # [T] int32
-    targets: Tensor  # [T] int64
-    bigram_ids: Tensor  # [T] int32
-    cu_seqlens: Tensor  # [documents + 1] int32, padded with T to a fixed length
-    order: Tensor  # [T] int32, positions sorted by token, so that gradients of one table row are neighbours
 
+class UserError(Exception):
+    """A bad input, told in one line that names the cause and the remedy."""
 
-class Rows(NamedTuple):
-    """The rows of the embedding tables that a micro-batch reads. Lookups are no part of the compiled step, so that
-    gradients come back as rows and the tables' own gradients need no dense passes (see NorMuonAdam.collect)."""
 
-    embed: Tensor  # [T, D]
-    bigram: Tensor  # [T, D]
-    value: tuple[Tensor, ...]  # [T, D] of each value table
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; python train_gpt.py --help lists every key")
 
 
-class Matrices(NamedTuple):
-    """What products multiply activations with: the banks' matrices times the lambdas that else multiply activations.
-
-    These are smaller, and no activation is read for the lambdas' gradients. A training step makes them once, not in
-    each micro-step (see MicroStep)."""
-
-    qkv: Tensor  # [layers with attention, 3D, D]
-    o: Tensor  # [layers with attention, D, D]
-    up: Tensor  # [L, F, D]
-    down: Tensor  # [L, F, D]
-
-
-class Geometry(NamedTuple):
-    """What the model needs besides tensors; constants to the compiler, so each stage has its own compiled step."""
-
-    window_short: int
-    window_long: int
-    max_len: int  # no document is longer
-    scale: float  # of the softmax
-    segment: int = 0  # positions, smear, key offset and the list of targets begin anew every so many tokens; 0: never
-
-
-VAL_HEAD_ROWS = 32_768  # positions that the validation head takes at a time, to keep logits small
-YARN_LOW, YARN_HIGH = 1.0, 32.0  # rotations within the old window: fewer than LOW stretch fully, more than HIGH not
-
-
-def yarn(frequencies: Tensor, scale: float, old: int, new: int) -> tuple[Tensor, float]:
-    """Frequencies and softmax scale after the long window grows from old to new tokens (YaRN, arXiv 2309.00071)."""
-    rotations = old * frequencies / (2 * math.pi)
-    keep = ((rotations - YARN_LOW) / (YARN_HIGH - YARN_LOW)).clamp(0, 1)
-    return frequencies * (old / new + keep * (1 - old / new)), scale * (0.2 * math.log(new / old) + 1)
-
-
-def stage_rotation(hp: Hyperparameters, stage: int) -> tuple[Tensor, float]:
-    """Rotary frequencies [d/4] and softmax scale of a stage: every window growth up to it applied in turn."""
-    frequencies, scale = hp.rope_base ** -torch.linspace(0, 1, hp.head_dim // 4), hp.attn_scale
-    for before, after in zip(STAGES[:stage], STAGES[1 : stage + 1]):
-        frequencies, scale = yarn(frequencies, scale, before.long * hp.block, after.long * hp.block)
-    return frequencies, scale
-
-
-class GPT(nn.Module):
-    """11 layers on one residual stream; all matrices of a kind are stacked in a bank, which the optimizer shards."""
-
-    def __init__(self, hp: Hyperparameters, world: int = 1):
-        super().__init__()
-        self.hp = hp
-        D, V, H, dtype = hp.model_dim, hp.padded_vocab, hp.num_heads, getattr(torch, hp.dtype)
-        L, attn = len(LAYERS), len(ATTN_INDEX)
-        shapes = {
-            "qk_bank": (round_up(attn * H, world), 2 * hp.head_dim, D),  # per layer: Q, then K, in pairs of heads
-            "vo_bank": (round_up(attn * 2, world), D, D),  # per layer: V, then O
-            "mlp_bank": (round_up((L + 1) * 2, world), hp.mlp_dim, D),  # per layer: up, then down; one layer of padding
-            "scalars": (SCALARS,),
-            "smear_gate": (1, GATE_INPUTS),
-            "skip_gate": (1, GATE_INPUTS),
-            "attn_gate_bank": (attn, H, GATE_INPUTS),
-            "ve_gate_bank": (NUM_VALUE_TABLES, H, GATE_INPUTS),
-            "lm_head": (D, V),
-            "bigram_embed": (hp.bigram_rows, D),
-            "post_lambdas": (L, 2),  # of attention, of the MLP
-            "x0_lambdas": (L,),
-            "bigram_lambdas": (L,),
-            "resid_lambdas": (L, 2),
-            "value_embeds": (NUM_VALUE_TABLES * V, D),
-            "embed": (V, D),
-        }
-        check_tables(shapes)
-        for row in PARAMS:
-            kind = dtype if row.dtype == "model" else torch.float32
-            self.register_parameter(row.name, nn.Parameter(torch.empty(shapes[row.name], dtype=kind)))
-        longest = max(hp.val_chunk, max(stage.batch for stage in STAGES) * hp.batch_unit // SEGMENTS)
-        for name in ("cos", "sin"):  # row p is position p; paired heads use two for each token
-            table = torch.empty(2 * longest, hp.head_dim // 4, dtype=torch.bfloat16)
-            self.register_buffer(name, table, persistent=False)
-        self.register_buffer("attn_layers", torch.tensor(list(ATTN_INDEX)), persistent=False)
-        self.use("reference", "reference")
-        self.stage, self.scale = -1, hp.attn_scale
-
-    def use(self, attention: str, kernels: str) -> None:
-        """Compute with this one of ATTENTION_BACKENDS and this one of KERNELS."""
-        self.attention = ATTENTION_BACKENDS[attention]()
-        self.kernels, self.fast, self.fused = kernels, kernels != "reference", kernels == "quack"
-
-    @torch.no_grad()
-    def initialize(self, seed: int) -> None:
-        """Set all weights. Drawn on the CPU from one generator, so a seed means the same weights everywhere."""
-        generator = torch.Generator().manual_seed(seed)
-        hp, D = self.hp, self.hp.model_dim
-        bound = math.sqrt(3) * 0.5 * D**-0.5
-
-        def uniform(*shape: int) -> Tensor:
-            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-        for p in self.parameters():
-            p.zero_()
-        self.lm_head.copy_(torch.empty(self.lm_head.shape).normal_(0, 0.005, generator=generator))
-        self.embed.copy_(self.lm_head.T)
-        self.value_embeds.copy_(torch.empty(self.value_embeds.shape).normal_(0, 0.01, generator=generator))
-        attn, layers = len(ATTN_INDEX), len(LAYERS)
-        self.qk_bank[: attn * hp.num_heads].copy_(uniform(attn * hp.num_heads, 2 * hp.head_dim, D))
-        self.vo_bank[: attn * 2].copy_(uniform(attn * 2, D, D))
-        self.mlp_bank[0 : 2 * layers : 2].copy_(uniform(layers, hp.mlp_dim, D))  # up; down starts at zero
-        self.post_lambdas.fill_(1.0)
-        self.resid_lambdas.fill_(math.sqrt(1.1))
-        self.bigram_lambdas.fill_(0.05)
-        self.scalars.copy_(torch.tensor([0.5, 1.0] * layers + [0.0, 0.5, -1.5]))  # (a, b), smear, backout, skip
-        for p in self.parameters():  # in case ranks have processors that draw differently
-            dist.broadcast(p, 0)
-
-    @torch.no_grad()
-    def set_stage(self, stage: int) -> None:
-        """Rebuild the rotary tables when a stage begins."""
-        if stage != self.stage:
-            frequencies, self.scale = stage_rotation(self.hp, stage)
-            positions = torch.arange(len(self.cos), device=self.cos.device)  # on the CPU it takes 0.2 s
-            angle = torch.outer(positions, to_device(frequencies, self.cos.device))
-            self.cos.copy_(angle.cos())
-            self.sin.copy_(angle.sin())
-            self.stage = stage
-
-    def lookup(self, batch: Batch) -> Rows:
-        """The rows of the tables that a batch reads."""
-        tables = self.value_embeds.view(NUM_VALUE_TABLES, self.hp.padded_vocab, self.hp.model_dim).unbind()
-        return Rows(F.embedding(batch.tokens, self.embed), F.embedding(batch.bigram_ids, self.bigram_embed),
-                    tuple(F.embedding(batch.tokens, table) for table in tables))
-
-    def smear(self, e: Tensor) -> Tensor:
-        """Add to each embedding [n, S, D] a gated part of the one before it, across documents."""
-        gate = self.scalars[2 * len(LAYERS)] * torch.sigmoid(F.linear(e[:, 1:, :GATE_INPUTS], self.smear_gate))
-        return torch.cat([e[:, :1], e[:, 1:] + gate * e[:, :-1]], dim=1)
-
-    def inverse_rms(self, x: Tensor) -> Tensor | None:
-        """r [T] of x [T, D], which fused products take in place of norms."""
-        return inverse_rms(x.detach().float().square(), x.size(1)) if self.fused else None
-
-    def normed(self, x: Tensor, r: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """norm(x [T, D]), and the factor r [T] that it lacks if products are fused."""
-        return FoldedNorm.apply(x, r) if self.fused else norm(x), r
-
-    def first_columns(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        return FirstColumns.apply(x, k) if self.fast else (x, x[:, :k])
-
-    def attend(self, i: int, h: Tensor, r: Tensor | None, qkv: Tensor, ve: Tensor | None, batch: Batch,
-               g: Geometry) -> Tensor:
-        """Gated attention of layer i on normed's h [T, D], r with weights qkv [3D, D], before O; [T, D]."""
-        layer, T, H, d = LAYERS[i], h.size(0), self.hp.num_heads, self.hp.head_dim
-        ve_first, w_value = None, None if ve is None else self.ve_gate_bank[layer.value_table]
-        if ve is not None and not layer.paired:
-            ve, ve_first = self.first_columns(ve, GATE_INPUTS // 2)
-        gate_inputs = ve_first, self.attn_gate_bank[ATTN_INDEX[i]], w_value
-        if self.fused:
-            qkv, gate, ve_gate = NormedLinear.apply(h, r, qkv, *gate_inputs)
-        else:
-            qkv = F.linear(h, qkv)
-            gate, ve_gate = (Gates.apply if self.fast else gates_reference)(h[:, :GATE_INPUTS], r, *gate_inputs)
-        inputs = AttentionInputs.apply if self.fast else attention_inputs_reference
-        n = 2 if layer.paired else 1
-        cos, sin = (table[: n * (g.segment or T)] for table in (self.cos, self.sin))
-        q, k, v = inputs(qkv.view(T, 3, H, d), r, ve, ve_gate, cos, sin, layer.paired, layer.key_offset)
-        # A paired token becomes two, heads 0..H/2-1 and then the rest: the same memory seen as [2T, H/2, d]
-        q, k, v = (x.reshape(n * T, H // n, d) for x in (q, k, v))
-        window = g.window_short if layer.window == "short" else g.window_long
-        return self.attention(q, k, v, batch.cu_seqlens * n, g.max_len * n, window, g.scale,
-                              gate.view(n * T, H // n)).reshape(T, H * d)
-
-    def matrices(self) -> Matrices:
-        """The Matrices of the current banks and lambdas."""
-        L, D, F_, attn = len(LAYERS), self.hp.model_dim, self.hp.mlp_dim, len(ATTN_INDEX)
-        post_attn, post_mlp = self.post_lambdas.bfloat16().float().unbind(1)
-        a, b = self.scalars[: 2 * L].view(L, 2).unbind(1)
-        a, b = (x[self.attn_layers] for x in (a, b * post_attn))
-        qk = self.qk_bank[: attn * self.hp.num_heads].view(attn, 2 * D, D)
-        v, o = self.vo_bank[: 2 * attn].view(attn, 2, D, D).unbind(1)
-        up, down = self.mlp_bank[: 2 * L].view(L, 2, F_, D).unbind(1)
-        qkv, o, down = ((scale[:, None, None] * bank).to(bank.dtype) for scale, bank in (
-            (a, torch.cat([qk, v], dim=1)), (b, o), (post_mlp, down)))
-        return Matrices(qkv, o, up, down)
-
-    def trunk(self, batch: Batch, rows: Rows, g: Geometry, matrices: Matrices | None = None) -> Tensor:
-        """From tokens to the normalised last hidden state [T, D]."""
-        linear_sum = LinearSum.apply if self.fused else linear_sum_reference
-        embedding_sums = EmbeddingSums.apply if self.fused else embedding_sums_reference
-        mlp = ReluSquareMLP.apply if self.fused else mlp_reference
-        backout_lambda, skip_lambda = self.scalars[-2:].unbind()
-        resid, x0_lambdas, bigram_lambdas = (
-            p.bfloat16().float() for p in (self.resid_lambdas, self.x0_lambdas, self.bigram_lambdas))
-        # [2i] for attention, [2i+1] for the MLP; repeated for each token, so that gradients are summed at once for all
-        resid = resid.flatten()[:, None].expand(-1, len(batch.tokens)).unbind()
-        # Unbound once: the backward of an unbind is one stack, that of each indexing a pass over the whole bank
-        qkv, o, up, down = (x.unbind() for x in matrices or self.matrices())
-
-        smeared = self.smear(rows.embed.unflatten(0, (-1, g.segment or len(rows.embed)))).flatten(0, 1)
-        x0, first = self.first_columns(norm(smeared), GATE_INPUTS)
-        x = x0 + bigram_lambdas[0] * rows.bigram
-        r = self.inverse_rms(x)
-        s0, s1 = (scales[self.attn_layers] for scales in (x0_lambdas, bigram_lambdas))
-        s1 = F.pad(s1[1:], (1, 0))  # the first layer's bigram is in the stream already
-        added = embedding_sums(x0, rows.bigram, s0, s1)
-        embeddings, s0, s1 = (x0.detach(), rows.bigram.detach()), s0.detach().unbind(), s1.detach().unbind()
-        after, normed = {}, {-1: self.normed(x, r)}  # layer -> the stream after it; its norm, which several layers read
-        for i, layer in enumerate(LAYERS):
-            if layer.skip_from is not None:
-                gate = torch.sigmoid(skip_lambda) * 2 * torch.sigmoid(F.linear(first, self.skip_gate))
-                x = x + gate * after[layer.skip_from]
-                r = self.inverse_rms(x)
-            else:
-                j, table = ATTN_INDEX[i], layer.value_table
-                y = self.attend(i, *normed[i - 1 if layer.reads is None else layer.reads], qkv[j],
-                                None if table is None else rows.value[table], batch, g)
-                x, r = linear_sum(y, o[j], x, resid[2 * i], added[j], *embeddings, s0[j], s1[j])
-            x, r = mlp(x, r, up[i], down[i], resid[2 * i + 1])
-            after[i], normed[i] = x, self.normed(x, r)
-        return norm(x - backout_lambda * after[BACKOUT_LAYER])
-
-    def forward(self, batch: Batch, rows: Rows, g: Geometry, mtp_weights: Tensor, grad_unit: float,
-                matrices: Matrices | None = None) -> Tensor:
-        """Training loss, summed over positions; mtp_weights [k] include 1/A, and grad_unit is 1/A."""
-        x = self.trunk(batch, rows, g, matrices)
-        targets = batch.targets.unflatten(0, (-1, g.segment or len(batch.targets)))
-        return HeadLoss.apply(x, self.lm_head, targets, mtp_weights, self.hp.fp8_head, grad_unit, self.kernels)
-
-    def token_losses(self, batch: Batch, rows: Rows, g: Geometry) -> Tensor:
-        """Validation loss of each position [T]."""
-        x = self.trunk(batch, rows, g)
-        parts = zip(x.split(VAL_HEAD_ROWS), batch.targets.split(VAL_HEAD_ROWS))
-        return torch.cat([F.cross_entropy(softcap(x @ self.lm_head), t, reduction="none") for x, t in parts])
-
-
-# ==== 7. Optimizer: NorMuon for the banks, Adam for the rest ==========================================================
-
-def split_bits(p: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 -> its upper 16 bits as bf16 (truncated, not rounded) and its lower 16 bits as int16."""
-    bits = p.view(torch.int32)
-    return (bits >> 16).to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
-
-
-def join_bits(high: Tensor, low: Tensor) -> Tensor:
-    """Inverse of split_bits."""
-    return ((high.view(torch.int16).to(torch.int32) << 16) | (low.to(torch.int32) & 0xFFFF)).view(torch.float32)
-
-
-def normuon_direction(g: Tensor, momentum: Tensor, second: Tensor, mu: Tensor, beta2: Tensor,
-                      dtype: torch.dtype, fast: bool = False) -> Tensor:
-    """Orthogonalised, row- or column-normalised Nesterov momentum of g [K, rows, columns] (NorMuon, arXiv 2510.05491).
-
-    Updates momentum (shape of g) and second ([K, rows, 1], or [K, 1, columns] of wide matrices) in place. The
-    orthogonalisation runs in dtype; the result is in momentum's dtype.
-    """
-    g = g.to(momentum.dtype)
-    momentum.lerp_(g, 1 - mu)
-    x = polar_express(torch.lerp(g, momentum, mu).to(dtype), fast).to(momentum.dtype)
-    short = -1 if x.size(-2) >= x.size(-1) else -2
-    mean = x.square().mean(dim=short, keepdim=True)
-    second.lerp_(mean, 1 - beta2)
-    scale = second.clamp_min(1e-10).rsqrt()
-    # the normalisation must not change the Frobenius norm; both norms follow from the means
-    before, after = mean.sum(dim=(-2, -1), keepdim=True), (mean * scale.square()).sum(dim=(-2, -1), keepdim=True)
-    return x * (scale * (before / after.clamp_min(1e-30)).sqrt())
-
-
-def normuon_update(p: Tensor, low: Tensor | None, g: Tensor, momentum: Tensor, second: Tensor, lr_mul: Tensor,
-                   knobs: Tensor, fast: bool = False) -> None:
-    """One NorMuon step on p [K, rows, columns], in place.
-
-    A bf16 p carries its low mantissa bits in `low` (int16), so that updates are exactly fp32. lr_mul [K, 1, 1];
-    knobs = (lr, decay, mu, beta2). Decay is cautious: only where the update and the weight have the same sign.
-    """
-    lr, decay, mu, beta2 = knobs.unbind()
-    x = normuon_direction(g, momentum, second, mu, beta2, p.dtype, fast)
-    full = p if low is None else join_bits(p, low)
-    lr = lr * lr_mul
-    full = full - lr * decay * torch.where(x * full >= 0, full, 0.0) - lr * x
-    if low is None:
-        p.copy_(full)
-    else:
-        high, bits = split_bits(full)
-        p.copy_(high)
-        low.copy_(bits)
-
-
-def adam_update(params: list[Tensor], grads: list[Tensor], firsts: list[Tensor], seconds: list[Tensor],
-                knobs: list[Tensor]) -> None:
-    """One Adam step on each parameter, in place, with fp32 moments and cautious decay.
-
-    knobs = (lr, decay, beta1, beta2, 1 - beta1^t, 1 - beta2^t, eps, unused) of each parameter, t its updates so far.
-    """
-    for p, g, m, v, knob in zip(params, grads, firsts, seconds, knobs):
-        lr, decay, beta1, beta2, bias1, bias2, eps, _ = knob.unbind()
-        g, old = g.float(), p.float()
-        m.lerp_(g, 1 - beta1)
-        v.lerp_(g.square(), 1 - beta2)
-        update = lr * (m / bias1) / ((v / bias2).sqrt() + eps)
-        p.copy_(old - update - torch.where(update * old > 0, decay * old, 0.0))
-
-
-class TouchedRows(NamedTuple):
-    """The rows of the bigram table that gradients touched since Adam's last step, as far as one rank exchanges them.
-
-    All from the tokens, which every rank's host can read: to ask the device or the other ranks would be to wait.
-    """
-
-    sent: Tensor  # [rows] int32, rising and thus by owner: touched by this rank
-    received: Tensor  # [rows] int32, counted from the first of this rank's shard: touched there by rank 0, rank 1, ...
-    send_counts: list[int]  # how many of `sent` each rank owns
-    receive_counts: list[int]  # how many of `received` each rank touched
-
-
-class NorMuonAdam:
-    """Both optimizers and their communication, in three visible phases (see step).
-
-    PARAMS says how each parameter is treated. A rank keeps state only for its shard; with one rank the shard is all.
-    """
-
-    def __init__(self, model: GPT, hp: Hyperparameters, ranks: Ranks):
-        self.hp, self.ranks, self.fast = hp, ranks, model.fast
-        self.params = {row.name: getattr(model, row.name) for row in PARAMS}
-        compiler = compiled if hp.compile else lambda f: f
-        self.normuon_update, self.adam_update = compiler(normuon_update), compiler(adam_update)
-        self.scatter_add_rows = scatter_add_rows if self.fast else scatter_add_rows_reference
-        self.transpose_into = transpose_into if self.fast else transpose_into_reference
-        # Gradients of the looked-up tables, summed in fp32 (see collect); other parameters have autograd's
-        self.table_grads = {name: torch.zeros_like(self.params[name], dtype=torch.float32, requires_grad=False)
-                            for name in ("embed", "bigram_embed", "value_embeds")}
-        self.state: dict[str, dict[str, Tensor]] = {}
-        self.lr_mul: dict[str, Tensor] = {}
-        for row in PARAMS:
-            p = self.shard(row)
-            if row.name not in self.table_grads:  # at a fixed address, which a CUDA graph needs
-                self.params[row.name].grad = torch.zeros_like(self.params[row.name])
-            if row.optimizer == "adam":
-                self.state[row.name] = {k: torch.zeros_like(p, dtype=torch.float32) for k in ("first", "second")}
-                continue
-            K, rows, columns = p.shape
-            second = (K, rows, 1) if rows >= columns else (K, 1, columns)
-            state = {"momentum": torch.zeros_like(p, dtype=torch.float32)}
-            state["second"] = torch.zeros(second, device=p.device)
-            if p.dtype == torch.bfloat16:
-                state["low"] = torch.zeros_like(p, dtype=torch.int16)
-            self.state[row.name] = state
-            # wide updates for tall matrices; down projections, the odd ones of the MLP bank, learn twice as fast
-            down = ((ranks.rank * K + torch.arange(K, device=p.device)) % 2 == 1) & (row.name == "mlp_bank")
-            self.lr_mul[row.name] = math.sqrt(max(1, rows / columns)) * torch.where(down, 2.0, 1.0)[:, None, None]
-        self.reset()
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Back to the state before the first step."""
-        for state in self.state.values():
-            for tensor in state.values():
-                tensor.zero_()
-        for row in PARAMS:
-            self.gradient(row).zero_()
-        self.tied, self.adam_steps = True, 0
-
-    def gradient(self, row: Param) -> Tensor:
-        """Where a parameter's gradient is summed until its update."""
-        return self.table_grads.get(row.name, self.params[row.name].grad)
-
-    @torch.no_grad()
-    def collect(self, batch: Batch, rows: Rows) -> None:
-        """Add the gradients of a micro-batch's table rows to the tables' gradients; only these rows are touched."""
-        add, grads = self.scatter_add_rows, self.table_grads
-        add(rows.embed.grad, batch.tokens, grads["embed"], batch.order)
-        add(rows.bigram.grad, batch.bigram_ids, grads["bigram_embed"])
-        for row, grad in zip(rows.value, grads["value_embeds"].chunk(NUM_VALUE_TABLES)):
-            add(row.grad, batch.tokens, grad, batch.order)
-
-    def shard(self, row: Param) -> Tensor:
-        """The part of a parameter that this rank updates, as a view."""
-        p = self.params[row.name].data
-        if row.reduce == "replicate" or self.ranks.world == 1:
-            return p
-        return p.chunk(self.ranks.world)[self.ranks.rank]
-
-    @torch.no_grad()
-    def step(self, plan: Plan, touched: TouchedRows | None = None) -> None:
-        """Update all parameters from their gradients, none sparse if touched is None. Adam's add up while it rests."""
-        if plan.untie_embed:
-            self.untie()
-        rows = [row for row in PARAMS if row.optimizer == "normuon" or (
-            plan.update_adam and not (self.tied and row.name == "embed"))]
-        lm_head, embed = self.params["lm_head"], self.params["embed"]
-        if plan.update_adam and self.tied:
-            self.transpose_into(self.table_grads["embed"], lm_head.grad, add=True)
-            self.table_grads["embed"].zero_()
-        knobs = self.knobs(rows, plan)
-
-        # 1. launch all reductions
-        reducing = {row.name: self.launch_reduction(row, touched) for row in rows}
-
-        # 2. by turn, the small replicated ones together: wait for the gradient, update, launch the gather
-        rows, gathering = sorted(rows, key=lambda row: row.turn), []
-        small = [row for row in rows if row.reduce == "replicate"]
-        for group in [small] * bool(small) + [[row] for row in rows if row.reduce != "replicate"]:
-            grads, works = zip(*(reducing.pop(row.name) for row in group))
-            wait(works)
-            if group[0].reduce == "sparse" and touched is not None:
-                grads = [self.average(group[0], grads[0], touched)]
-            self.update(group, grads, knobs)
-            del grads
-            gathering += [self.launch_gather(row) for row in group]
-
-        # 3. wait for the gathers
-        wait(gathering)
-        if plan.update_adam and self.tied:
-            self.transpose_into(lm_head.data, embed.data, add=False)
-        for row in rows:
-            self.gradient(row).zero_()
-
-    def launch_reduction(self, row: Param, touched: TouchedRows | None) -> tuple[Tensor, dist.Work | None]:
-        """Start averaging a gradient; returns where the rank's part (if sparse, rows) will be, and what to wait for."""
-        grad = self.gradient(row)
-        if self.ranks.world == 1:
-            return grad, None
-        sparse = row.reduce == "sparse" and touched is not None
-        grad = grad.index_select(0, touched.sent) if sparse else grad
-        grad = grad.to(self.params[row.name].dtype)  # halves what the tables' gradients send
-        if sparse:
-            part = grad.new_empty(len(touched.received), grad.size(1))
-            return part, dist.all_to_all_single(part, grad, touched.receive_counts, touched.send_counts, async_op=True)
-        if row.reduce == "replicate":
-            return grad, dist.all_reduce(grad, op=dist.ReduceOp.AVG, async_op=True)
-        part = torch.empty_like(self.shard(row))
-        return part, dist.reduce_scatter_tensor(part, grad, op=dist.ReduceOp.AVG, async_op=True)
-
-    def average(self, row: Param, received: Tensor, touched: TouchedRows) -> Tensor:
-        """This rank's part of a sparse gradient, in fp32, from the rows that came for it."""
-        part = torch.zeros_like(self.shard(row), dtype=torch.float32)
-        self.scatter_add_rows(received, touched.received, part)
-        return part.div_(self.ranks.world)
-
-    def launch_gather(self, row: Param) -> dist.Work | None:
-        """Start sending this rank's updated shard to all ranks."""
-        if row.reduce == "replicate" or self.ranks.world == 1:
-            return None
-        return dist.all_gather_into_tensor(self.params[row.name].data, self.shard(row), async_op=True)
-
-    def knobs(self, rows: list[Param], plan: Plan) -> dict[str, Tensor]:
-        """The scalars of each update as one small device tensor a parameter, so that compiled code never changes."""
-        hp, table = self.hp, torch.zeros(len(rows), 8)
-        self.adam_steps += plan.update_adam
-        for row, knob in zip(rows, table):
-            if row.optimizer == "normuon":
-                lr = hp.muon_lr * plan.lr_factor * row.lr_mul
-                decay = hp.muon_wd * hp.muon_lr * plan.lr_factor * row.wd_mul
-                knob[:4] = torch.tensor([lr, decay, plan.muon_momentum, hp.muon_beta2])
-            else:
-                lr = hp.adam_lr * plan.lr_factor * row.lr_mul
-                bias = [1 - beta**self.adam_steps for beta in row.betas]
-                knob[:7] = torch.tensor([lr, lr**2 * hp.adam_wd * row.wd_mul, *row.betas, *bias, hp.adam_eps])
-        return {row.name: knob for row, knob in zip(rows, to_device(table, self.ranks.device))}
-
-    def update(self, group: list[Param], grads: list[Tensor], knobs: dict[str, Tensor]) -> None:
-        shards, states = [self.shard(row) for row in group], [self.state[row.name] for row in group]
-        if group[0].optimizer == "adam":
-            firsts, seconds = ([state[k] for state in states] for k in ("first", "second"))
-            self.adam_update(shards, grads, firsts, seconds, [knobs[row.name] for row in group])
-        else:
-            (row,), (p,), (g,), (s,) = group, shards, grads, states
-            lr_mul, knob = self.lr_mul[row.name], knobs[row.name][:4]
-            self.normuon_update(p, s.get("low"), g, s["momentum"], s["second"], lr_mul, knob, self.fast)
-
-    def untie(self) -> None:
-        """From now on embed has a life of its own, beginning with lm_head's moments, transposed and sharded anew."""
-        rows = {row.name: row for row in PARAMS}
-        for key in ("first", "second"):
-            part = self.state["lm_head"][key]
-            whole = part.new_empty(self.params["lm_head"].shape)
-            dist.all_gather_into_tensor(whole, part)
-            mine = whole.T.chunk(self.ranks.world)[self.ranks.rank]
-            assert mine.shape == self.shard(rows["embed"]).shape
-            self.state["embed"][key].copy_(mine)
-        self.tied = False
-
-    def tensors(self) -> Iterator[tuple[str, Tensor, str]]:
-        """All that steps change: a name, this rank's tensor, and what ranks have of it: "same", "shard" or "own"."""
-        for row in PARAMS:
-            yield row.name, self.params[row.name].data, "same"
-            for key, x in self.state[row.name].items():
-                yield f"{row.name}.{key}", x, "same" if row.reduce == "replicate" else "shard"
-            yield f"{row.name}.grad", self.gradient(row), "own"
-
-
-def wait(works: Iterable[dist.Work | None]) -> None:
-    """Until all are done; None is nothing to wait for."""
-    for work in works:
-        if work is not None:
-            work.wait()
-
-
-def compiled(f: Callable) -> Callable:
-    """f as one graph, compiled anew for each shape."""
-    return torch.compile(f, dynamic=False, fullgraph=True)
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device without waiting for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
-
-
-# ==== 8. Data =========================================================================================================
-
-HEADER_INTS, MAGIC, VERSION = 256, 20240520, 1  # a shard: 256 int32 (magic, version, token count, zeros), uint16 tokens
-MAX_DOCS = {16_384: 64, 32_768: 96, 49_152: 128}  # entries of cu_seqlens that fit FineWeb, by tokens of a segment
-QUEUE_STEPS = 2  # batches prepared ahead
-
-
-def find_shards(pattern: str, key: str) -> list[str]:
-    """The files that a pattern matches, in order of their names; raises UserError if none does."""
-    files = sorted(glob.glob(pattern))
-    if not files:
-        raise UserError(f"no file matches --{key}={pattern}: run `python data/cached_fineweb10B.py 9` to download "
-                        "FineWeb, or `python data/fineweb.py` to make shards from your own text")
-    return files
-
-
-def read_header(path: str) -> int:
-    """The number of tokens in a shard; raises UserError if its header or size is wrong."""
+def boolean(text: str) -> bool:
+    """For argparse: true, false, 1 or 0; raises ValueError."""
     try:
-        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
-        size = os.path.getsize(path)
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}; download the shard again") from None
-    again = "delete it and run data/cached_fineweb10B.py again"
-    if len(header) < HEADER_INTS:
-        raise UserError(f"{path}: {size} bytes are too few for a header; {again}")
-    if header[0] != MAGIC:
-        raise UserError(f"{path}: magic number {header[0]} instead of {MAGIC}, so this is no token shard; {again}")
-    if header[1] != VERSION:
-        raise UserError(f"{path}: version {header[1]} instead of {VERSION}; {again}")
-    if header[2] < 1 or size != 4 * HEADER_INTS + 2 * int(header[2]):
-        expected = 4 * HEADER_INTS + 2 * int(header[2])
-        raise UserError(f"{path}: the header says {header[2]} tokens, {expected} bytes; the file has {size}; {again}")
-    return int(header[2])
+        return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
+    except KeyError:
+        raise ValueError(text) from None
 
 
-def read_shard(path: str, bos: int, count: int = -1) -> np.ndarray:
-    """The first `count` tokens of a shard, or all, as uint16; raises UserError if anything about the file is wrong."""
-    read_header(path)
-    tokens = np.fromfile(path, dtype="<u2", count=count, offset=4 * HEADER_INTS)
-    if len(tokens) and tokens.max() > bos:
-        where = int(np.argmax(tokens > bos))
-        raise UserError(f"{path}: token {tokens[where]} at position {where} is above {bos}; delete the file and "
-                        "download or make it again")
-    return tokens
+def parse_args(argv: list[str]) -> tuple[Hyperparameters, argparse.Namespace]:
+    """Turn --key=value arguments into checked hyperparameters; raises UserError."""
+    parser = Parser(prog="train_gpt.py", allow_abbrev=False, description=__doc__.split("\n\n")[0])
+    parser.add_argument("--preset", default="record80", choices=PRESETS, help="start from these values")
+    parser.add_argument("--plan", action="store_true", help="print the schedule as CSV and exit")
+    parser.add_argument("--check", action="store_true", help="check the arguments and the data, and exit")
+    for f in fields(Hyperparameters):
+        kind = type(f.default)
+        parser.add_argument(f"--{f.name}", type=boolean if kind is bool else kind, default=argparse.SUPPRESS,
+                            metavar=kind.__name__, help=f"{f.default!r} in record80")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        key = unknown[0].split("=")[0]
+        keys = ["--preset", "--plan", "--check", *(f"--{f.name}" for f in fields(Hyperparameters))]
+        close = difflib.get_close_matches(key, keys, n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(close)}?" if close else "; python train_gpt.py --help lists every key"
+        raise UserError(f"unknown key {key}{hint}")
+    given = {f.name: getattr(args, f.name) for f in fields(Hyperparameters) if hasattr(args, f.name)}
+    hp = replace(Hyperparameters(), **PRESETS[args.preset] | given)
+    check_hyperparameters(hp)
+    return hp, args
 
 
-class Documents:
-    """A shard and where its documents begin and end; tokens before the first BOS belong to none."""
+def check_hyperparameters(hp: Hyperparameters) -> None:
+    """Raise UserError for values with which no run can work."""
 
-    def __init__(self, path: str, bos: int):
-        self.tokens = read_shard(path, bos)
-        self.starts = np.flatnonzero(self.tokens == bos).tolist()
-        self.ends = [*self.starts[1:], len(self.tokens)]
+    def require(ok: bool, text: str) -> None:
+        if not ok:
+            raise UserError(text)
 
-    def segments(self, first: int, length: int, max_doc: int) -> tuple[list[list[tuple[int, int]]], int] | None:
-        """SEGMENTS lists of document slices of `length` tokens each, from document number `first` on.
-
-        Documents are cut to max_doc tokens, and the last of a segment to what is missing; what is cut is skipped.
-        Returns the lists and the next document's number, or None if too few documents are left for all of them.
-        """
-        segments, doc = [], first
-        for _ in range(SEGMENTS):
-            slices, missing = [], length
-            while missing:
-                if doc == len(self.starts):
-                    return None
-                start = self.starts[doc]
-                end = min(self.ends[doc], start + max_doc, start + missing)
-                slices.append((start, end))
-                missing -= end - start
-                doc += 1
-            segments.append(slices)
-        return segments, doc
-
-
-def walk(files: list[str], bos: int, plans: Iterable[Plan]) -> Iterator[tuple[Documents, list[list[tuple[int, int]]]]]:
-    """For each step its documents: the shard, and the slices of each segment. A pure function of files and plans.
-
-    A step never spans shards: when one has too few documents left, what is left of it is dropped. Ends early if the
-    shards run out. The next shard is read in a thread.
-    """
-    plans = list(plans)
-    with ThreadPoolExecutor(1) as reader:
-        coming = deque([reader.submit(Documents, files[0], bos)])
-        at = 0
-        for number in range(len(files)):
-            if number + 1 < len(files) and at < len(plans):
-                coming.append(reader.submit(Documents, files[number + 1], bos))
-            documents, first = coming.popleft().result(), 0
-            while at < len(plans):
-                found = documents.segments(first, plans[at].batch_tokens // SEGMENTS + 1, plans[at].max_doc_len)
-                if found is None:
-                    break
-                segments, first = found
-                yield documents, segments
-                at += 1
-            if at == len(plans):
-                return
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    require(world > 0 and SEGMENTS % world == 0, f"{world} ranks cannot share {SEGMENTS} segments: use 1, 2, 4 or 8")
+    positive = ["num_scheduled_iterations", "batch_unit", "block", "val_tokens", "val_chunk", "model_dim", "num_heads",
+                "head_dim", "bigram_ratio", "vocab_size", "muon_momentum_warmup", "muon_momentum_cooldown",
+                "micro_tokens", "final_val_window", "rope_base", "adam_eps"]
+    for key, value in asdict(hp).items():
+        require(not isinstance(value, float) or math.isfinite(value), f"--{key}={value} must be a finite number")
+    for key in positive:
+        require(getattr(hp, key) > 0, f"--{key}={getattr(hp, key)} must be positive")
+    for key in ("num_extension_iterations", "val_every", "save_every"):
+        require(getattr(hp, key) >= 0, f"--{key}={getattr(hp, key)} must not be negative")
+    require(-2**63 <= hp.seed < 2**64, f"--seed={hp.seed} must have at most 64 bits")
+    require(hp.num_scheduled_iterations >= 3, "--num_scheduled_iterations must be at least 3, one for each stage")
+    require(0 <= hp.cooldown_start < 1, f"--cooldown_start={hp.cooldown_start} must be in [0, 1)")
+    choices = {"dtype": ("bfloat16", "float32"), "device": ("auto", "cuda", "cpu"),
+               "attention": ("auto", *ATTENTION_BACKENDS), "kernels": ("auto", *KERNELS)}
+    for key, allowed in choices.items():
+        require(getattr(hp, key) in allowed, f"--{key}={getattr(hp, key)}: use {', '.join(allowed)}")
+    require(hp.batch_unit % SEGMENTS == 0 and hp.batch_unit // SEGMENTS >= MTP_MAX,
+            f"--batch_unit={hp.batch_unit} must be a multiple of {SEGMENTS}, and at least {MTP_MAX * SEGMENTS}")
+    require(hp.model_dim == hp.num_heads * hp.head_dim, "--model_dim must equal num_heads * head_dim")
+    require(hp.num_heads % 2 == 0 and hp.head_dim % 8 == 0, "--num_heads must be even, --head_dim a multiple of 8")
+    require(hp.model_dim % SEGMENTS == 0, f"--model_dim must be a multiple of {SEGMENTS}, so that ranks can share it")
+    require(hp.vocab_size <= 2**16, f"--vocab_size={hp.vocab_size}: shards hold 16-bit tokens")
+    require(hp.val_tokens % (hp.val_chunk * world) == 0,
+            f"--val_tokens={hp.val_tokens} must be a multiple of --val_chunk={hp.val_chunk} x {world} ranks")
 
 
-def bigram_ids(tokens: np.ndarray, rows: int) -> np.ndarray:
-    """Row of the bigram table for each token and the one before it: a hash in wrapping int32 arithmetic.
+class Ranks(NamedTuple):
+    """This process among all: its number, how many there are, and its device."""
 
-    Position 0 has the last row to itself, and in the hash of position 1 that row's number stands for its token.
-    """
-    tokens = tokens.astype(np.int32)
-    tokens[0] = rows - 1
-    ids = np.empty_like(tokens)
-    ids[0] = rows - 1
-    np.mod(np.int32(36313) * tokens[1:] ^ np.int32(27191) * tokens[:-1], np.int32(rows - 1), out=ids[1:])
-    return ids
+    rank: int
+    world: int
+    device: torch.device
 
 
-def max_docs(S: int) -> int:
-    """Fixed length of cu_seqlens for a segment of S tokens."""
-    return MAX_DOCS.get(S) or max(128, round_up(S // 300, 128))
+def setup_ranks(hp: Hyperparameters) -> Ranks:
+    """Join the process group that torchrun announces in the environment, or make a group of one."""
+    rank, world, local = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cuda = hp.device == "cuda" or (hp.device == "auto" and torch.cuda.is_available())
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if cuda and here > torch.cuda.device_count():
+        raise UserError(f"{here} processes need a GPU each, but {torch.cuda.device_count()} are visible: start fewer "
+                        "processes, or use --preset=demo to train on the CPU")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        reuse_cpu_memory()
+    # gloo carries Python objects and errors, NCCL the tensors of a GPU run
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, device_id=device if cuda else None)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return Ranks(rank, world, device)
 
 
-def segments_together(S: int, A: int, limit: int) -> int:
-    """How many of a rank's A segments of S tokens make a micro-batch: all, a half .. or one, as fit into the limit."""
-    return next((n for n in (A, A // 2, A // 4) if n and n * S <= limit), 1)
+def reuse_cpu_memory() -> None:
+    """Let glibc keep freed memory: handing big blocks back and faulting them in anew made the demo 1.9 times slower."""
+    libc, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = ctypes.CDLL(None), -1, -3
+    if hasattr(libc, "mallopt"):  # other C libraries have none
+        libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-@cache
-def warn_once(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
+def on_every_rank(f: Callable) -> object:
+    """f() on every rank; if it raises a UserError on any, all ranks raise the same."""
+    result = error = None
+    try:
+        result = f()
+    except UserError as e:
+        error = str(e)
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for rank, error in enumerate(errors):
+        if error:
+            raise UserError(error if rank == 0 else f"{error} (on rank {rank})")
+    return result
 
 
-class Packer:
-    """Turns segments, each S+1 tokens and the ends of its documents, into a Batch.
+class Log:
+    """logs/<run id>.txt and the terminal, on rank 0; on other ranks nothing happens.
 
-    Where documents are many, cu_seqlens is made longer by steps that all batches of a stage share, as torch.compile
-    takes eight shapes of a function and no more, and four are the stages'.
+    The file begins with the source of this script, so that a log says by itself what was run; --resume appends to it.
+    If it cannot be written at first, that is an error; later, training goes on with one warning, or without the
+    terminal.
     """
 
     def __init__(self, hp: Hyperparameters, ranks: Ranks):
-        self.hp, self.rank, self.pin = hp, ranks.rank, ranks.device.type == "cuda"
-
-    def __call__(self, *segments: tuple[np.ndarray, np.ndarray], documents: int = 0) -> Batch:
-        """documents: how many to have room for at least."""
-        S = len(segments[0][0]) - 1
-        T, expected = len(segments) * S, len(segments) * max_docs(S)
-        ends = np.unique([i * S + min(end, S) for i, (_, ends) in enumerate(segments) for end in ends])
-        entries, needed = expected, max(documents, len(ends)) + 1
-        while entries < needed:
-            entries *= 4
-        if entries > expected and self.hp.compile:
-            warn_once(f"more than the expected {expected - 1} documents in {T} tokens: compiled anew for lists of "
-                      f"{entries} (rank {self.rank})")
-        cu_seqlens = np.full(entries, T, dtype=np.int32)
-        cu_seqlens[0] = 0
-        cu_seqlens[1 : len(ends) + 1] = ends
-        inputs, targets = (np.concatenate([tokens[part] for tokens, _ in segments]) for part in (np.s_[:-1], np.s_[1:]))
-        ids = np.concatenate([bigram_ids(tokens[:-1], self.hp.bigram_rows) for tokens, _ in segments])
-        order = np.argsort(inputs, kind="stable").astype(np.int32)  # fast for uint16, as tokens are in shards
-        arrays = inputs.astype(np.int32), targets.astype(np.int64), ids, cu_seqlens, order
-        return Batch(*(t.pin_memory() if self.pin else t for t in map(torch.from_numpy, arrays)))
-
-
-class TrainLoader:
-    """Iterates over the steps in `steps` but the first `done`; each item, prepared in a thread, is this rank's list of
-    batches and, in Adam's steps of SPARSE_FROM ranks or more, its TouchedRows (else None)."""
-
-    def __init__(self, hp: Hyperparameters, ranks: Ranks, steps: Iterable[int], done: int = 0):
-        self.files = find_shards(hp.train_files, "train_files")
-        self.plans = [plan(step, hp) for step in steps]
-        self.hp, self.ranks, self.pack, self.done = hp, ranks, Packer(hp, ranks), done
-        self.touched = np.zeros((ranks.world, hp.bigram_rows), dtype=bool)  # by each rank, since Adam's last step
-        self.queue: queue.Queue = queue.Queue(QUEUE_STEPS)
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self.work, daemon=True)
-        self.thread.start()
-
-    def batches(self) -> Iterator[tuple[list[Batch], TouchedRows | None]]:
-        R, rank = self.ranks.world, self.ranks.rank
-        for number, (documents, segments) in enumerate(walk(self.files, self.hp.bos, self.plans)):
-            adam = self.plans[number].update_adam
-            touched = self.touch(documents, segments, adam) if R >= SPARSE_FROM else None
-            if number < self.done:
-                self.touched |= self.touched.any(axis=0)  # a checkpoint of fewer ranks gives all of them its gradients
-                continue
-            own = [(np.concatenate([documents.tokens[a:b] for a, b in slices]), np.cumsum([b - a for a, b in slices]))
-                   for slices in segments[rank::R]]
-            n = segments_together(self.plans[number].batch_tokens // SEGMENTS, len(own), self.hp.micro_tokens)
-            yield [self.pack(*own[i : i + n]) for i in range(0, len(own), n)], touched
-
-    def touch(self, documents: Documents, segments: list[list[tuple[int, int]]], adam: bool) -> TouchedRows | None:
-        """Mark the rows that a step touches on each rank; when Adam steps, return what is exchanged and start anew."""
-        R, rank = self.ranks.world, self.ranks.rank
-        for s, slices in enumerate(segments):
-            tokens = np.concatenate([documents.tokens[a:b] for a, b in slices])
-            self.touched[s % R, bigram_ids(tokens[:-1], self.hp.bigram_rows)] = True
-        if not adam:
-            return None
-        owned = self.touched.reshape(R, R, -1)  # [rank that touched, rank that owns, row of the shard]
-        counts, ids = np.count_nonzero(owned, axis=2), (np.flatnonzero(owned[rank]), owned[:, rank].nonzero()[1])
-        ids = [torch.from_numpy(a.astype(np.int32)) for a in ids]
-        self.touched[:] = False
-        return TouchedRows(*(t.pin_memory() if self.pack.pin else t for t in ids),
-                           counts[rank].tolist(), counts[:, rank].tolist())
-
-    def work(self) -> None:
-        try:
-            if self.ranks.device.type == "cuda":  # pinning in a new thread would open a context on GPU 0
-                torch.cuda.set_device(self.ranks.device)
-            for item in self.batches():
-                self.put(item)
-                if self.stopped.is_set():
-                    return
-            self.put(UserError("the train shards ran out before the schedule"))
-        except BaseException as e:  # handed to the training loop, which raises it
-            self.put(e)
-
-    def put(self, item: object) -> None:
-        while not self.stopped.is_set():
+        self.file = self.bar = self.path = self.lost = None
+        if ranks.rank == 0:
+            self.path = path = Path(hp.log_dir, (hp.run_id or time.strftime("%Y%m%d-%H%M%S")) + ".txt")
             try:
-                return self.queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = open(path, "a" if hp.resume else "x", buffering=1)
+                print(Path(__file__).read_text() + "=" * 100, file=self.file)
+            except FileExistsError:
+                raise UserError(f"{path} is another run's log; choose another --run_id or --log_dir") from None
+            except OSError as e:
+                raise UserError(f"cannot write the log {path}: {e.strerror}; free some space or choose another "
+                                "--log_dir") from None
+            self.bar = tqdm(total=hp.num_steps, unit="step", disable=not sys.stderr.isatty(), leave=False)
 
-    def __next__(self) -> tuple[list[Batch], TouchedRows | None]:
-        item = self.queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        (batches, touched), move = item, lambda t: t.to(self.ranks.device, non_blocking=True)
-        return [Batch(*map(move, b)) for b in batches], touched and TouchedRows(*map(move, touched[:2]), *touched[2:])
+    def __call__(self, text: str, show: bool = True) -> None:
+        if self.file:
+            try:
+                if os.fstat(self.file.fileno()).st_nlink == 0:
+                    raise FileNotFoundError(0, "it was deleted")
+                print(text, file=self.file)
+            except OSError as e:
+                with contextlib.suppress(OSError):  # it tries once more to write
+                    self.file.close()
+                self.file, self.lost = None, f"warning: the log {self.path} is incomplete ({e.strerror})"
+                self.bar.write(f"{self.lost}; training goes on, copy what you need from the terminal", file=sys.stderr)
+        if self.bar and show:
+            with contextlib.suppress(OSError):
+                self.bar.write(text)
+
+    def step(self, line: str, done: int, **postfix: str) -> None:
+        """A step's line: to the file, and to the terminal as a moving bar, or as a plain line in a pipe."""
+        if self.bar:
+            self(line, show=self.bar.disable)
+            with contextlib.suppress(OSError):
+                self.bar.set_postfix(postfix, refresh=False)
+                self.bar.update(done - self.bar.n)
 
     def close(self) -> None:
-        self.stopped.set()
-        self.thread.join()  # the interpreter would end it in the middle of C++ code and abort
+        if self.bar:
+            with contextlib.suppress(OSError):
+                self.bar.close()
+        if self.file:
+            self.file.close()
+        if self.lost:
+            print(self.lost, file=sys.stderr)
 
 
-def read_val_tokens(hp: Hyperparameters) -> np.ndarray:
-    """The val_tokens inputs and, one further on, targets of validation."""
-    path = find_shards(hp.val_files, "val_files")[0]
-    tokens = read_shard(path, hp.bos, hp.val_tokens + 1)
-    if len(tokens) <= hp.val_tokens:
-        raise UserError(f"{path}: {len(tokens)} tokens, but validation needs {hp.val_tokens + 1}; lower --val_tokens")
-    return tokens
+LOOK_EVERY = 1.0  # seconds; the limits below count looks, so that a process that was asleep blames no other
+SILENT = 15  # looks without a sign of life: found before torchrun kills all, 30 s after a rank died
+SILENT_COMPILING = 45  # the same before the first step, as a compiler may keep other threads from running
+STALLED = 45  # looks without progress while the clock runs
 
 
-def val_batches(hp: Hyperparameters, ranks: Ranks, tokens: np.ndarray) -> Iterator[Batch]:
-    """This rank's chunks of the val stream: in order, neither cut nor aligned to documents."""
-    pack, starts = Packer(hp, ranks), np.flatnonzero(tokens[: hp.val_tokens] == hp.bos)
-    documents = np.bincount(starts // hp.val_chunk, minlength=1).max() + 1  # in any chunk, so that one graph does
-    for start in range(ranks.rank * hp.val_chunk, hp.val_tokens, ranks.world * hp.val_chunk):
-        end = start + hp.val_chunk
-        ends = np.append(starts[(starts > start) & (starts < end)], end) - start
-        batch = pack((tokens[start : end + 1], ends), documents=documents)
-        yield Batch(*(t.to(ranks.device, non_blocking=True) for t in batch))
+class Watch:
+    """The context of a run: on every rank a thread ends the process soon after a rank died, hangs or raised, and agrees
+    with the others on a step before which all stop.
 
-
-def longest_document(tokens: np.ndarray, hp: Hyperparameters) -> int:
-    """A power of two that no document of the val stream exceeds: one value for all chunks, so one compiled graph."""
-    edges = np.concatenate([[0], np.flatnonzero(tokens == hp.bos), [len(tokens)]])
-    return min(hp.val_chunk, 2 ** math.ceil(math.log2(np.diff(edges).max())))
-
-
-def check_data(hp: Hyperparameters) -> None:
-    """Walk the whole schedule over the shards without training; raises UserError for whatever would stop a run."""
-    read_val_tokens(hp)
-    files = find_shards(hp.train_files, "train_files")
-    sizes = [read_header(path) for path in files]
-    plans = [plan(step, hp) for step in range(hp.num_steps)]
-    done = sum(1 for _ in walk(files, hp.bos, plans))
-    if done < len(plans):
-        if not any((read_shard(path, hp.bos) == hp.bos).any() for path in files):
-            raise UserError(f"--train_files={hp.train_files}: no document begins in them, as no token is {hp.bos}; use "
-                            "the --vocab_size that they were made for, or make them again")
-        used, missing = (sum(p.batch_tokens for p in part) for part in (plans[:done], plans[done:]))
-        # what a shard yields after cuts, or all of it if none lasted a step
-        shards = math.ceil(missing / ((used or sum(sizes)) / len(files)))
-        raise UserError(f"--train_files={hp.train_files}: {len(files)} shards last {done} of {len(plans)} steps; add "
-                        f"about {shards} more of this size, or lower --num_scheduled_iterations")
-
-
-# ==== 9. The run ======================================================================================================
-
-class MicroStep:
-    """Forward, backward and collection of one micro-batch, called as micro_step(batch, geometry, weights, grad_unit)
-    between begin and end, which belong to a step and not to each micro-step: begin makes the Matrices, end carries
-    their gradients on to the parameters.
-
-    With graphs, the second call of a kind (shapes, geometry) is captured as a CUDA graph and replayed from then on, as
-    the GPU waits for launches where batches are small: with 8 of 16,384 tokens, 253 ms a step became 188 (H200, fa4).
-    The first call runs and so compiles.
+    It publishes its rank's state in torchrun's store and reads the others', without the device: the training clock
+    shall not pay. NCCL's own watchdog waits for minutes, and cannot name what hangs.
     """
 
-    def __init__(self, model: GPT, optimizer: NorMuonAdam, hp: Hyperparameters, ranks: Ranks):
-        self.model, self.optimizer = model, optimizer
-        self.loss_of = compiled(model.forward) if hp.compile else model.forward
-        self.graphs = hp.graphs and hp.compile and ranks.device.type == "cuda"
-        self.pool = torch.cuda.graph_pool_handle() if self.graphs else None  # graphs run one at a time: one memory
-        self.replays: dict[tuple, Callable | None] = {}
-        self.matrices_of = compiled(model.matrices) if hp.compile else model.matrices
-        self.matrices = Matrices(*(x.detach().clone().requires_grad_() for x in model.matrices()))
-        for x in self.matrices:  # at fixed addresses like x itself, which a CUDA graph needs
-            x.grad = torch.zeros_like(x)
-        self.compiling = False  # in the first call of a kind, which takes long: kernels compile even without hp.compile
+    def __init__(self, ranks: Ranks, log: Log):
+        self.rank, self.world, self.log = ranks.rank, ranks.world, log
+        self.clock = self.micro_step = None  # of the training loop
+        self.stop_from = self.stop_before = None  # steps
+        self.step, self.wish, self.why, self.error = -1, "", "", ""  # wish: why this rank wants all to stop
+        self.states, self.beat, self.quiet = [{}] * ranks.world, 0, [0] * ranks.world
+        self.stalled = self.failing = 0
 
-    @torch.no_grad()
-    def begin(self) -> None:
-        torch._foreach_copy_(self.matrices, self.matrices_of())
+    def __enter__(self) -> Watch:
+        self.store = dist.HashStore()
+        if self.world > 1:  # a connection of its own, as others may keep theirs busy
+            self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        self.keys = [f"watch {os.environ.get('TORCHELASTIC_RESTART_COUNT')} {rank}" for rank in range(self.world)]
+        self.publish()
+        dist.barrier()
+        heard = [signal.SIGINT, signal.SIGTERM]
+        heard += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)  # which nohup asks for
+        self.handlers = {n: signal.signal(n, self.on_signal) for n in heard}
+        self.leaving, self.thread = threading.Event(), threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
+        return self
 
-    def end(self) -> None:
-        grads = [x.grad for x in self.matrices]
-        # made anew: a live graph would tie the accumulation of the lambdas' gradients to this stream, and captures fail
-        torch.autograd.backward(self.matrices_of(), grads)
-        torch._foreach_zero_(grads)
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
+        if error is None:
+            self.leaving.set()
+        elif isinstance(error, UserError):
+            self.error = f"error: {error}"
+        else:
+            trace = "".join(traceback.format_exception(error))
+            self.error = f"{trace}error: rank {self.rank}, step {self.step + 1}: {kind.__name__}: {error}"
+        with contextlib.suppress(RuntimeError):  # the launcher is gone: the thread finds out, too
+            self.publish()
+        self.thread.join()  # after an error it ends the process; till then no lost connection confuses the others
+        dist.barrier()  # nobody leaves while others watch
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
-    def run(self, batch: Batch, geometry: Geometry, weights: Tensor, grad_unit: float) -> Tensor:
-        """Add the micro-batch's gradients to the optimizer's; returns the loss, 0-dim fp32."""
-        with torch.no_grad():
-            rows = self.model.lookup(batch)
-        for row in (rows.embed, rows.bigram, *rows.value):
-            row.requires_grad_()
-        loss = self.loss_of(batch, rows, geometry, weights, grad_unit, self.matrices)
-        loss.backward()
-        self.optimizer.collect(batch, rows)
-        return loss.detach()
+    def on_signal(self, number: int, frame) -> None:
+        if self.world == 1:  # a second one ends the process at once; several get it twice, once from torchrun
+            signal.signal(number, signal.SIG_DFL)
+        self.wish = self.wish or signal.Signals(number).name
 
-    def capture(self, batch: Batch, geometry: Geometry, weights: Tensor, grad_unit: float) -> Callable:
-        inputs = Batch(*(t.clone() for t in batch)), weights.clone()
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: the loader's thread may pin memory meanwhile
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            loss = self.run(inputs[0], geometry, inputs[1], grad_unit)
+    def publish(self) -> None:
+        self.beat += 1
+        frame = sys._current_frames()[threading.main_thread().ident]
+        place = f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+        timed = bool(self.clock and self.clock.started and not self.micro_step.compiling)
+        state = {"beat": self.beat, "step": self.step, "timed": timed, "at": place, "stop": self.stop_from,
+                 "why": self.why, "error": self.error, "log": str(self.log.path)}
+        self.store.set(self.keys[self.rank], json.dumps(state))
 
-        def replay(batch: Batch, weights: Tensor) -> Tensor:
-            for static, new in zip((*inputs[0], inputs[1]), (*batch, weights)):
-                static.copy_(new)
-            graph.replay()
-            return loss
+    def work(self) -> None:
+        while not self.leaving.wait(LOOK_EVERY):
+            try:
+                self.publish()
+                states = [json.loads(text) for text in self.store.multi_get(self.keys)]
+            except RuntimeError:
+                self.end(f"error: rank {self.rank} cannot reach the launcher of the run: killed or cut off")
+            self.look(states)
 
-        return replay
+    def look(self, states: list[dict]) -> None:
+        """Judge the states of all ranks, LOOK_EVERY after the last ones."""
+        old, self.states, steps = self.states, states, [s["step"] for s in states]
+        self.quiet = [n + 1 if a == b else 0 for n, a, b in zip(self.quiet, old, states)]
+        moved = steps != [s.get("step") for s in old] or not all(s["timed"] for s in states)
+        self.stalled = 0 if moved or self.world == 1 else self.stalled + 1
+        errors, silence = [s["error"] for s in states if s["error"]], max(self.quiet)
+        self.failing += bool(errors)
+        if silence >= (SILENT if self.step >= 0 or self.wish or errors else SILENT_COMPILING):
+            lost = self.quiet.index(silence)
+            self.end(f"error: rank {lost} gave no sign of life for {silence * LOOK_EVERY:.0f} s, last in step "
+                     f"{steps[lost] + 1} at {states[lost]['at']}: killed, out of memory, stopped or cut off")
+        if errors and (self.world == 1 or self.failing > 2 and silence < 2):  # else it may follow from a rank's death
+            self.end(errors[0])
+        if self.stalled >= STALLED:
+            places = ", ".join(f"rank {rank} in step {s['step'] + 1} at {s['at']}" for rank, s in enumerate(states))
+            self.end(f"error: no rank finished a step for {STALLED * LOOK_EVERY:.0f} s, a rank hangs: {places}")
+        if self.stop_from is None and (why := self.wish or next((s["why"] for s in states if s["why"]), "")):
+            self.why, self.stop_from = why, self.step
+        stops = [s["stop"] for s in states]
+        if None not in stops:
+            self.why = states[0]["why"]
+            if min(stops) < 0:
+                self.end(f"interrupted by {self.why} before the first step", 128 + signal.Signals[self.why])
+            self.stop_before = max(stops) + 2  # a rank may have begun the step after the one that it published
 
-    def __call__(self, batch: Batch, geometry: Geometry, weights: Tensor, grad_unit: float) -> Tensor:
-        kind = (geometry, grad_unit, *(t.shape for t in (*batch, weights)))
-        self.compiling = kind not in self.replays
-        if not self.graphs or kind not in self.replays:
-            self.replays[kind] = None
-            return self.run(batch, geometry, weights, grad_unit)
-        if self.replays[kind] is None:
-            self.replays[kind] = self.capture(batch, geometry, weights, grad_unit)
-        return self.replays[kind](batch, weights)
+    def stops(self, step: int) -> bool:
+        """Whether all ranks stop before this step; to be asked before each."""
+        self.step = step
+        while (self.wish or self.stop_from is not None) and self.stop_before is None:
+            time.sleep(0.01)
+        return step == self.stop_before
 
-
-def train_step(micro_step: MicroStep, batches: list[Batch], touched: TouchedRows | None, p: Plan) -> Tensor:
-    """One optimizer step; returns all ranks' loss a token, weighted over the predicted tokens, as a device tensor."""
-    model, optimizer, S = micro_step.model, micro_step.optimizer, p.batch_tokens // SEGMENTS
-    A = SEGMENTS // optimizer.ranks.world
-    model.set_stage(p.stage)
-    geometry = Geometry(p.window_short, p.window_long, p.max_doc_len, model.scale, S)
-    weights = to_device(torch.tensor(p.mtp_weights) / A, optimizer.ranks.device)
-    total = 0.0
-    micro_step.begin()
-    for batch in batches:
-        total = total + micro_step(batch, geometry, weights, 1 / A)
-    micro_step.end()
-    loss = total / (S * sum(p.mtp_weights))
-    mean = dist.all_reduce(loss, op=dist.ReduceOp.AVG, async_op=True)
-    optimizer.step(p, touched)
-    mean.wait()
-    return loss
-
-
-def val_geometry(model: GPT, p: Plan, last: bool, max_len: int) -> Geometry:
-    """Windows of plan p, whose stage is set; a run's last validation widens the long one, not the rotary tables."""
-    model.set_stage(p.stage)
-    long = model.hp.final_val_window * model.hp.block if last else p.window_long
-    return Geometry(p.window_short, long, max_len, model.scale)
-
-
-@torch.no_grad()
-def evaluate(hp: Hyperparameters, ranks: Ranks, model: GPT, losses_of: Callable, tokens: np.ndarray, p: Plan,
-             last: bool, limit: int | None = None) -> float:
-    """Mean loss over the val stream, or over each rank's first `limit` chunks, with the windows of plan p."""
-    geometry = val_geometry(model, p, last, longest_document(tokens, hp))
-    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, count
-    for number, batch in enumerate(val_batches(hp, ranks, tokens)):
-        if number == limit:
-            break
-        losses = losses_of(batch, model.lookup(batch), geometry)
-        total += torch.stack([losses.double().sum(), total.new_tensor(len(losses))])
-    dist.all_reduce(total)
-    return (total[0] / total[1]).item()
-
-
-def warmup_steps(hp: Hyperparameters) -> list[int]:
-    """The first two steps of each stage: one with Adam, one without, and every shape that training will meet."""
-    bounds = stage_bounds(hp)
-    return [step for first, end in zip(bounds, bounds[1:]) for step in range(first, min(first + 2, end))]
+    def end(self, text: str, status: int = 1) -> None:
+        """End this process; the first rank alive writes the reason to stderr and to the end of the log."""
+        if self.rank == next((rank for rank, looks in enumerate(self.quiet) if looks < 2), self.rank):
+            with contextlib.suppress(OSError):  # no log is no reason to stay
+                fd = os.open(self.states[0].get("log", self.log.path), os.O_WRONLY | os.O_APPEND)
+                os.write(fd, f"{text}\n".encode())
+            with contextlib.suppress(OSError):  # nor is a closed terminal
+                print(text, file=sys.stderr)
+        else:
+            time.sleep(2 * LOOK_EVERY)  # torchrun ends all ranks with the first
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(status)
 
 
-def warmup(hp: Hyperparameters, ranks: Ranks, micro_step: MicroStep, losses_of: Callable, val_tokens: np.ndarray,
-           log: Log) -> None:
-    """Compile everything by real steps on real batches, then put weights and optimizer back to their beginning."""
-    steps, model = warmup_steps(hp), micro_step.model
-    loader = TrainLoader(hp, ranks, steps)
-    started = time.perf_counter()
-    for step in steps:
-        p = plan(step, hp)
-        train_step(micro_step, *next(loader), p)
-        if step in stage_bounds(hp):
-            evaluate(hp, ranks, model, losses_of, val_tokens, p, last=False, limit=1)
-        log(f"warm-up: step {step} after {time.perf_counter() - started:.0f} s")
-    evaluate(hp, ranks, model, losses_of, val_tokens, p, last=True, limit=1)
-    loader.close()
-    model.initialize(hp.seed)
-    micro_step.optimizer.reset()
+def log_environment(log: Log, hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str) -> None:
+    """Write versions and GPUs, the configuration, and the chosen backends to the log, each followed by a rule."""
+    try:
+        smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        smi = "nvidia-smi: not available"
+    versions = f"Python {sys.version}\nPyTorch {torch.__version__} CUDA {torch.version.cuda}, {ranks.world} ranks"
+    log(f"{versions}\n{smi}", show=False)
+    log("=" * 100 + "\n" + "\n".join(f"{f.name} = {getattr(hp, f.name)!r}" for f in fields(hp)), show=False)
+    log(f"attention used = {attention}\nkernels used = {kernels}\n{'=' * 100}", show=False)
+
+
+class Clock:
+    """Training time in ms; synchronises the device when it starts and stops, so that only training is counted."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.before, self.started = device, 0.0, None
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        dist.barrier()
+
+    def start(self) -> None:
+        self.synchronize()
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        self.synchronize()
+        self.before, self.started = self.ms(), None
+
+    def ms(self) -> float:
+        return self.before + (1000 * (time.perf_counter() - self.started) if self.started else 0.0)
+
+
+def settings(hp: Hyperparameters) -> dict:
+    """What the weights of a run follow from, besides the contents of its shards; and MAY_CHANGE."""
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in GPT(hp).named_parameters()}  # without padding
+    return asdict(hp) | {"LAYERS": str(LAYERS), "STAGES": str(STAGES), "PARAMS": str(PARAMS), "shapes": shapes}
+
+
+def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> Path | None:
+    """Write a checkpoint: tensors as one rank has them, but each rank's gradients that wait for Adam; or UserError.
+
+    Returns its path, on rank 0."""
+    (rank, R, _), about, tensors = optimizer.ranks, settings(optimizer.hp), {}
+    for name, x, kind in optimizer.tensors():
+        if kind != "same":
+            part = x[None] if kind == "own" else x
+            x = part.new_empty(R * len(part), *part.shape[1:])
+            dist.all_gather_into_tensor(x.view(torch.uint8), part.view(torch.uint8))  # NCCL knows no int16
+        if rank == 0 and (kind != "own" or x.any()):
+            tensors[name] = (x if kind == "own" else x[: about["shapes"][name.split(".")[0]][0]]).cpu()
+
+    def write() -> Path:
+        path = log.path.with_name(f"{log.path.stem}_step{step}.pt")
+        temporary = Path(f"{path}.tmp")
+        try:
+            torch.save({"settings": about, "step": step, "ms": ms, "tied": optimizer.tied,
+                        "adam_steps": optimizer.adam_steps, "tensors": tensors}, temporary)
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as e:  # the latter by torch's writer
+            raise UserError(f"cannot write {path}: {e}; free some space or choose another --log_dir") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    return on_every_rank(write if rank == 0 else lambda: None)
+
+
+def read_checkpoint(path: str, hp: Hyperparameters | None = None) -> dict:
+    """What save_checkpoint wrote, on the CPU, with "hp"; UserError unless it is intact and a run of hp can use it."""
+    try:
+        if zipfile.ZipFile(path).testzip():  # torch.load ignores checksums
+            raise ValueError("wrong checksum")
+        saved = torch.load(path, "cpu", weights_only=True, mmap=True)
+        old = saved["settings"]
+        if not isinstance(saved["step"], int) or any(
+                saved["tensors"][name].shape != shape for name, shape in old["shapes"].items()):
+            raise ValueError("wrong step or shapes")
+        if not hp:
+            hp = Hyperparameters(**{f.name: old[f.name] for f in fields(Hyperparameters) if f.name in old})
+            check_hyperparameters(hp)
+        saved["hp"], current = hp, settings(hp)
+    except Exception as e:  # zipfile and torch raise many kinds
+        cause = " ".join(f"{type(e).__name__}: {e}".split())
+        raise UserError(f"{path} is no intact checkpoint of this script ({cause}); choose another") from None
+    if other := [f"{key}={old.get(key)}" if hasattr(hp, key) else key for key, value in current.items()
+                 if key not in MAY_CHANGE and old.get(key) != value]:
+        raise UserError(f"{path} was trained with other values of what follows, use the same: {', '.join(other)}")
+    return saved
+
+
+def load_checkpoint(saved: dict, optimizer: NorMuonAdam, clock: Clock) -> int:
+    """Bring optimizer and model from the start to where they were, on any number of ranks; returns the steps done."""
+    rank, R, _ = optimizer.ranks
+    for name, x, kind in optimizer.tensors():
+        if name in saved["tensors"]:  # else a gradient of zeros
+            y = saved["tensors"][name]
+            if kind == "own":
+                y = y[rank] if len(y) == R else y.float().mean(0)
+            y = y[rank * len(x) :][: len(x)] if kind == "shard" else y
+            x[: len(y)].copy_(y)  # the rest is padding
+    clock.before, optimizer.tied, optimizer.adam_steps = (saved[key] for key in ("ms", "tied", "adam_steps"))
+    return saved["step"]
 
 
 class Rewind:
@@ -3022,231 +3254,6 @@ def find_bad(rewind: Rewind, micro_step: MicroStep, log: Log, end: int, ms: floa
     _, _, rank, place = min(everywhere)
     raise UserError(f"{why}; it began on rank {rank} in step {step + 1} with {place or 'a compiled operation'}, and "
                     f"reached {', '.join(bad)}; --resume={path} repeats this step")
-
-
-def settings(hp: Hyperparameters) -> dict:
-    """What the weights of a run follow from, besides the contents of its shards; and MAY_CHANGE."""
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in GPT(hp).named_parameters()}  # without padding
-    return asdict(hp) | {"LAYERS": str(LAYERS), "STAGES": str(STAGES), "PARAMS": str(PARAMS), "shapes": shapes}
-
-
-def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> Path | None:
-    """Write a checkpoint: tensors as one rank has them, but each rank's gradients that wait for Adam; or UserError.
-
-    Returns its path, on rank 0."""
-    (rank, R, _), about, tensors = optimizer.ranks, settings(optimizer.hp), {}
-    for name, x, kind in optimizer.tensors():
-        if kind != "same":
-            part = x[None] if kind == "own" else x
-            x = part.new_empty(R * len(part), *part.shape[1:])
-            dist.all_gather_into_tensor(x.view(torch.uint8), part.view(torch.uint8))  # NCCL knows no int16
-        if rank == 0 and (kind != "own" or x.any()):
-            tensors[name] = (x if kind == "own" else x[: about["shapes"][name.split(".")[0]][0]]).cpu()
-
-    def write() -> Path:
-        path = log.path.with_name(f"{log.path.stem}_step{step}.pt")
-        temporary = Path(f"{path}.tmp")
-        try:
-            torch.save({"settings": about, "step": step, "ms": ms, "tied": optimizer.tied,
-                        "adam_steps": optimizer.adam_steps, "tensors": tensors}, temporary)
-            os.replace(temporary, path)
-        except (OSError, RuntimeError) as e:  # the latter by torch's writer
-            raise UserError(f"cannot write {path}: {e}; free some space or choose another --log_dir") from None
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path
-
-    return on_every_rank(write if rank == 0 else lambda: None)
-
-
-def read_checkpoint(path: str, hp: Hyperparameters | None = None) -> dict:
-    """What save_checkpoint wrote, on the CPU, with "hp"; UserError unless it is intact and a run of hp can use it."""
-    try:
-        if zipfile.ZipFile(path).testzip():  # torch.load ignores checksums
-            raise ValueError("wrong checksum")
-        saved = torch.load(path, "cpu", weights_only=True, mmap=True)
-        old = saved["settings"]
-        if not isinstance(saved["step"], int) or any(
-                saved["tensors"][name].shape != shape for name, shape in old["shapes"].items()):
-            raise ValueError("wrong step or shapes")
-        if not hp:
-            hp = Hyperparameters(**{f.name: old[f.name] for f in fields(Hyperparameters) if f.name in old})
-            check_hyperparameters(hp)
-        saved["hp"], current = hp, settings(hp)
-    except Exception as e:  # zipfile and torch raise many kinds
-        cause = " ".join(f"{type(e).__name__}: {e}".split())
-        raise UserError(f"{path} is no intact checkpoint of this script ({cause}); choose another") from None
-    if other := [f"{key}={old.get(key)}" if hasattr(hp, key) else key for key, value in current.items()
-                 if key not in MAY_CHANGE and old.get(key) != value]:
-        raise UserError(f"{path} was trained with other values of what follows, use the same: {', '.join(other)}")
-    return saved
-
-
-def load_checkpoint(saved: dict, optimizer: NorMuonAdam, clock: "Clock") -> int:
-    """Bring optimizer and model from the start to where they were, on any number of ranks; returns the steps done."""
-    rank, R, _ = optimizer.ranks
-    for name, x, kind in optimizer.tensors():
-        if name in saved["tensors"]:  # else a gradient of zeros
-            y = saved["tensors"][name]
-            if kind == "own":
-                y = y[rank] if len(y) == R else y.float().mean(0)
-            y = y[rank * len(x) :][: len(x)] if kind == "shard" else y
-            x[: len(y)].copy_(y)  # the rest is padding
-    clock.before, optimizer.tied, optimizer.adam_steps = (saved[key] for key in ("ms", "tied", "adam_steps"))
-    return saved["step"]
-
-
-class Clock:
-    """Training time in ms; synchronises the device when it starts and stops, so that only training is counted."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.before, self.started = device, 0.0, None
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        dist.barrier()
-
-    def start(self) -> None:
-        self.synchronize()
-        self.started = time.perf_counter()
-
-    def stop(self) -> None:
-        self.synchronize()
-        self.before, self.started = self.ms(), None
-
-    def ms(self) -> float:
-        return self.before + (1000 * (time.perf_counter() - self.started) if self.started else 0.0)
-
-
-def set_up(hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str) -> MicroStep:
-    """Model with its initial weights, optimizer, and the step that trains them."""
-    with torch.device(ranks.device):
-        model = GPT(hp, ranks.world)
-    model.use(attention, kernels)
-    model.initialize(hp.seed)
-    return MicroStep(model, NorMuonAdam(model, hp, ranks), hp, ranks)
-
-
-def train(hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str, log: Log, saved: dict | None,
-          watch: Watch) -> int:
-    """The whole run, or what a checkpoint leaves of it: set up, warm up, train, validate. Returns the exit status."""
-    log_environment(log, hp, ranks, attention, kernels)
-    val_tokens, micro_step = read_val_tokens(hp), set_up(hp, ranks, attention, kernels)
-    model = micro_step.model
-    losses_of = compiled(model.token_losses) if hp.compile else model.token_losses
-    if hp.compile:
-        warmup(hp, ranks, micro_step, losses_of, val_tokens, log)
-
-    N, clock, optimizer, pending = hp.num_steps, Clock(ranks.device), micro_step.optimizer, deque()
-    first = load_checkpoint(saved, optimizer, clock) if saved else 0
-    recent, loader = clock.before, TrainLoader(hp, ranks, range(N), first)
-    while saved and loader.queue.empty():  # to find the place in the shards is no training
-        time.sleep(0.01)
-    watch.clock, watch.micro_step, rewind = clock, micro_step, Rewind(optimizer, first)
-    clock.start()
-    for step in range(first, N + 1):
-        stop, last, p = watch.stops(step), step == N, plan(min(step, N - 1), hp)
-        validating = last or (hp.val_every and step % hp.val_every == 0)
-        saving = step > first and (saves(step, hp) or (stop and (hp.save_every or hp.save_final)))
-        if stop or validating or saving:
-            clock.stop()
-            while pending:
-                recent = report(log, watch, N, *pending.popleft(), recent)
-            if stop and not watch.why.startswith("SIG"):
-                find_bad(rewind, micro_step, log, step, clock.ms(), watch.why)
-            if saving:
-                path = save_checkpoint(log, optimizer, step, clock.ms())
-            if stop:
-                kept = f"--resume={path} goes on" if saving else "nothing saved; --save_final=true would have"
-                log(f"interrupted by {watch.why} after step {step} of {N}: {kept}")
-                break
-            if validating:
-                val_loss = evaluate(hp, ranks, model, losses_of, val_tokens, p, last)
-                average = clock.ms() / max(step, 1)
-                log(f"step:{step}/{N} val_loss:{val_loss:.4f} train_time:{clock.ms():.0f}ms step_avg:{average:.2f}ms")
-                if not math.isfinite(val_loss):
-                    find_bad(rewind, micro_step, log, step, clock.ms(), f"the validation loss is {val_loss}")
-                rewind.keep(step)
-            if last:
-                break
-            clock.start()
-        loss = train_step(micro_step, *next(loader), p)
-        # The loss is read a step late, so that the device always has the next step's work queued
-        pending.append((step + 1, Reading(loss), p.batch_tokens))
-        if len(pending) > 1:
-            recent = report(log, watch, N, *pending.popleft(), recent)
-    loader.close()
-    if stop:
-        return 128 + signal.Signals[watch.why]
-    log(f"final: val_loss {val_loss:.4f} after {N} steps, {clock.ms() / 1000:.1f} s of training on {ranks.world} x "
-        f"{torch.cuda.get_device_name() if ranks.device.type == 'cuda' else 'CPU'}")
-    if ranks.device.type == "cuda":
-        log(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB "
-            f"reserved: {torch.cuda.max_memory_reserved() // 2**20} MiB")
-    return 0
-
-
-class Reading:
-    """A device scalar on its way to the host; only value() waits, and for no later work of the device."""
-
-    def __init__(self, x: Tensor):
-        self.host, self.event = x.to("cpu", non_blocking=True), torch.cuda.Event() if x.is_cuda else None
-        if self.event:
-            self.event.record()
-
-    def value(self) -> float:
-        if self.event:
-            self.event.synchronize()
-        return self.host.item()
-
-
-def report(log: Log, watch: Watch, N: int, step: int, loss: Reading, tokens: int, before: float) -> float:
-    """Log a finished step; returns the training time in ms, which the next call takes as `before`.
-
-    A nan or inf on any rank stops all: one that was in gradients only is in the next steps' losses.
-    """
-    loss, ms = loss.value(), watch.clock.ms()
-    if not math.isfinite(loss):
-        watch.wish = watch.wish or f"the training loss of step {step} is {loss}"
-    rate = tokens / max(ms - before, 1e-3) * 1000
-    log.step(f"step:{step}/{N} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms", step,
-             loss=f"{loss:.3f}", tok_s=f"{rate:,.0f}")
-    return ms
-
-
-def main() -> None:
-    """Run the command line; a UserError costs one line and exit status 1."""
-    # PyTorch 2.13 renames two collectives; the old names work in all versions that this script supports
-    warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor")
-    try:
-        hp, args = parse_args(sys.argv[1:])
-        if args.plan:
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --plan | head
-            print("\n".join(plan_csv(hp)))
-            return
-        if args.check:
-            check_data(hp)
-            if hp.resume:
-                read_checkpoint(hp.resume, hp)
-            return
-        ranks = setup_ranks(hp)
-        chosen = on_every_rank(lambda: (choose_attention(hp, ranks.device), choose_kernels(hp, ranks.device)))
-        on_every_rank(lambda: check_data(hp))
-        saved = on_every_rank(lambda: read_checkpoint(hp.resume, hp) if hp.resume else None)
-        log = on_every_rank(lambda: Log(hp, ranks))
-        with Watch(ranks, log) as watch:
-            status = train(hp, ranks, *chosen, log, saved, watch)
-        log.close()
-        dist.destroy_process_group()
-        sys.exit(status)
-    except UserError as e:  # the same on every rank: told once a machine
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"error: {e}", file=sys.stderr)
-        sys.exit(1)
 
 
 if __name__ == "__main__":
