@@ -363,6 +363,46 @@ class Matrices(NamedTuple):
     down: Tensor  # [L, F, D]
 
 
+class Stream(NamedTuple):
+    """The residual stream from one operation to the next; only a set of Ops looks inside."""
+
+    x: Tensor  # [T, D]
+    rstd: Tensor | None = None  # [T] fp32, 1 / rms of each row, which HOPPER's products take in place of norms
+
+
+class Injection(NamedTuple):
+    """x0_lambda x0 + bigram_lambda bigram, which a layer adds to the stream."""
+
+    total: Tensor  # [T, D] PLAIN: this sum; HOPPER: what takes its gradient
+    x0: Tensor  # [T, D], and so on: HOPPER's product adds these itself
+    bigram: Tensor
+    x0_lambda: Tensor  # 0-dim fp32
+    bigram_lambda: Tensor
+
+
+class AttentionWeights(NamedTuple):
+    """The weights of one layer's attention, before its output."""
+
+    qkv: Tensor  # [3D, D]
+    gate: Tensor  # [H, GATE_INPUTS], of the heads
+    value_gate: Tensor | None  # [H, GATE_INPUTS], of the value embedding, if there is one
+
+
+class Ops(NamedTuple):
+    """What the model computes with: PLAIN says it in PyTorch, HOPPER does it in fused kernels. See choose_ops."""
+
+    stream: Callable  # x [T, D] -> Stream
+    normed: Callable  # Stream -> Stream, each row over its rms
+    first_columns: Callable  # x [T, n], k -> x, x[:, :k]
+    attention_inputs: Callable  # normed Stream, AttentionWeights, value embedding, cos, sin, Layer -> q, k, v, gate
+    attention: Callable  # softmax(scale q k^T) v inside documents and a window, times gate; see attention_reference
+    injections: Callable  # x0, bigram [T, D], lambdas [n], lambdas [n] -> n of Injection
+    linear_sum: Callable  # y, o, x: Stream, resid [T], Injection -> Stream: y o^T + resid x + what is injected
+    mlp: Callable  # x: Stream, up, down, resid [T] -> Stream: relu(norm(x) up^T)^2 down + resid x
+    head_loss: Callable  # x [T, D], w [D, V], targets, weights, fp8, grad_unit -> loss, 0-dim
+    add_rows: Callable  # rows [T, D], ids [T], table, order: table[ids] += rows, in place
+
+
 class Geometry(NamedTuple):
     """What the model needs besides tensors; constants to the compiler, so each stage has its own compiled step."""
 
@@ -736,13 +776,8 @@ class GPT(nn.Module):
             table = torch.empty(2 * longest, hp.head_dim // 4, dtype=torch.bfloat16)
             self.register_buffer(name, table, persistent=False)
         self.register_buffer("attn_layers", torch.tensor(list(ATTN_INDEX)), persistent=False)
-        self.use("reference", "reference")
+        self.ops = PLAIN
         self.stage, self.scale = -1, hp.attn_scale
-
-    def use(self, attention: str, kernels: str) -> None:
-        """Compute with this one of ATTENTION_BACKENDS and this one of KERNELS."""
-        self.attention = ATTENTION_BACKENDS[attention]()
-        self.kernels, self.fast, self.fused = kernels, kernels != "reference", kernels == "quack"
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
@@ -792,39 +827,19 @@ class GPT(nn.Module):
         gate = self.scalars[2 * len(LAYERS)] * torch.sigmoid(F.linear(e[:, 1:, :GATE_INPUTS], self.smear_gate))
         return torch.cat([e[:, :1], e[:, 1:] + gate * e[:, :-1]], dim=1)
 
-    def inverse_rms(self, x: Tensor) -> Tensor | None:
-        """r [T] of x [T, D], which fused products take in place of norms."""
-        return inverse_rms(x.detach().float().square(), x.size(1)) if self.fused else None
-
-    def normed(self, x: Tensor, r: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """norm(x [T, D]), and the factor r [T] that it lacks if products are fused."""
-        return FoldedNorm.apply(x, r) if self.fused else norm(x), r
-
-    def first_columns(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        return FirstColumns.apply(x, k) if self.fast else (x, x[:, :k])
-
-    def attend(self, i: int, h: Tensor, r: Tensor | None, qkv: Tensor, ve: Tensor | None, batch: Batch,
-               g: Geometry) -> Tensor:
-        """Gated attention of layer i on normed's h [T, D], r with weights qkv [3D, D], before O; [T, D]."""
-        layer, T, H, d = LAYERS[i], h.size(0), self.hp.num_heads, self.hp.head_dim
-        ve_first, w_value = None, None if ve is None else self.ve_gate_bank[layer.value_table]
-        if ve is not None and not layer.paired:
-            ve, ve_first = self.first_columns(ve, GATE_INPUTS // 2)
-        gate_inputs = ve_first, self.attn_gate_bank[ATTN_INDEX[i]], w_value
-        if self.fused:
-            qkv, gate, ve_gate = NormedLinear.apply(h, r, qkv, *gate_inputs)
-        else:
-            qkv = F.linear(h, qkv)
-            gate, ve_gate = (Gates.apply if self.fast else gates_reference)(h[:, :GATE_INPUTS], r, *gate_inputs)
-        inputs = AttentionInputs.apply if self.fast else attention_inputs_reference
+    def attend(self, i: int, h: Stream, qkv: Tensor, ve: Tensor | None, batch: Batch, g: Geometry) -> Tensor:
+        """Gated attention of layer i on normed h, with weights qkv [3D, D], before O; [T, D]."""
+        layer, T, H, d = LAYERS[i], len(h.x), self.hp.num_heads, self.hp.head_dim
+        value_gate = None if ve is None else self.ve_gate_bank[layer.value_table]
+        weights = AttentionWeights(qkv, self.attn_gate_bank[ATTN_INDEX[i]], value_gate)
         n = 2 if layer.paired else 1
         cos, sin = (table[: n * (g.segment or T)] for table in (self.cos, self.sin))
-        q, k, v = inputs(qkv.view(T, 3, H, d), r, ve, ve_gate, cos, sin, layer.paired, layer.key_offset)
+        q, k, v, gate = self.ops.attention_inputs(h, weights, ve, cos, sin, layer)
         # A paired token becomes two, heads 0..H/2-1 and then the rest: the same memory seen as [2T, H/2, d]
         q, k, v = (x.reshape(n * T, H // n, d) for x in (q, k, v))
         window = g.window_short if layer.window == "short" else g.window_long
-        return self.attention(q, k, v, batch.cu_seqlens * n, g.max_len * n, window, g.scale,
-                              gate.view(n * T, H // n)).reshape(T, H * d)
+        return self.ops.attention(q, k, v, batch.cu_seqlens * n, g.max_len * n, window, g.scale,
+                                  gate.view(n * T, H // n)).reshape(T, H * d)
 
     def matrices(self) -> Matrices:
         """The Matrices of the current banks and lambdas."""
@@ -841,9 +856,7 @@ class GPT(nn.Module):
 
     def trunk(self, batch: Batch, rows: Rows, g: Geometry, matrices: Matrices | None = None) -> Tensor:
         """From tokens to the normalised last hidden state [T, D]."""
-        linear_sum = LinearSum.apply if self.fused else linear_sum_reference
-        embedding_sums = EmbeddingSums.apply if self.fused else embedding_sums_reference
-        mlp = ReluSquareMLP.apply if self.fused else mlp_reference
+        ops = self.ops
         backout_lambda, skip_lambda = self.scalars[-2:].unbind()
         resid, x0_lambdas, bigram_lambdas = (
             p.bfloat16().float() for p in (self.resid_lambdas, self.x0_lambdas, self.bigram_lambdas))
@@ -853,34 +866,32 @@ class GPT(nn.Module):
         qkv, o, up, down = (x.unbind() for x in matrices or self.matrices())
 
         smeared = self.smear(rows.embed.unflatten(0, (-1, g.segment or len(rows.embed)))).flatten(0, 1)
-        x0, first = self.first_columns(norm(smeared), GATE_INPUTS)
-        x = x0 + bigram_lambdas[0] * rows.bigram
-        r = self.inverse_rms(x)
+        x0, first = ops.first_columns(norm(smeared), GATE_INPUTS)
+        x = ops.stream(x0 + bigram_lambdas[0] * rows.bigram)
         s0, s1 = (scales[self.attn_layers] for scales in (x0_lambdas, bigram_lambdas))
         s1 = F.pad(s1[1:], (1, 0))  # the first layer's bigram is in the stream already
-        added = embedding_sums(x0, rows.bigram, s0, s1)
-        embeddings, s0, s1 = (x0.detach(), rows.bigram.detach()), s0.detach().unbind(), s1.detach().unbind()
-        after, normed = {}, {-1: self.normed(x, r)}  # layer -> the stream after it; its norm, which several layers read
+        inject = ops.injections(x0, rows.bigram, s0, s1)
+
+        after, normed = {}, {-1: ops.normed(x)}  # layer -> the stream after it; its norm, which several layers read
         for i, layer in enumerate(LAYERS):
             if layer.skip_from is not None:
                 gate = torch.sigmoid(skip_lambda) * 2 * torch.sigmoid(F.linear(first, self.skip_gate))
-                x = x + gate * after[layer.skip_from]
-                r = self.inverse_rms(x)
+                x = ops.stream(x.x + gate * after[layer.skip_from].x)
             else:
-                j, table = ATTN_INDEX[i], layer.value_table
-                y = self.attend(i, *normed[i - 1 if layer.reads is None else layer.reads], qkv[j],
-                                None if table is None else rows.value[table], batch, g)
-                x, r = linear_sum(y, o[j], x, resid[2 * i], added[j], *embeddings, s0[j], s1[j])
-            x, r = mlp(x, r, up[i], down[i], resid[2 * i + 1])
-            after[i], normed[i] = x, self.normed(x, r)
-        return norm(x - backout_lambda * after[BACKOUT_LAYER])
+                j, h = ATTN_INDEX[i], normed[i - 1 if layer.reads is None else layer.reads]
+                ve = None if layer.value_table is None else rows.value[layer.value_table]
+                y = self.attend(i, h, qkv[j], ve, batch, g)
+                x = ops.linear_sum(y, o[j], x, resid[2 * i], inject[j])  # y o^T + resid x + what is injected
+            x = ops.mlp(x, up[i], down[i], resid[2 * i + 1])  # relu(norm(x) up^T)^2 down + resid x
+            after[i], normed[i] = x, ops.normed(x)
+        return norm(x.x - backout_lambda * after[BACKOUT_LAYER].x)
 
     def forward(self, batch: Batch, rows: Rows, g: Geometry, mtp_weights: Tensor, grad_unit: float,
                 matrices: Matrices | None = None) -> Tensor:
         """Training loss, summed over positions; mtp_weights [k] include 1/A, and grad_unit is 1/A."""
         x = self.trunk(batch, rows, g, matrices)
         targets = batch.targets.unflatten(0, (-1, g.segment or len(batch.targets)))
-        return HeadLoss.apply(x, self.lm_head, targets, mtp_weights, self.hp.fp8_head, grad_unit, self.kernels)
+        return self.ops.head_loss(x, self.lm_head, targets, mtp_weights, self.hp.fp8_head, grad_unit)
 
     def token_losses(self, batch: Batch, rows: Rows, g: Geometry) -> Tensor:
         """Validation loss of each position [T]."""
@@ -988,11 +999,11 @@ class NorMuonAdam:
     """
 
     def __init__(self, model: GPT, hp: Hyperparameters, ranks: Ranks):
-        self.hp, self.ranks, self.fast = hp, ranks, model.fast
+        self.hp, self.ranks = hp, ranks
+        self.add_rows, self.fast = model.ops.add_rows, model.ops.add_rows is not PLAIN.add_rows
         self.params = {row.name: getattr(model, row.name) for row in PARAMS}
         compiler = compiled if hp.compile else lambda f: f
         self.normuon_update, self.adam_update = compiler(normuon_update), compiler(adam_update)
-        self.scatter_add_rows = scatter_add_rows if self.fast else scatter_add_rows_reference
         self.transpose_into = transpose_into if self.fast else transpose_into_reference
         # Gradients of the looked-up tables, summed in fp32 (see collect); other parameters have autograd's
         self.table_grads = {name: torch.zeros_like(self.params[name], dtype=torch.float32, requires_grad=False)
@@ -1035,7 +1046,7 @@ class NorMuonAdam:
     @torch.no_grad()
     def collect(self, batch: Batch, rows: Rows) -> None:
         """Add the gradients of a micro-batch's table rows to the tables' gradients; only these rows are touched."""
-        add, grads = self.scatter_add_rows, self.table_grads
+        add, grads = self.add_rows, self.table_grads
         add(rows.embed.grad, batch.tokens, grads["embed"], batch.order)
         add(rows.bigram.grad, batch.bigram_ids, grads["bigram_embed"])
         for row, grad in zip(rows.value, grads["value_embeds"].chunk(NUM_VALUE_TABLES)):
@@ -1102,7 +1113,7 @@ class NorMuonAdam:
     def average(self, row: Param, received: Tensor, touched: TouchedRows) -> Tensor:
         """This rank's part of a sparse gradient, in fp32, from the rows that came for it."""
         part = torch.zeros_like(self.shard(row), dtype=torch.float32)
-        self.scatter_add_rows(received, touched.received, part)
+        self.add_rows(received, touched.received, part)
         return part.div_(self.ranks.world)
 
     def launch_gather(self, row: Param) -> dist.Work | None:
@@ -1310,11 +1321,11 @@ def warmup(hp: Hyperparameters, ranks: Ranks, micro_step: MicroStep, losses_of: 
     micro_step.optimizer.reset()
 
 
-def set_up(hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str) -> MicroStep:
+def set_up(hp: Hyperparameters, ranks: Ranks, ops: Ops) -> MicroStep:
     """Model with its initial weights, optimizer, and the step that trains them."""
     with torch.device(ranks.device):
         model = GPT(hp, ranks.world)
-    model.use(attention, kernels)
+    model.ops = ops
     model.initialize(hp.seed)
     return MicroStep(model, NorMuonAdam(model, hp, ranks), hp, ranks)
 
@@ -1323,7 +1334,7 @@ def train(hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str, log: 
           watch: Watch) -> int:
     """The whole run, or what a checkpoint leaves of it: set up, warm up, train, validate. Returns the exit status."""
     log_environment(log, hp, ranks, attention, kernels)
-    val_tokens, micro_step = read_val_tokens(hp), set_up(hp, ranks, attention, kernels)
+    val_tokens, micro_step = read_val_tokens(hp), set_up(hp, ranks, choose_ops(attention, kernels))
     model = micro_step.model
     losses_of = compiled(model.token_losses) if hp.compile else model.token_losses
     if hp.compile:
@@ -1441,9 +1452,7 @@ def main() -> None:
 
 # ==== 8. Kernels: each Triton kernel has its plain PyTorch reference, of the same signature, directly above it ========
 
-# Where a function takes `fast`, true means the Triton kernel (bf16 on a Hopper or newer GPU) and false the reference.
-
-HOPPER = 9  # GPU generation
+HOPPER_GPU = 9  # generation
 
 
 def gpu_generation(device: torch.device) -> int:
@@ -1456,22 +1465,43 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-KERNELS = ("quack", "triton", "reference")  # the fastest first; each has those after it for what it does not cover
+KERNELS = ("hopper", "plain")  # the fastest first
 
 
 def choose_kernels(hp: Hyperparameters, device: torch.device) -> str:
     """The one of KERNELS to use: the one asked for, or the fastest that works on this device."""
-    generation = gpu_generation(device)
-    gpu = triton is not None and generation >= HOPPER and hp.dtype == "bfloat16" and hp.head_dim.bit_count() == 1
-    quack = gpu and generation == HOPPER and importlib.util.find_spec("quack") is not None
-    usable = {"quack": quack, "triton": gpu, "reference": True}
+    usable = {"plain": True, "hopper": triton is not None and gpu_generation(device) == HOPPER_GPU
+              and hp.dtype == "bfloat16" and hp.head_dim.bit_count() == 1
+              and importlib.util.find_spec("quack") is not None}
     if hp.kernels == "auto":
         return next(name for name in KERNELS if usable[name])
     if not usable[hp.kernels]:
-        raise UserError(f"--kernels={hp.kernels} needs Triton, bfloat16, a --head_dim that is a power of 2 and a "
-                        "Hopper or newer GPU, and quack just a Hopper GPU and the package quack-kernels; use "
-                        "--kernels=auto")
+        raise UserError(f"--kernels={hp.kernels} needs a Hopper GPU, Triton, the package quack-kernels, bfloat16 and a "
+                        "--head_dim that is a power of 2; use --kernels=auto")
     return hp.kernels
+
+
+def choose_ops(attention: str, kernels: str) -> Ops:
+    """The operations by one of KERNELS, with one of ATTENTION_BACKENDS."""
+    return (HOPPER if kernels == "hopper" else PLAIN)._replace(attention=ATTENTION_BACKENDS[attention]())
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then Triton's kernels run on the CPU
+
+
+def op(reference: Callable | None = None, shapes: Callable | None = None, cpu: bool = INTERPRETED) -> Callable:
+    """Decorator: a custom operation whose kernel is the decorated function. Its shapes, and on the CPU its numbers, are
+    those of the reference, which has the same signature; `shapes` alone serves where there is none. With cpu the kernel
+    runs there, too."""
+    def define(kernel: Callable) -> Callable:
+        # without the tag, TorchInductor stores an input again for each of its readers
+        operation = custom_op(f"speedrun::{kernel.__name__}", kernel, mutates_args=(), tags=[torch.Tag.flexible_layout],
+                              device_types=None if cpu else "cuda")
+        operation.register_fake(shapes or reference)
+        if reference and not cpu:
+            operation.register_kernel("cpu")(reference)
+        return operation
+    return define
 
 
 # --- Gates of heads and of value embeddings
@@ -1648,10 +1678,6 @@ def empty_tile_sums(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(a.size(0), -(-b.size(1) // PRODUCT_TILE[1]), dtype=torch.float32)
 
 
-def fake_product_and_sums(a: Tensor, b: Tensor, *_) -> tuple[Tensor, Tensor]:
-    return a.new_empty(a.size(0), b.size(1)), empty_tile_sums(a, b)
-
-
 def product_sum_reference(a: Tensor, b: Tensor, terms: list[Tensor], scales: list[Tensor]) -> tuple[Tensor, Tensor]:
     """y = a b + scales[0] terms[0] + ... [m, n], scales 0-dim fp32; and tile_sums of y^2. quack_products has kernels
     for 1 and 3 terms."""
@@ -1726,40 +1752,27 @@ def product_and_sums(kind: str, a: Tensor, b: Tensor, c: Tensor, **more: Tensor)
     return quack_products()[kind](a, b, c, sums=sums, **more)["D"], sums
 
 
-# Without the tag, TorchInductor stores an input again for each of its readers
-product_op = partial(custom_op, mutates_args=(), device_types="cuda", tags=[torch.Tag.flexible_layout])
-
-
-@product_op("speedrun::product")
+@op(product_reference, cpu=False)
 def product(a: Tensor, b: Tensor, r: Tensor | None = None) -> Tensor:
     f = quack_products()
     return (f["none"](a, b) if r is None else f["relu_square"](a, b, r=r[None]))["D"]
 
 
-@product_op("speedrun::product_sum")
+@op(product_sum_reference, cpu=False)
 def product_sum(a: Tensor, b: Tensor, terms: list[Tensor], scales: list[Tensor]) -> tuple[Tensor, Tensor]:
     more = {f"c{i}": c for i, c in enumerate(terms) if i} | {f"s{i}": scale for i, scale in enumerate(scales)}
     return product_and_sums(f"sum{len(terms)}", a, b, terms[0], **more)
 
 
-@product_op("speedrun::product_root")
+@op(product_root_reference, cpu=False)
 def product_root(a: Tensor, b: Tensor, c: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     return product_and_sums("root", a, b, c, r=r[None])
 
 
-@product_op("speedrun::product_norm_grad")
+@op(product_norm_grad_reference, cpu=False)
 def product_norm_grad(a: Tensor, b: Tensor, dy: Tensor, x: Tensor, s: Tensor,
                       factor: Tensor) -> tuple[Tensor, Tensor]:
     return product_and_sums("norm_grad", a, b, dy, x=x, s=s, r=factor[None])
-
-product.register_kernel("cpu")(product_reference)
-product.register_fake(lambda a, b, r=None: a.new_empty(a.size(0), b.size(1)))
-product_sum.register_kernel("cpu")(product_sum_reference)
-product_sum.register_fake(fake_product_and_sums)
-product_root.register_kernel("cpu")(product_root_reference)
-product_root.register_fake(fake_product_and_sums)
-product_norm_grad.register_kernel("cpu")(product_norm_grad_reference)
-product_norm_grad.register_fake(fake_product_and_sums)
 
 
 def add_columns_reference(y: Tensor, c: Tensor) -> None:
@@ -1925,13 +1938,8 @@ class EmbeddingSums(torch.autograd.Function):
         return dx0, dbigram, *ds.sum(0).unbind()
 
 
-def linear_sum_reference(x: Tensor, w: Tensor, c: Tensor, s: Tensor, added: Tensor, *_) -> tuple[Tensor, None]:
-    """y = x w^T + s c + added for x [T, k], w [n, k], c, added [T, n], and s [T] fp32, one number repeated."""
-    return F.linear(x, w) + (s[:, None] * c).to(c.dtype) + added, None
-
-
 class LinearSum(torch.autograd.Function):
-    """linear_sum_reference where `added` stands for s0 x0 + s1 bigram; and r [T] of the result, in place of None."""
+    """x w^T + s[0] c + s0 x0 + s1 bigram, for which `added` takes the gradient, and r [T] of the result."""
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, c: Tensor, s: Tensor, added: Tensor, x0: Tensor, bigram: Tensor, s0: Tensor,
@@ -1951,13 +1959,8 @@ class LinearSum(torch.autograd.Function):
 
 # --- MLP: relu(norm(x) up^T)^2 down + scale x (So et al., Primer, arXiv 2109.08668)
 
-def mlp_reference(x: Tensor, r: None, up: Tensor, down: Tensor, scale: Tensor) -> tuple[Tensor, None]:
-    """That and None, for x [T, D], up, down [F, D] and scale [T] fp32, one number repeated."""
-    return F.relu(F.linear(norm(x), up)).square() @ down + (scale[:, None] * x).to(x.dtype), None
-
-
 class ReluSquareMLP(torch.autograd.Function):
-    """mlp_reference, and r [T] of the result; keeps the hidden layer h [T, F], whose root gives the square's slope."""
+    """relu(r x up^T)^2 down + scale[0] x, and r [T] of it; keeps the hidden layer h, whose root is the square's slope."""
 
     @staticmethod
     def forward(ctx, x: Tensor, r: Tensor, up: Tensor, down: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -2110,8 +2113,8 @@ def attention_inputs_backward_kernel(qkv, r, ve, gate, cos, sin, dq, dk, dv, dqk
 ATTENTION_INPUT_ROWS = 16  # tokens of one program
 
 
-@custom_op("speedrun::attention_inputs", mutates_args=())
-def attention_inputs_forward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, gate: Tensor | None, cos: Tensor,
+@op(attention_inputs_reference)
+def attention_inputs(qkv: Tensor, r: Tensor | None, ve: Tensor | None, gate: Tensor | None, cos: Tensor,
                              sin: Tensor, paired: bool, key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
     T, _, H, d = qkv.shape
     q, k, v = (qkv.new_empty(T, H, d) for _ in range(3))
@@ -2121,7 +2124,9 @@ def attention_inputs_forward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, g
     return q, k, v
 
 
-@custom_op("speedrun::attention_inputs_backward", mutates_args=())
+@op(shapes=lambda qkv, r, ve, gate, *_: (
+    torch.empty_like(qkv), qkv.new_empty(0 if ve is None else qkv.size(0), qkv.shape[2:].numel()),
+    qkv.new_empty(0, qkv.size(2)) if ve is None else torch.empty_like(gate)))
 def attention_inputs_backward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, gate: Tensor | None, cos: Tensor,
                               sin: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, paired: bool,
                               key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -2135,12 +2140,6 @@ def attention_inputs_backward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, 
         paired, key_offset, r is not None, mix, ATTENTION_INPUT_ROWS)
     return dqkv, dve, dgate
 
-attention_inputs_forward.register_fake(lambda qkv, *_: tuple(
-    qkv.new_empty(qkv.size(0), *qkv.shape[2:]) for _ in range(3)))
-attention_inputs_backward.register_fake(lambda qkv, _r, ve, gate, *_: (
-    torch.empty_like(qkv), qkv.new_empty(0 if ve is None else qkv.size(0), qkv.shape[2:].numel()),
-    qkv.new_empty(0, qkv.size(2)) if ve is None else torch.empty_like(gate)))
-
 
 class AttentionInputs(torch.autograd.Function):
     """attention_inputs_reference, forward and backward in one kernel each; r counts as a constant."""
@@ -2149,7 +2148,7 @@ class AttentionInputs(torch.autograd.Function):
     def forward(ctx, qkv, r, ve, gate, cos, sin, paired, key_offset):
         ctx.save_for_backward(qkv, r, ve, gate, cos, sin)
         ctx.options = paired, key_offset
-        return attention_inputs_forward(qkv, r, ve, gate, cos, sin, paired, key_offset)
+        return attention_inputs(qkv, r, ve, gate, cos, sin, paired, key_offset)
 
     @staticmethod
     def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
@@ -2288,7 +2287,7 @@ def target_kernel(logits, targets, weights, total, loss, grad, T, S, V, scale, C
 LOSS_BLOCK, LOSS_ROWS = 4096, 64  # of a sweep on H200, with 16 warps
 
 
-@custom_op("speedrun::softcapped_mtp_loss", mutates_args=())
+@op(softcapped_mtp_loss_reference)
 def softcapped_mtp_loss(logits: Tensor, targets: Tensor, weights: Tensor, grad_dtype: torch.dtype,
                         grad_scale: float) -> tuple[Tensor, Tensor]:
     (T, V), K, half = logits.shape, len(weights), 0.5 * CAP * math.log2(math.e)
@@ -2304,10 +2303,6 @@ def softcapped_mtp_loss(logits: Tensor, targets: Tensor, weights: Tensor, grad_d
     target_kernel[(triton.cdiv(T, LOSS_ROWS),)](logits, targets, weights, total, loss, grad, T, S, V, scale, CAP,
                                                 half, CAP_SHIFT, CAP_WIDTH, K, LOSS_ROWS, num_warps=2)
     return loss, grad
-
-softcapped_mtp_loss.register_fake(lambda logits, targets, weights, grad_dtype, grad_scale: (
-    logits.new_empty(logits.size(0), dtype=torch.float32), logits.new_empty(logits.shape, dtype=grad_dtype)))
-
 
 # --- Transposes
 
@@ -2335,15 +2330,12 @@ def transpose_into(src: Tensor, dst: Tensor, add: bool) -> None:
     transpose_kernel[(triton.cdiv(m, block) * triton.cdiv(n, block),)](src, dst, m, n, add, block, num_warps=warps)
 
 
-@custom_op("speedrun::transposed", mutates_args=())
+@op(lambda src: src.mT.contiguous())
 def transposed(src: Tensor) -> Tensor:
     """src^T for FP8 src, contiguous, as an operation that torch.compile can take."""
     dst = src.new_empty(src.size(1), src.size(0))
     transpose_into(src.view(torch.int8), dst.view(torch.int8), add=False)  # Triton need not know the type
     return dst
-
-transposed.register_fake(lambda src: src.new_empty(src.size(1), src.size(0)))
-
 
 # --- Head: product, loss and gradient
 
@@ -2358,15 +2350,12 @@ def quick_fp8_product_reference(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
                             use_fast_accum=True)
 
 
-@custom_op("speedrun::quick_fp8_product", mutates_args=(), device_types="cuda")
+@op(quick_fp8_product_reference, cpu=False)
 def quick_fp8_product(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """The result is stored while the next tile is computed: logits in 3.29 ms, where cuBLAS takes 3.66 (H200)."""
     y = a.new_empty(a.size(0), b.size(1), dtype=torch.bfloat16)
     quack_products()["scaled"](a, b, y, epi_args={"scale": scale})
     return y
-
-quick_fp8_product.register_fake(lambda a, b, _: a.new_empty(a.size(0), b.size(1), dtype=torch.bfloat16))
-
 
 class HeadLoss(torch.autograd.Function):
     """sum over positions of softcapped_mtp_loss(x w): head product, loss and gradient without keeping the logits.
@@ -2376,14 +2365,13 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, fp8: bool, grad_unit: float, kernels: str):
-        fast = kernels != "reference"
+    def forward(ctx, x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, fp8: bool, grad_unit: float, fast: bool):
         loss_of = softcapped_mtp_loss if fast else softcapped_mtp_loss_reference
         if fp8:
             x8 = (x / X_SCALE).to(torch.float8_e4m3fn)
             w8 = (w.float() / W_SCALE).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
             scale = x.new_full((), X_SCALE * W_SCALE, dtype=torch.float32)
-            multiply = quick_fp8_product if kernels == "quack" else quick_fp8_product_reference
+            multiply = quick_fp8_product if fast else quick_fp8_product_reference
             logits = multiply(x8, w8.T.contiguous().T, scale)  # [T, V]
             grad_scale = GRAD_SCALE * grad_unit
             loss, grad = loss_of(logits, targets, weights, torch.float8_e5m2, grad_scale)
@@ -2577,7 +2565,7 @@ def gated_flash4() -> tuple[type, dict]:
     return Gated, {}
 
 
-@custom_op("speedrun::flash4", mutates_args=())
+@op(shapes=lambda q, k, v, *_: (torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
 def flash4(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cu_seqlens: Tensor, max_len: int, window: int,
            scale: float) -> tuple[Tensor, Tensor]:
     """Output [T, h, d], times gate [T, h], and log-sum-exp [h, T] fp32 of FlashAttention-4 (package flash-attn-4)."""
@@ -2651,7 +2639,8 @@ def flash4_preprocess(out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor, cu_s
     return dots
 
 
-@custom_op("speedrun::flash4_backward", mutates_args=())
+@op(shapes=lambda q, k, v, *_: (
+    torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), q.new_empty(q.shape[:2], dtype=torch.float32)))
 def flash4_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor,
                     cu_seqlens: Tensor, max_len: int, window: int,
                     scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -2672,11 +2661,6 @@ def flash4_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, 
             max_seqlen_q=max_len, max_seqlen_k=max_len, softmax_scale=scale, causal=True, window_size_left=window,
             window_size_right=0)
     return dq, dk, dv, *dots
-
-flash4.register_fake(lambda q, k, v, *_: (
-    torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
-flash4_backward.register_fake(lambda q, k, v, *_: (
-    torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), q.new_empty(q.shape[:2], dtype=torch.float32)))
 
 
 class Flash4(torch.autograd.Function):
@@ -2738,7 +2722,7 @@ ATTENTION_BACKENDS = {"fa4": load_flash4, "fa3": load_flash3, "torch": lambda: a
 def choose_attention(hp: Hyperparameters, device: torch.device) -> str:
     """The name of the backend to use: the one asked for, or the fastest that works on this device."""
     gpu = device.type == "cuda" and hp.dtype == "bfloat16"
-    hopper = gpu and gpu_generation(device) == HOPPER  # elsewhere fa4's package has other kernels, without gates
+    hopper = gpu and gpu_generation(device) == HOPPER_GPU  # elsewhere fa4's package has other kernels, without gates
     # flash4_preprocess needs Triton and takes these widths only
     fa4 = hopper and triton is not None and hp.head_dim in (32, 64, 128)
     fits = {"fa4": fa4, "fa3": hopper, "torch": gpu, "reference": True}
@@ -2753,6 +2737,73 @@ def choose_attention(hp: Hyperparameters, device: torch.device) -> str:
             reason = ("it needs bfloat16 on a GPU, fa4 and fa3 a Hopper GPU, and fa4 Triton and a --head_dim of 32, 64 "
                       "or 128")
     raise UserError(f"--attention={hp.attention} does not work here ({reason}); use --attention=auto")
+
+
+# --- The two sets of operations
+
+def plain_attention_inputs(h: Stream, w: AttentionWeights, ve: Tensor | None, cos: Tensor, sin: Tensor,
+                           layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first = None if ve is None or layer.paired else ve[:, : GATE_INPUTS // 2]
+    qkv = F.linear(h.x, w.qkv).view(len(h.x), 3, -1, 4 * cos.size(1))
+    gate, value_gate = gates_reference(h.x[:, :GATE_INPUTS], None, first, w.gate, w.value_gate)
+    return *attention_inputs_reference(qkv, None, ve, value_gate, cos, sin, layer.paired, layer.key_offset), gate
+
+
+def plain_injections(x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor) -> list[Injection]:
+    sums = embedding_sums_reference(x0, bigram, s0, s1)
+    return [Injection(y, x0, bigram, a, b) for y, a, b in zip(sums, s0.unbind(), s1.unbind())]
+
+
+def plain_linear_sum(y: Tensor, o: Tensor, x: Stream, resid: Tensor, inject: Injection) -> Stream:
+    return Stream(F.linear(y, o) + (resid[:, None] * x.x).to(x.x.dtype) + inject.total)
+
+
+def plain_mlp(x: Stream, up: Tensor, down: Tensor, resid: Tensor) -> Stream:
+    return Stream(F.relu(F.linear(norm(x.x), up)).square() @ down + (resid[:, None] * x.x).to(x.x.dtype))
+
+
+PLAIN = Ops(
+    stream=Stream,
+    normed=lambda x: Stream(norm(x.x)),
+    first_columns=lambda x, k: (x, x[:, :k]),
+    attention_inputs=plain_attention_inputs,
+    attention=attention_reference,
+    injections=plain_injections,
+    linear_sum=plain_linear_sum,
+    mlp=plain_mlp,
+    head_loss=lambda *inputs: HeadLoss.apply(*inputs, False),
+    add_rows=scatter_add_rows_reference,
+)
+
+
+def hopper_attention_inputs(h: Stream, w: AttentionWeights, ve: Tensor | None, cos: Tensor, sin: Tensor,
+                            layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first = None
+    if ve is not None and not layer.paired:
+        ve, first = FirstColumns.apply(ve, GATE_INPUTS // 2)
+    qkv, gate, value_gate = NormedLinear.apply(h.x, h.rstd, w.qkv, first, w.gate, w.value_gate)
+    qkv = qkv.view(len(h.x), 3, -1, 4 * cos.size(1))
+    inputs = AttentionInputs.apply(qkv, h.rstd, ve, value_gate, cos, sin, layer.paired, layer.key_offset)
+    return *inputs, gate
+
+
+def hopper_injections(x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor) -> list[Injection]:
+    sums, parts = EmbeddingSums.apply(x0, bigram, s0, s1), (s0.detach().unbind(), s1.detach().unbind())
+    return [Injection(y, x0.detach(), bigram.detach(), a, b) for y, a, b in zip(sums, *parts)]
+
+
+HOPPER = Ops(
+    stream=lambda x: Stream(x, inverse_rms(x.detach().float().square(), x.size(1))),
+    normed=lambda x: Stream(FoldedNorm.apply(*x), x.rstd),
+    first_columns=FirstColumns.apply,
+    attention_inputs=hopper_attention_inputs,
+    attention=attention_reference,
+    injections=hopper_injections,
+    linear_sum=lambda y, o, x, resid, inject: Stream(*LinearSum.apply(y, o, x.x, resid, *inject)),
+    mlp=lambda x, up, down, resid: Stream(*ReluSquareMLP.apply(*x, up, down, resid)),
+    head_loss=lambda *inputs: HeadLoss.apply(*inputs, True),
+    add_rows=scatter_add_rows,
+)
 
 
 # ==== 10. Keeping a run: errors, command line, ranks, log, watch, clock, checkpoints ==================================
