@@ -351,18 +351,6 @@ class Rows(NamedTuple):
     value: tuple[Tensor, ...]  # [T, D] of each value table
 
 
-class Matrices(NamedTuple):
-    """What products multiply activations with: the banks' matrices times the lambdas that else multiply activations.
-
-    These are smaller, and no activation is read for the lambdas' gradients. A training step makes them once, not in
-    each micro-step (see MicroStep)."""
-
-    qkv: Tensor  # [layers with attention, 3D, D]
-    o: Tensor  # [layers with attention, D, D]
-    up: Tensor  # [L, F, D]
-    down: Tensor  # [L, F, D]
-
-
 class Stream(NamedTuple):
     """The residual stream from one operation to the next; only a set of Ops looks inside."""
 
@@ -841,8 +829,11 @@ class GPT(nn.Module):
         return self.ops.attention(q, k, v, batch.cu_seqlens * n, g.max_len * n, window, g.scale,
                                   gate.view(n * T, H // n)).reshape(T, H * d)
 
-    def matrices(self) -> Matrices:
-        """The Matrices of the current banks and lambdas."""
+    def matrices(self) -> Iterator[tuple[Tensor, ...]]:
+        """What products multiply with, a matrix a layer: qkv [3D, D], o [D, D], up, down [F, D].
+
+        The lambdas that else multiply activations multiply these: they are smaller, and no activation is read for the
+        lambdas' gradients."""
         L, D, F_, attn = len(LAYERS), self.hp.model_dim, self.hp.mlp_dim, len(ATTN_INDEX)
         post_attn, post_mlp = self.post_lambdas.bfloat16().float().unbind(1)
         a, b = self.scalars[: 2 * L].view(L, 2).unbind(1)
@@ -852,9 +843,10 @@ class GPT(nn.Module):
         up, down = self.mlp_bank[: 2 * L].view(L, 2, F_, D).unbind(1)
         qkv, o, down = ((scale[:, None, None] * bank).to(bank.dtype) for scale, bank in (
             (a, torch.cat([qk, v], dim=1)), (b, o), (post_mlp, down)))
-        return Matrices(qkv, o, up, down)
+        # Unbound once: the backward of an unbind is one stack, that of each indexing a pass over the whole bank
+        return (x.unbind() for x in (qkv, o, up, down))
 
-    def trunk(self, batch: Batch, rows: Rows, g: Geometry, matrices: Matrices | None = None) -> Tensor:
+    def trunk(self, batch: Batch, rows: Rows, g: Geometry) -> Tensor:
         """From tokens to the normalised last hidden state [T, D]."""
         ops = self.ops
         backout_lambda, skip_lambda = self.scalars[-2:].unbind()
@@ -862,8 +854,7 @@ class GPT(nn.Module):
             p.bfloat16().float() for p in (self.resid_lambdas, self.x0_lambdas, self.bigram_lambdas))
         # [2i] for attention, [2i+1] for the MLP; repeated for each token, so that gradients are summed at once for all
         resid = resid.flatten()[:, None].expand(-1, len(batch.tokens)).unbind()
-        # Unbound once: the backward of an unbind is one stack, that of each indexing a pass over the whole bank
-        qkv, o, up, down = (x.unbind() for x in matrices or self.matrices())
+        qkv, o, up, down = self.matrices()
 
         smeared = self.smear(rows.embed.unflatten(0, (-1, g.segment or len(rows.embed)))).flatten(0, 1)
         x0, first = ops.first_columns(norm(smeared), GATE_INPUTS)
@@ -886,10 +877,9 @@ class GPT(nn.Module):
             after[i], normed[i] = x, ops.normed(x)
         return norm(x.x - backout_lambda * after[BACKOUT_LAYER].x)
 
-    def forward(self, batch: Batch, rows: Rows, g: Geometry, mtp_weights: Tensor, grad_unit: float,
-                matrices: Matrices | None = None) -> Tensor:
+    def forward(self, batch: Batch, rows: Rows, g: Geometry, mtp_weights: Tensor, grad_unit: float) -> Tensor:
         """Training loss, summed over positions; mtp_weights [k] include 1/A, and grad_unit is 1/A."""
-        x = self.trunk(batch, rows, g, matrices)
+        x = self.trunk(batch, rows, g)
         targets = batch.targets.unflatten(0, (-1, g.segment or len(batch.targets)))
         return self.ops.head_loss(x, self.lm_head, targets, mtp_weights, self.hp.fp8_head, grad_unit)
 
@@ -1188,9 +1178,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 # ==== 7. The run ======================================================================================================
 
 class MicroStep:
-    """Forward, backward and collection of one micro-batch, called as micro_step(batch, geometry, weights, grad_unit)
-    between begin and end, which belong to a step and not to each micro-step: begin makes the Matrices, end carries
-    their gradients on to the parameters.
+    """Forward, backward and collection of one micro-batch, called as micro_step(batch, geometry, weights, grad_unit).
 
     With graphs, the second call of a kind (shapes, geometry) is captured as a CUDA graph and replayed from then on, as
     the GPU waits for launches where batches are small: with 8 of 16,384 tokens, 253 ms a step became 188 (H200, fa4).
@@ -1203,21 +1191,7 @@ class MicroStep:
         self.graphs = hp.graphs and hp.compile and ranks.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None  # graphs run one at a time: one memory
         self.replays: dict[tuple, Callable | None] = {}
-        self.matrices_of = compiled(model.matrices) if hp.compile else model.matrices
-        self.matrices = Matrices(*(x.detach().clone().requires_grad_() for x in model.matrices()))
-        for x in self.matrices:  # at fixed addresses like x itself, which a CUDA graph needs
-            x.grad = torch.zeros_like(x)
         self.compiling = False  # in the first call of a kind, which takes long: kernels compile even without hp.compile
-
-    @torch.no_grad()
-    def begin(self) -> None:
-        torch._foreach_copy_(self.matrices, self.matrices_of())
-
-    def end(self) -> None:
-        grads = [x.grad for x in self.matrices]
-        # made anew: a live graph would tie the accumulation of the lambdas' gradients to this stream, and captures fail
-        torch.autograd.backward(self.matrices_of(), grads)
-        torch._foreach_zero_(grads)
 
     def run(self, batch: Batch, geometry: Geometry, weights: Tensor, grad_unit: float) -> Tensor:
         """Add the micro-batch's gradients to the optimizer's; returns the loss, 0-dim fp32."""
@@ -1225,7 +1199,7 @@ class MicroStep:
             rows = self.model.lookup(batch)
         for row in (rows.embed, rows.bigram, *rows.value):
             row.requires_grad_()
-        loss = self.loss_of(batch, rows, geometry, weights, grad_unit, self.matrices)
+        loss = self.loss_of(batch, rows, geometry, weights, grad_unit)
         loss.backward()
         self.optimizer.collect(batch, rows)
         return loss.detach()
@@ -1264,10 +1238,8 @@ def train_step(micro_step: MicroStep, batches: list[Batch], touched: TouchedRows
     geometry = Geometry(p.window_short, p.window_long, p.max_doc_len, model.scale, S)
     weights = to_device(torch.tensor(p.mtp_weights) / A, optimizer.ranks.device)
     total = 0.0
-    micro_step.begin()
     for batch in batches:
         total = total + micro_step(batch, geometry, weights, 1 / A)
-    micro_step.end()
     loss = total / (S * sum(p.mtp_weights))
     mean = dist.all_reduce(loss, op=dist.ReduceOp.AVG, async_op=True)
     optimizer.step(p, touched)
@@ -1960,7 +1932,7 @@ class LinearSum(torch.autograd.Function):
 # --- MLP: relu(norm(x) up^T)^2 down + scale x (So et al., Primer, arXiv 2109.08668)
 
 class ReluSquareMLP(torch.autograd.Function):
-    """relu(r x up^T)^2 down + scale[0] x, and r [T] of it; keeps the hidden layer h, whose root is the square's slope."""
+    """relu(r x up^T)^2 down + scale[0] x, and r [T] of it; keeps the hidden layer h: its root is the square's slope."""
 
     @staticmethod
     def forward(ctx, x: Tensor, r: Tensor, up: Tensor, down: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
