@@ -381,7 +381,7 @@ class Ops(NamedTuple):
 
     stream: Callable  # x [T, D] -> Stream
     normed: Callable  # Stream -> Stream, each row over its rms
-    first_columns: Callable  # x [T, n], k -> x, x[:, :k]
+    thin_product: Callable  # x [T, n], w [m, n] -> x w^T, for few n and m
     attention_inputs: Callable  # normed Stream, AttentionWeights, value embedding, cos, sin, Layer -> q, k, v, gate
     attention: Callable  # softmax(scale q k^T) v inside documents and a window, times gate; see attention_reference
     injections: Callable  # x0, bigram [T, D], lambdas [n], lambdas [n] -> n of Injection
@@ -857,7 +857,8 @@ class GPT(nn.Module):
         qkv, o, up, down = self.matrices()
 
         smeared = self.smear(rows.embed.unflatten(0, (-1, g.segment or len(rows.embed)))).flatten(0, 1)
-        x0, first = ops.first_columns(norm(smeared), GATE_INPUTS)
+        x0 = norm(smeared)
+        first = x0[:, :GATE_INPUTS]
         x = ops.stream(x0 + bigram_lambdas[0] * rows.bigram)
         s0, s1 = (scales[self.attn_layers] for scales in (x0_lambdas, bigram_lambdas))
         s1 = F.pad(s1[1:], (1, 0))  # the first layer's bigram is in the stream already
@@ -866,7 +867,7 @@ class GPT(nn.Module):
         after, normed = {}, {-1: ops.normed(x)}  # layer -> the stream after it; its norm, which several layers read
         for i, layer in enumerate(LAYERS):
             if layer.skip_from is not None:
-                gate = torch.sigmoid(skip_lambda) * 2 * torch.sigmoid(F.linear(first, self.skip_gate))
+                gate = torch.sigmoid(skip_lambda) * 2 * torch.sigmoid(ops.thin_product(first, self.skip_gate))
                 x = ops.stream(x.x + gate * after[layer.skip_from].x)
             else:
                 j, h = ATTN_INDEX[i], normed[i - 1 if layer.reads is None else layer.reads]
@@ -1481,149 +1482,21 @@ def op(reference: Callable | None = None, shapes: Callable | None = None, cpu: b
 VALUE_GATE_MAX = 2.0
 
 
-def gates_reference(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor,
-                    w_value: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The gates of heads, sigmoid(seen w^T) [T, H] for seen [T, n], w [H, n]; and those of a value embedding or None.
+def gates(thin: Callable, gate_in: Tensor, ve_first: Tensor | None,
+          w: AttentionWeights) -> tuple[Tensor, Tensor | None]:
+    """The gates of heads [T, H], and those of a value embedding or None. gate_in [T, n], thin(x, w) = x w^T.
 
-    If r [T] is given, seen is multiplied by it first. The second gates go up to VALUE_GATE_MAX and see `other`
-    [T, n/2], if given, in place of the second half of seen.
-    """
-    seen = seen if r is None else (r[:, None] * seen).to(seen.dtype)
-    gate = torch.sigmoid(F.linear(seen, w))
-    if w_value is None:
+    The second gates see ve_first [T, n/2], if given, in place of the second half of gate_in."""
+    gate = torch.sigmoid(thin(gate_in, w.gate))
+    if w.value_gate is None:
         return gate, None
-    seen = seen if other is None else torch.cat([seen[:, : seen.size(1) // 2], other], dim=1)
-    return gate, VALUE_GATE_MAX * torch.sigmoid(F.linear(seen, w_value))
+    gate_in = gate_in if ve_first is None else torch.cat([gate_in[:, : gate_in.size(1) // 2], ve_first], dim=1)
+    return gate, VALUE_GATE_MAX * torch.sigmoid(thin(gate_in, w.value_gate))
 
 
-@jit
-def seen_by_gates(seen, seen_stride, r, other, other_stride, rows, columns, inside, N: tl.constexpr,
-                  SCALED: tl.constexpr, MIXED: tl.constexpr):
-    """What gates of heads see and what gates of values see, and the factor of the first; all fp32."""
-    front = inside[:, None] & (columns < N)[None, :]
-    s = tl.load(seen + rows[:, None] * seen_stride + columns[None, :], mask=front, other=0.0).to(tl.float32)
-    factor = tl.full(rows.shape, 1.0, tl.float32)
-    if SCALED:
-        factor = tl.load(r + rows, mask=inside, other=0.0)
-        s *= factor[:, None]
-    mixed = s
-    if MIXED:
-        back = front & (columns >= N // 2)[None, :]
-        o = tl.load(other + rows[:, None] * other_stride + columns[None, :] - N // 2, mask=back, other=0.0)
-        mixed = tl.where((columns < N // 2)[None, :], s, o.to(tl.float32))
-    return s, mixed, factor[:, None]
-
-
-@jit
-def gates_kernel(seen, seen_stride, r, other, other_stride, w, w_value, gate, value_gate, T, MAX: tl.constexpr,
-                 H: tl.constexpr, N: tl.constexpr, SCALED: tl.constexpr, MIXED: tl.constexpr, VALUE: tl.constexpr,
-                 ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """One program: ROWS tokens."""
-    rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    inside, used = rows < T, columns < N
-    s, mixed, _ = seen_by_gates(seen, seen_stride, r, other, other_stride, rows, columns, inside, N, SCALED, MIXED)
-    for head in tl.static_range(H):
-        weight = tl.load(w + head * N + columns, mask=used, other=0.0).to(tl.float32)[None, :]
-        tl.store(gate + rows * H + head, tl.sigmoid(tl.sum(s * weight, 1)), mask=inside)
-        if VALUE:
-            weight = tl.load(w_value + head * N + columns, mask=used, other=0.0).to(tl.float32)[None, :]
-            tl.store(value_gate + rows * H + head, MAX * tl.sigmoid(tl.sum(mixed * weight, 1)), mask=inside)
-
-
-@jit
-def gates_backward_kernel(seen, seen_stride, r, other, other_stride, w, w_value, gate, value_gate, dgate, dvalue_gate,
-                          dseen, dother, dw, T, MAX: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
-                          SCALED: tl.constexpr, MIXED: tl.constexpr, VALUE: tl.constexpr, ROWS: tl.constexpr,
-                          COLUMNS: tl.constexpr):
-    """One program: ROWS tokens, whose part of the weights' gradients it stores."""
-    rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    inside, used, dw = rows < T, columns < N, dw + tl.program_id(0) * H * (1 + VALUE) * N + columns
-    s, mixed, factor = seen_by_gates(seen, seen_stride, r, other, other_stride, rows, columns, inside, N, SCALED, MIXED)
-    ds, dmixed = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
-    for head in tl.static_range(H):
-        weight = tl.load(w + head * N + columns, mask=used, other=0.0).to(tl.float32)[None, :]
-        g = tl.load(gate + rows * H + head, mask=inside, other=0.0)
-        dlogit = (tl.load(dgate + rows * H + head, mask=inside, other=0.0) * g * (1.0 - g))[:, None]
-        ds += dlogit * weight
-        tl.store(dw + head * N, tl.sum(dlogit * s, 0), mask=used)
-        if VALUE:
-            weight = tl.load(w_value + head * N + columns, mask=used, other=0.0).to(tl.float32)[None, :]
-            g = tl.load(value_gate + rows * H + head, mask=inside, other=0.0)
-            dlogit = tl.load(dvalue_gate + rows * H + head, mask=inside, other=0.0) * g * (1.0 - g / MAX)
-            dmixed += dlogit[:, None] * weight
-            tl.store(dw + (H + head) * N, tl.sum(dlogit[:, None] * mixed, 0), mask=used)
-    mask = inside[:, None] & used[None, :]
-    if MIXED:
-        back = mask & (columns >= N // 2)[None, :]
-        tl.store(dother + rows[:, None] * (N // 2) + columns[None, :] - N // 2, dmixed.to(dother.dtype.element_ty),
-                 mask=back)
-        dmixed = tl.where((columns < N // 2)[None, :], dmixed, 0.0)
-    ds = factor * (ds + dmixed)
-    tl.store(dseen + rows[:, None] * N + columns[None, :], ds.to(dseen.dtype.element_ty), mask=mask)
-
-
-def gates_arguments(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor,
-                    w_value: Tensor | None) -> tuple[tuple, tuple]:
-    """The first arguments of both kernels, and their constants."""
-    assert seen.stride(1) == 1 and (other is None or other.stride(1) == 1) and w.is_contiguous()
-    return (seen, seen.stride(0), r, other, 0 if other is None else other.stride(0), w, w_value), (
-        VALUE_GATE_MAX, *w.shape, r is not None, other is not None, w_value is not None, GATE_ROWS,
-        triton.next_power_of_2(w.size(1)))
-
-
-@custom_op("speedrun::gates", mutates_args=())
-def gates(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor,
-          w_value: Tensor | None) -> tuple[Tensor, Tensor]:
-    """gates_reference's results in fp32; without w_value the second is empty, [0, H]."""
-    T, H = len(seen), len(w)
-    gate, value_gate = (w.new_empty(n, H, dtype=torch.float32) for n in (T, 0 if w_value is None else T))
-    inputs, constants = gates_arguments(seen, r, other, w, w_value)
-    gates_kernel[(triton.cdiv(T, GATE_ROWS),)](*inputs, gate, value_gate, T, *constants)
-    return gate, value_gate
-
-
-@custom_op("speedrun::gates_backward", mutates_args=())
-def gates_backward(seen: Tensor, r: Tensor | None, other: Tensor | None, w: Tensor, w_value: Tensor | None,
-                   gate: Tensor, value_gate: Tensor, dgate: Tensor,
-                   dvalue_gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of seen, of other, and of both weights in parts [programs, H or 2 H, n] fp32."""
-    (T, n), H, programs = seen.shape, len(w), triton.cdiv(len(seen), GATE_ROWS)
-    dseen, dother = seen.new_empty(T, n), seen.new_empty(0 if other is None else T, n // 2)
-    dw = w.new_empty(programs, H if w_value is None else 2 * H, n, dtype=torch.float32)
-    inputs, constants = gates_arguments(seen, r, other, w, w_value)
-    gates_backward_kernel[(programs,)](
-        *inputs, gate, value_gate, dgate.contiguous(), None if dvalue_gate is None else dvalue_gate.contiguous(),
-        dseen, dother, dw, T, *constants)
-    return dseen, dother, dw
-
-GATE_ROWS = 256  # tokens of one program; of 64, both kernels take 2.5 in place of 1.95 ms of a stage-3 step (H200)
-gates.register_fake(lambda seen, _r, _other, w, w_value: tuple(
-    w.new_empty(n, len(w), dtype=torch.float32) for n in (len(seen), 0 if w_value is None else len(seen))))
-gates_backward.register_fake(lambda seen, _r, other, w, w_value, *_: (
-    seen.new_empty(seen.shape), seen.new_empty(0 if other is None else len(seen), seen.size(1) // 2),
-    w.new_empty(-(-len(seen) // GATE_ROWS), len(w) * (1 if w_value is None else 2), w.size(1), dtype=torch.float32)))
-
-
-def gates_grads(saved: tuple[Tensor | None, ...], dgate: Tensor, dvalue_gate: Tensor | None) -> tuple:
-    """Gradients of seen, r (None), other, w and w_value, where saved are these and both results."""
-    _, _, other, w, w_value, *_ = saved
-    dseen, dother, dw = gates_backward(*saved, dgate, dvalue_gate)
-    dw, dw_value = dw.sum(0).to(w.dtype).split([len(w), dw.size(1) - len(w)])
-    return dseen, None, None if other is None else dother, dw, None if w_value is None else dw_value
-
-
-class Gates(torch.autograd.Function):
-    """gates_reference in fp32, in one kernel forward and one backward: products so thin take longer by themselves."""
-
-    @staticmethod
-    def forward(ctx, *inputs: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        gate, value_gate = gates(*inputs)
-        ctx.save_for_backward(*inputs, gate, value_gate)
-        return gate, None if inputs[-1] is None else value_gate
-
-    @staticmethod
-    def backward(ctx, dgate: Tensor, dvalue_gate: Tensor | None):
-        return gates_grads(ctx.saved_tensors, dgate, dvalue_gate)
+def thin_product(x: Tensor, w: Tensor) -> Tensor:
+    """F.linear(x, w) in fp32 for x [T, n], w [m, n] with n and m so small that a matrix product is slower."""
+    return (x.float()[:, None] * w.float()).sum(2)
 
 
 # --- Matrix products that do elementwise work before their result leaves the chip
@@ -1747,46 +1620,6 @@ def product_norm_grad(a: Tensor, b: Tensor, dy: Tensor, x: Tensor, s: Tensor,
     return product_and_sums("norm_grad", a, b, dy, x=x, s=s, r=factor[None])
 
 
-def add_columns_reference(y: Tensor, c: Tensor) -> None:
-    """y[:, :k] += c for y [m, n], c [m, k], in place."""
-    y[:, : c.size(1)] += c
-
-
-@jit
-def add_columns_kernel(y, c, m, n, stride, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    mask, to = (rows < m)[:, None] & (columns < COLUMNS)[None, :], y + rows[:, None] * n + columns[None, :]
-    more = tl.load(c + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(to, (tl.load(to, mask=mask, other=0.0).to(tl.float32) + more).to(y.dtype.element_ty), mask=mask)
-
-
-@custom_op("speedrun::add_columns", mutates_args=("y",))
-def add_columns(y: Tensor, c: Tensor) -> None:
-    """In place, as TorchInductor pads c to full width and reads y twice for it where a reduction follows."""
-    (m, n), k, rows = y.shape, c.size(1), 64
-    assert y.is_contiguous() and c.stride(1) == 1
-    add_columns_kernel[(triton.cdiv(m, rows),)](y, c, m, n, c.stride(0), k, rows, triton.next_power_of_2(k))
-
-add_columns.register_fake(lambda y, c: None)
-
-
-class FirstColumns(torch.autograd.Function):
-    """x [T, n] and its first k columns, whose gradient is added in place to the one that comes for x.
-
-    That one must be x's alone: if x has a single reader, this may not be an addition x + b, whose gradient is one
-    tensor for both. The gradients of several readers are summed into a new tensor.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        return x.view_as(x), x[:, :k]
-
-    @staticmethod
-    def backward(ctx, dx: Tensor, dcolumns: Tensor):
-        add_columns(dx, dcolumns)
-        return dx, None
-
-
 WEIGHT_GRAD_ROWS = 1536  # tuned (H200): cuBLAS makes 2,304 x 768 in 0.259 ms, as 1,536 + 768 rows in 0.242
 
 
@@ -1819,24 +1652,19 @@ class FoldedNorm(torch.autograd.Function):
         return norm_grad(g, *ctx.saved_tensors).to(g.dtype), None
 
 
-class NormedLinear(torch.autograd.Function):
-    """F.linear(x, w) of a FoldedNorm x [T, D], w [n, D], but for the factor r [T]; and Gates of x's first columns."""
+class Linear(torch.autograd.Function):
+    """F.linear(x, w) for x [T, D], w [n, D]."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, r: Tensor, w: Tensor, other: Tensor | None, w_gate: Tensor,
-                w_value: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        gate, value_gate = gates(x[:, :GATE_INPUTS], r, other, w_gate, w_value)
-        ctx.save_for_backward(x, r, w, other, w_gate, w_value, gate, value_gate)
-        return product(x, w.mT), gate, None if w_value is None else value_gate
+    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return product(x, w.mT)
 
     @staticmethod
-    def backward(ctx, du: Tensor, dgate: Tensor, dvalue_gate: Tensor | None):
-        x, r, w, *more = ctx.saved_tensors
-        dw = weight_grad(du, x)  # first: cuBLAS gives autograd's thread the CUDA context that tensor descriptors need
-        dx = product(du, w)
-        dseen, _, *grads = gates_grads((x[:, :GATE_INPUTS], r, *more), dgate, dvalue_gate)
-        add_columns(dx, dseen)
-        return dx, None, dw, *grads
+    def backward(ctx, dy: Tensor):
+        x, w = ctx.saved_tensors
+        dw = weight_grad(dy, x)  # first: cuBLAS gives autograd's thread the CUDA context that tensor descriptors need
+        return product(dy, w), dw
 
 
 def embedding_sums_reference(x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor) -> tuple[Tensor, ...]:
@@ -2715,9 +2543,9 @@ def choose_attention(hp: Hyperparameters, device: torch.device) -> str:
 
 def plain_attention_inputs(h: Stream, w: AttentionWeights, ve: Tensor | None, cos: Tensor, sin: Tensor,
                            layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    first = None if ve is None or layer.paired else ve[:, : GATE_INPUTS // 2]
     qkv = F.linear(h.x, w.qkv).view(len(h.x), 3, -1, 4 * cos.size(1))
-    gate, value_gate = gates_reference(h.x[:, :GATE_INPUTS], None, first, w.gate, w.value_gate)
+    first = None if ve is None or layer.paired else ve[:, : GATE_INPUTS // 2]
+    gate, value_gate = gates(F.linear, h.x[:, :GATE_INPUTS], first, w)
     return *attention_inputs_reference(qkv, None, ve, value_gate, cos, sin, layer.paired, layer.key_offset), gate
 
 
@@ -2737,7 +2565,7 @@ def plain_mlp(x: Stream, up: Tensor, down: Tensor, resid: Tensor) -> Stream:
 PLAIN = Ops(
     stream=Stream,
     normed=lambda x: Stream(norm(x.x)),
-    first_columns=lambda x, k: (x, x[:, :k]),
+    thin_product=F.linear,
     attention_inputs=plain_attention_inputs,
     attention=attention_reference,
     injections=plain_injections,
@@ -2750,11 +2578,9 @@ PLAIN = Ops(
 
 def hopper_attention_inputs(h: Stream, w: AttentionWeights, ve: Tensor | None, cos: Tensor, sin: Tensor,
                             layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    first = None
-    if ve is not None and not layer.paired:
-        ve, first = FirstColumns.apply(ve, GATE_INPUTS // 2)
-    qkv, gate, value_gate = NormedLinear.apply(h.x, h.rstd, w.qkv, first, w.gate, w.value_gate)
-    qkv = qkv.view(len(h.x), 3, -1, 4 * cos.size(1))
+    qkv = Linear.apply(h.x, w.qkv).view(len(h.x), 3, -1, 4 * cos.size(1))
+    first = None if ve is None or layer.paired else ve[:, : GATE_INPUTS // 2]
+    gate, value_gate = gates(thin_product, h.rstd[:, None] * h.x[:, :GATE_INPUTS], first, w)
     inputs = AttentionInputs.apply(qkv, h.rstd, ve, value_gate, cos, sin, layer.paired, layer.key_offset)
     return *inputs, gate
 
@@ -2767,7 +2593,7 @@ def hopper_injections(x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor) -> lis
 HOPPER = Ops(
     stream=lambda x: Stream(x, inverse_rms(x.detach().float().square(), x.size(1))),
     normed=lambda x: Stream(FoldedNorm.apply(*x), x.rstd),
-    first_columns=FirstColumns.apply,
+    thin_product=thin_product,
     attention_inputs=hopper_attention_inputs,
     attention=attention_reference,
     injections=hopper_injections,
