@@ -1672,60 +1672,11 @@ def embedding_sums_reference(x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor)
     return tuple(a * x0 + b * bigram for a, b in zip(s0.unbind(), s1.unbind()))
 
 
-@jit
-def embedding_sums_kernel(x0, bigram, s0, s1, grads, dx0, dbigram, ds, T, D: tl.constexpr, N: tl.constexpr, PROGRAMS,
-                          ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """One program: COLUMNS of every PROGRAMS-th ROWS tokens. `grads` is a tuple of N."""
-    program, columns = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    a, b, ds0, ds1 = (), (), (), ()
-    for i in tl.static_range(N):
-        a += (tl.load(s0 + i),)
-        b += (tl.load(s1 + i),)
-        ds0 += (tl.zeros([ROWS, COLUMNS], tl.float32),)
-        ds1 += (tl.zeros([ROWS, COLUMNS], tl.float32),)
-    for start in range(program * ROWS, T, PROGRAMS * ROWS):
-        rows = start + tl.arange(0, ROWS)
-        mask, at = (rows < T)[:, None] & (columns < D)[None, :], rows.to(tl.int64)[:, None] * D + columns[None, :]
-        x, y = tl.load(x0 + at, mask=mask, other=0.0), tl.load(bigram + at, mask=mask, other=0.0)
-        x, y, dx, dy = x.to(tl.float32), y.to(tl.float32), tl.zeros_like(ds0[0]), tl.zeros_like(ds0[0])
-        sums0, sums1 = (), ()
-        for i in tl.static_range(N):
-            g = tl.load(grads[i] + at, mask=mask, other=0.0).to(tl.float32)
-            dx += a[i] * g
-            dy += b[i] * g
-            sums0 += (ds0[i] + g * x,)
-            sums1 += (ds1[i] + g * y,)
-        ds0, ds1 = sums0, sums1
-        tl.store(dx0 + at, dx.to(dx0.dtype.element_ty), mask=mask)
-        tl.store(dbigram + at, dy.to(dbigram.dtype.element_ty), mask=mask)
-    to = ds + (program * tl.num_programs(1) + tl.program_id(1)) * 2 * N
-    for i in tl.static_range(N):
-        tl.store(to + i, tl.sum(ds0[i]))
-        tl.store(to + N + i, tl.sum(ds1[i]))
-
-
-@custom_op("speedrun::embedding_sums_backward", mutates_args=())
-def embedding_sums_backward(x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor,
-                            grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x0, of bigram, and of s0 and s1 in parts [parts, 2, n] fp32."""
-    (T, D), n, dx0, dbigram = x0.shape, len(grads), torch.empty_like(x0), torch.empty_like(bigram)
-    programs, chunks = multiprocessors(x0.device), triton.cdiv(D, EMBEDDING_SUMS_COLUMNS)
-    ds = s0.new_empty(programs * chunks, 2, n)
-    embedding_sums_kernel[(programs, chunks)](
-        x0, bigram, s0, s1, tuple(g.contiguous() for g in grads), dx0, dbigram, ds, T, D, n, programs,
-        EMBEDDING_SUMS_ROWS, EMBEDDING_SUMS_COLUMNS, num_warps=4)
-    return dx0, dbigram, ds
-
-EMBEDDING_SUMS_ROWS, EMBEDDING_SUMS_COLUMNS = 2, 256  # what is summed fits the registers
-embedding_sums_backward.register_fake(lambda x0, bigram, s0, s1, grads: (
-    torch.empty_like(x0), torch.empty_like(bigram),
-    s0.new_empty(multiprocessors(x0.device) * -(-x0.size(1) // EMBEDDING_SUMS_COLUMNS), 2, len(grads))))
-
-
 class EmbeddingSums(torch.autograd.Function):
     """In place of each of embedding_sums_reference a stand-in, x0, for LinearSum, which adds the sum in its product.
 
-    So all gradients come last, in one kernel that reads x0 and bigram once and not in each layer."""
+    So all gradients come last, in one pass that reads x0 and bigram once and not in each layer: compiled, sums of rows
+    and what has the rows' shape are one kernel."""
 
     @staticmethod
     def forward(ctx, x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor) -> tuple[Tensor, ...]:
@@ -1734,8 +1685,11 @@ class EmbeddingSums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        dx0, dbigram, ds = embedding_sums_backward(*ctx.saved_tensors, list(grads))
-        return dx0, dbigram, *ds.sum(0).unbind()
+        x0, bigram, s0, s1 = ctx.saved_tensors
+        dx0 = sum(s * g for s, g in zip(s0.unbind(), grads)).to(x0.dtype)
+        dbigram = sum(s * g for s, g in zip(s1.unbind(), grads)).to(x0.dtype)
+        ds0, ds1 = (torch.stack([(g.float() * x.float()).sum(1) for g in grads], 1).sum(0) for x in (x0, bigram))
+        return dx0, dbigram, ds0, ds1
 
 
 class LinearSum(torch.autograd.Function):
