@@ -905,15 +905,13 @@ POLAR_COEFFICIENTS = (
 POLAR_SAFETY = 1.02
 
 
-def polar_express(x: Tensor, fast: bool) -> Tensor:
+def polar_express(x: Tensor) -> Tensor:
     """The orthogonal factor of each matrix in x [K, rows, columns], approximately."""
     tall = x.size(-2) > x.size(-1)
-    # small matrices gain nothing from half the tiles, and a Triton launch costs the CPU more (H200)
-    product = symmetric_product if fast and min(x.shape[-2:]) > 256 else symmetric_product_reference
     x = x / (POLAR_SAFETY * x.float().norm(dim=(-2, -1), keepdim=True) + 1e-6).to(x.dtype)
     for a, b, c in POLAR_COEFFICIENTS:
-        s = product(x.mT if tall else x, 0.0, 1.0)  # the smaller of the two Gram matrices
-        m = product(s, b, c)
+        s = x.mT @ x if tall else x @ x.mT  # the smaller of the two Gram matrices
+        m = torch.baddbmm(s, s, s, beta=b, alpha=c)
         x = torch.baddbmm(x, x, m, beta=a) if tall else torch.baddbmm(x, m, x, beta=a)
     return x
 
@@ -930,7 +928,7 @@ def join_bits(high: Tensor, low: Tensor) -> Tensor:
 
 
 def normuon_direction(g: Tensor, momentum: Tensor, second: Tensor, mu: Tensor, beta2: Tensor,
-                      dtype: torch.dtype, fast: bool = False) -> Tensor:
+                      dtype: torch.dtype) -> Tensor:
     """Orthogonalised, row- or column-normalised Nesterov momentum of g [K, rows, columns] (NorMuon, arXiv 2510.05491).
 
     Updates momentum (shape of g) and second ([K, rows, 1], or [K, 1, columns] of wide matrices) in place. The
@@ -938,7 +936,7 @@ def normuon_direction(g: Tensor, momentum: Tensor, second: Tensor, mu: Tensor, b
     """
     g = g.to(momentum.dtype)
     momentum.lerp_(g, 1 - mu)
-    x = polar_express(torch.lerp(g, momentum, mu).to(dtype), fast).to(momentum.dtype)
+    x = polar_express(torch.lerp(g, momentum, mu).to(dtype)).to(momentum.dtype)
     short = -1 if x.size(-2) >= x.size(-1) else -2
     mean = x.square().mean(dim=short, keepdim=True)
     second.lerp_(mean, 1 - beta2)
@@ -949,14 +947,14 @@ def normuon_direction(g: Tensor, momentum: Tensor, second: Tensor, mu: Tensor, b
 
 
 def normuon_update(p: Tensor, low: Tensor | None, g: Tensor, momentum: Tensor, second: Tensor, lr_mul: Tensor,
-                   knobs: Tensor, fast: bool = False) -> None:
+                   knobs: Tensor) -> None:
     """One NorMuon step on p [K, rows, columns], in place.
 
     A bf16 p carries its low mantissa bits in `low` (int16), so that updates are exactly fp32. lr_mul [K, 1, 1];
     knobs = (lr, decay, mu, beta2). Decay is cautious: only where the update and the weight have the same sign.
     """
     lr, decay, mu, beta2 = knobs.unbind()
-    x = normuon_direction(g, momentum, second, mu, beta2, p.dtype, fast)
+    x = normuon_direction(g, momentum, second, mu, beta2, p.dtype)
     full = p if low is None else join_bits(p, low)
     lr = lr * lr_mul
     full = full - lr * decay * torch.where(x * full >= 0, full, 0.0) - lr * x
@@ -1136,7 +1134,7 @@ class NorMuonAdam:
         else:
             (row,), (p,), (g,), (s,) = group, shards, grads, states
             lr_mul, knob = self.lr_mul[row.name], knobs[row.name][:4]
-            self.normuon_update(p, s.get("low"), g, s["momentum"], s["second"], lr_mul, knob, self.fast)
+            self.normuon_update(p, s.get("low"), g, s["momentum"], s["second"], lr_mul, knob)
 
     def untie(self) -> None:
         """From now on embed has a life of its own, beginning with lm_head's moments, transposed and sharded anew."""
@@ -2185,63 +2183,6 @@ def scatter_add_rows(rows: Tensor, ids: Tensor, out: Tensor, order: Tensor | Non
                                                         triton.next_power_of_2(D), num_warps=4)
 
 SCATTER_ROWS = 16  # of one program
-
-
-# --- Symmetric products, for Polar Express
-
-def symmetric_product_reference(x: Tensor, b: float, c: float) -> Tensor:
-    """b x + c x x^T for x [K, n, k]; where b is not 0, x must be symmetric."""
-    return torch.baddbmm(x, x, x.mT, beta=b, alpha=c) if b else c * (x @ x.mT)
-
-
-@jit
-def symmetric_kernel(a, out, n, k, stride_batch, stride_n, stride_k, b, c, ADD: tl.constexpr,
-                     EVEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The tiles (i, j <= i) of b a + c a a^T, each stored twice, mirrored."""
-    tiles = tl.cdiv(n, BLOCK)
-    per_matrix = tiles * (tiles + 1) // 2
-    pid = tl.program_id(0)
-    matrix, tile = (pid // per_matrix).to(tl.int64), pid % per_matrix
-    # tile i(i+1)/2 + j: the root of 8 tile + 1 is 2i+1 at j = 0; one more keeps it above in floating point
-    i = ((tl.sqrt(8.0 * tile + 2.0) - 1.0) * 0.5).to(tl.int32)
-    j = tile - i * (i + 1) // 2
-    rows, columns, ks = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
-    a += matrix * stride_batch
-    left = a + rows[:, None] * stride_n + ks[None, :] * stride_k  # [BLOCK, BLOCK_K]
-    right = a + ks[:, None] * stride_k + columns[None, :] * stride_n  # [BLOCK_K, BLOCK]
-    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for start in range(0, k, BLOCK_K):
-        if EVEN:
-            acc = tl.dot(tl.load(left), tl.load(right), acc)
-        else:
-            seen = start + ks < k
-            acc = tl.dot(tl.load(left, mask=(rows < n)[:, None] & seen[None, :], other=0.0),
-                         tl.load(right, mask=seen[:, None] & (columns < n)[None, :], other=0.0), acc)
-        left += BLOCK_K * stride_k
-        right += BLOCK_K * stride_k
-    inside = (rows < n)[:, None] & (columns < n)[None, :]
-    acc *= c
-    if ADD:
-        addend = tl.load(a + rows[:, None] * stride_n + columns[None, :] * stride_k, mask=inside, other=0.0)
-        acc += b * addend.to(tl.float32)
-    result = acc.to(out.dtype.element_ty)
-    out += matrix * n * n
-    tl.store(out + rows[:, None] * n + columns[None, :], result, mask=inside)
-    if i != j:
-        tl.store(out + columns[:, None] * n + rows[None, :], tl.trans(result), mask=tl.trans(inside))
-
-
-@custom_op("speedrun::symmetric_product", mutates_args=())
-def symmetric_product(x: Tensor, b: float, c: float) -> Tensor:
-    (K, n, k), out = x.shape, x.new_empty(x.size(0), x.size(1), x.size(1))
-    block, block_k = 128, 64  # best of a sweep on H200 at all shapes of the banks
-    tiles = triton.cdiv(n, block)
-    symmetric_kernel[(K * tiles * (tiles + 1) // 2,)](
-        x, out, n, k, *x.stride(), b, c, b != 0, n % block == 0 and k % block_k == 0, block, block_k, num_warps=4,
-        num_stages=3)
-    return out
-
-symmetric_product.register_fake(lambda x, b, c: x.new_empty(x.size(0), x.size(1), x.size(1)))
 
 
 # ==== 9. Attention: attention(q, k, v, cu_seqlens, max_len, window, scale, gate) with interchangeable backends ========
