@@ -989,11 +989,10 @@ class NorMuonAdam:
 
     def __init__(self, model: GPT, hp: Hyperparameters, ranks: Ranks):
         self.hp, self.ranks = hp, ranks
-        self.add_rows, self.fast = model.ops.add_rows, model.ops.add_rows is not PLAIN.add_rows
+        self.add_rows = model.ops.add_rows
         self.params = {row.name: getattr(model, row.name) for row in PARAMS}
         compiler = compiled if hp.compile else lambda f: f
         self.normuon_update, self.adam_update = compiler(normuon_update), compiler(adam_update)
-        self.transpose_into = transpose_into if self.fast else transpose_into_reference
         # Gradients of the looked-up tables, summed in fp32 (see collect); other parameters have autograd's
         self.table_grads = {name: torch.zeros_like(self.params[name], dtype=torch.float32, requires_grad=False)
                             for name in ("embed", "bigram_embed", "value_embeds")}
@@ -1057,7 +1056,7 @@ class NorMuonAdam:
             plan.update_adam and not (self.tied and row.name == "embed"))]
         lm_head, embed = self.params["lm_head"], self.params["embed"]
         if plan.update_adam and self.tied:
-            self.transpose_into(self.table_grads["embed"], lm_head.grad, add=True)
+            lm_head.grad += self.table_grads["embed"].mT
             self.table_grads["embed"].zero_()
         knobs = self.knobs(rows, plan)
 
@@ -1079,7 +1078,7 @@ class NorMuonAdam:
         # 3. wait for the gathers
         wait(gathering)
         if plan.update_adam and self.tied:
-            self.transpose_into(lm_head.data, embed.data, add=False)
+            embed.copy_(lm_head.mT)
         for row in rows:
             self.gradient(row).zero_()
 
@@ -2058,36 +2057,25 @@ def softcapped_mtp_loss(logits: Tensor, targets: Tensor, weights: Tensor, grad_d
 
 # --- Transposes
 
-def transpose_into_reference(src: Tensor, dst: Tensor, add: bool) -> None:
-    """dst [n, m] = src^T for src [m, n], or dst += src^T, in place."""
-    dst.add_(src.mT) if add else dst.copy_(src.mT)
-
-
 @jit
-def transpose_kernel(src, dst, m, n, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def transpose_kernel(src, dst, m, n, BLOCK: tl.constexpr):
     tiles_m = tl.cdiv(m, BLOCK)
     rows = (tl.program_id(0) % tiles_m * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     columns = (tl.program_id(0) // tiles_m * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     inside = (rows < m)[:, None] & (columns < n)[None, :]
-    x = tl.trans(tl.load(src + rows[:, None] * n + columns[None, :], mask=inside))
-    to, inside = dst + columns[:, None] * m + rows[None, :], tl.trans(inside)
-    if ADD:
-        x = tl.load(to, mask=inside).to(tl.float32) + x.to(tl.float32)
-    tl.store(to, x.to(dst.dtype.element_ty), mask=inside)
-
-
-def transpose_into(src: Tensor, dst: Tensor, add: bool) -> None:
-    (m, n), (block, warps) = src.shape, (64, 4) if src.element_size() > 1 else (128, 8)  # best of a sweep on H200
-    assert src.is_contiguous() and dst.is_contiguous() and dst.shape == (n, m)
-    transpose_kernel[(triton.cdiv(m, block) * triton.cdiv(n, block),)](src, dst, m, n, add, block, num_warps=warps)
+    x = tl.load(src + rows[:, None] * n + columns[None, :], mask=inside)
+    tl.store(dst + columns[:, None] * m + rows[None, :], tl.trans(x), mask=tl.trans(inside))
 
 
 @op(lambda src: src.mT.contiguous())
 def transposed(src: Tensor) -> Tensor:
-    """src^T for FP8 src, contiguous, as an operation that torch.compile can take."""
-    dst = src.new_empty(src.size(1), src.size(0))
-    transpose_into(src.view(torch.int8), dst.view(torch.int8), add=False)  # Triton need not know the type
+    """src^T for FP8 src [m, n], contiguous [n, m]."""
+    (m, n), block = src.shape, 128  # of a sweep on H200, with 8 warps
+    dst = src.new_empty(n, m)
+    numbers = src.view(torch.int8), dst.view(torch.int8)  # Triton need not know the type
+    transpose_kernel[(triton.cdiv(m, block) * triton.cdiv(n, block),)](*numbers, m, n, block, num_warps=8)
     return dst
+
 
 # --- Head: product, loss and gradient
 
