@@ -1,58 +1,64 @@
 """
-NanoGPT speedrun: train a GPT-2-small-class language model to 3.28 FineWeb validation loss as fast as possible.
+NanoGPT speedrun: a GPT-2-small-class model to 3.28 FineWeb validation loss, as fast as possible. This file is the whole
+run of record #80 of the public track (1.406 minutes on 8 H100s, 2026-04-08), on 1, 2, 4 or 8 GPUs with one trajectory.
 
-This one file holds the whole run of record #80 of the public track (1.406 minutes on 8 H100s, 2026-04-08): schedule,
-kernels, attention, model, optimizers, data and training loop. It runs on 1, 2, 4 or 8 GPUs with one trajectory, and
-as a small demo on a CPU.
+On one H100 it takes 0.67 of the public script's time with the same attention kernels, on two 0.34 (164M tokens of a
+stand-in corpus, 2026-11-25). It has not been run on FineWeb or on more than two GPUs.
 
     ./run.sh                                    the record run on the GPUs that are there, or the demo without a GPU
     python train_gpt.py --preset=demo           the demo (CPU, bundled text, about two minutes)
     torchrun --nproc_per_node=8 train_gpt.py    the record run by hand
     python train_gpt.py --plan                  the schedule as CSV, a line a step
-    python train_gpt.py --help                  every hyperparameter, settable as --key=value
+    python train_gpt.py --help                  every key; --set TABLE.row.column=value sets any cell of a table
 
-Dimension letters, used in shape comments:
-    S tokens of a segment    T tokens of one micro-batch on one rank: n segments, T = n*S
-    D model width            H heads         d width of a head (D = H*d)
-    V vocabulary, padded to a multiple of 128   F MLP width (4D)   B bigram rows   L layers
-    R ranks (GPUs)   A segments of a rank in one step (R*A = 8)      K matrices of a bank   N optimizer steps
+Letters, in shape comments and in PARAMS' shapes:
+    S tokens of a segment    T tokens of a micro-batch: some segments, one after the other    N optimizer steps
+    D model width    H heads    d width of a head (D = H*d)    F width of the MLP    G channels that gates see
+    V vocabulary, padded to a multiple of 128    B rows of the bigram table    E tables of value embeddings
+    L layers    A layers with attention    K matrices of a bank    R ranks (GPUs)
+and in code: x the residual stream, q k v queries, keys, values, p a parameter, hp the Recipe of the run.
 
-Map of the file. The algorithm, as a token meets it:
-    1 this text    2 configuration: Hyperparameters, LAYERS, STAGES and plan(), PARAMS    3 what flows
-    4 data         5 model        6 optimizer        7 the run: train_step, evaluate, warmup, train, main
+Map. The algorithm, as a token meets it:
+    1 this text    2 configuration: tables, Recipe, plan()    3 what flows    4 data    5 model    6 optimizer
+    7 the run: train_step, evaluate, train, main
 The engine room, which decides nothing about the result:
-    8 kernels, each with its reference    9 attention backends    10 keeping a run: errors, command line, ranks, log
+    8 kernels, each under its reference    9 attention    10 keeping a run: errors, checks, command line, log, watch
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import ctypes
 import difflib
+import fnmatch
 import glob
+import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
 import math
 import os
 import queue
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
 import traceback
+import typing
 import warnings
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import NamedTuple, NoReturn
+from types import NoneType, SimpleNamespace, UnionType
+from typing import Literal, NamedTuple, NoReturn
 from unittest.mock import patch
 
 import numpy as np
@@ -61,8 +67,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.library import custom_op
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 try:
@@ -70,70 +75,197 @@ try:
     import triton.language as tl
 
     jit = triton.jit
-except ImportError:  # CPU builds of PyTorch come without Triton; the references serve
+except ImportError:  # CPU builds of PyTorch come without Triton; PLAIN serves
     triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda f: f
 
 # ==== 2. Configuration: every tuned number of the run is in this part =================================================
 
 SEGMENTS = 8  # a step's tokens come as 8 segments, whatever R is: segment s goes to rank s % R
 MTP_MAX = 3  # most tokens ahead that one position predicts
+GATE_INPUTS = 12  # G
+
+
+class Layer(NamedTuple):
+    """One layer: attention and what it reads, then the MLP."""
+
+    window: Literal["short", "long"] | None  # attention window; None: no attention
+    name: str = ""  # for layers that others name
+    paired: bool = False  # two heads share keys: a token enters attention as two, heads 0..H/2-1 and then the rest
+    key_offset: bool = False  # half of each key moves one position ahead, which gives induction in one layer
+    gate: bool = True  # each head's output is gated
+    value_table: int | None = None  # which table of value embeddings is mixed into V
+    value_gate: bool = True  # it is gated
+    reads: str | None = None  # attention reads the stream as it was after this layer; None: the stream itself
+    skip_from: str | None = None  # at first, add the gated stream as it was after this layer
+
+
+LAYERS = (
+    Layer("short", paired=True),
+    Layer("short", value_table=0),
+    Layer("short", value_table=1, paired=True),
+    Layer("long", "early", key_offset=True),
+    Layer("short"),
+    Layer("short", paired=True),
+    Layer(None, skip_from="early"),
+    Layer("short", "middle"),
+    Layer("short", value_table=2, reads="middle"),
+    Layer("short", value_table=3, reads="middle", paired=True),
+    Layer("long", value_table=4, reads="middle", key_offset=True),
+)
+
+
+class Readout(NamedTuple):
+    """From the stream to the capped logits: cap * sigmoid((logit + cap_shift) / cap_width)."""
+
+    minus: str  # backout: the stream after this layer is subtracted again
+    cap: float
+    cap_shift: float
+    cap_width: float
+
+
+READOUT = Readout(minus="middle", cap=23.0, cap_shift=5.0, cap_width=7.5)
+
+
+class Stage(NamedTuple):
+    """What is scheduled by stage."""
+
+    length: float | None  # fraction of the scheduled steps; None: the extension
+    batch: int  # tokens a step, in units of hp.batch_unit
+    max_doc: int  # longer documents are cut, in blocks
+    short: int  # attention windows, in blocks
+    long: int
+    lr: float
+    mtp_start: tuple[float, ...]  # weights of predicting 1, 2, 3 tokens ahead: linear from start to end of the stage
+    mtp_end: tuple[float, ...]
+    tied: bool = False  # embed is lm_head, transposed; they part at the first update in a stage that unties them
+    yarn: bool = True  # where the long window grows, rotary embeddings stretch with it
+
+
+STAGES = (
+    Stage(1 / 3, 1, 7, 1, 3, 1.00, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), tied=True),
+    Stage(1 / 3, 2, 16, 3, 7, 1.52, (1.0, 0.5), (1.0, 0.0), tied=True),
+    Stage(1 / 3, 3, 16, 5, 11, 1.73, (1.0,), (1.0,)),
+    Stage(None, 3, 16, 6, 13, 1.73, (1.0,), (1.0,)),
+)
+
+
+class Param(NamedTuple):
+    """One parameter: what it is, how it is trained, and how ranks share the work."""
+
+    name: str
+    shape: str  # in the letters above
+    init: str  # initial values, see initial_values
+    rule: Literal["normuon", "muon", "adam"]  # a key of RULES
+    lr: float = 1  # times hp.muon_lr or hp.adam_lr
+    wd: float = 0  # times hp.muon_wd or hp.adam_wd
+    betas: tuple[float, float] | None = None  # Adam's
+    every: int = 1  # updated every so many steps; gradients add up meanwhile
+    reduce: Literal["replicate", "shard", "sparse"] = "replicate"
+    # replicate: every rank updates all; shard: each rank owns and updates an equal slice of dim 0; sparse: as shard,
+    # but from SPARSE_FROM ranks on, only the rows travel that a rank's gradient touched
+    dtype: Literal["model", "float32"] = "model"  # model: hp.dtype
+    cautious: bool = True  # decay only where the update and the weight have the same sign
+    odd_lr: float = 1  # times lr, for matrices 1, 3, 5 .. of a bank
+
+
+HEAD = dict(rule="adam", wd=150, betas=(0.5, 0.95), every=2, reduce="shard")
+TABLE = dict(rule="adam", lr=75, wd=5, betas=(0.75, 0.95), every=2)
+GATE = dict(rule="adam", betas=(0.9, 0.99), every=2)
+SCALAR = dict(rule="adam", lr=5, betas=(0.9, 0.99), every=2, dtype="float32")
+LAMBDA = dict(rule="adam", betas=(0.9, 0.95), every=2, dtype="float32")
+PARAMS = (  # in the order in which gradient reductions launch: roughly the order in which other ranks need them
+    Param("qk_bank", "A*H 2*d D", "uniform", "normuon", wd=1, reduce="shard"),  # a layer's Q, then K, in pairs of heads
+    Param("vo_bank", "2*A D D", "uniform", "normuon", wd=1, reduce="shard"),  # a layer's V, then O
+    Param("mlp_bank", "2*L F D", "uniform, 0", "normuon", wd=1, reduce="shard", odd_lr=2),  # a layer's up, then down
+    Param("attn_lambdas", "2 L", "0.5, 1", **SCALAR),  # times QKV, times O
+    Param("smear_lambda", "1", "0", **SCALAR),
+    Param("backout_lambda", "1", "0.5", **SCALAR),
+    Param("skip_lambda", "1", "-1.5", **SCALAR),
+    Param("smear_gate", "1 G", "0", lr=0.01, **GATE),
+    Param("skip_gate", "1 G", "0", lr=0.05, **GATE),
+    Param("attn_gate_bank", "A H G", "0", wd=1, **GATE),
+    Param("ve_gate_bank", "E H G", "0", wd=1, **GATE),
+    Param("lm_head", "D V", "normal 0.005", **HEAD),
+    Param("bigram_embed", "B D", "0", reduce="sparse", **TABLE),
+    Param("post_lambdas", "L 2", "1", **LAMBDA),  # times the output of attention, of the MLP
+    Param("x0_lambdas", "L", "0", **LAMBDA),
+    Param("bigram_lambdas", "L", "0.05", **LAMBDA),
+    Param("resid_lambdas", "L 2", f"{math.sqrt(1.1)!r}", lr=5, **LAMBDA),  # times the stream at attention, at the MLP
+    Param("value_embeds", "E*V D", "normal 0.01", reduce="shard", **TABLE),
+    Param("embed", "V D", "lm_head", **HEAD),
+)
+# Replicated parameters are updated first, together; then tables, then banks, whose compute hides the tables' traffic
+UPDATE_ORDER = ("value_embeds", "bigram_embed", "lm_head", "embed", "qk_bank", "vo_bank", "mlp_bank")
+SPARSE_FROM = 8  # ranks; the fewer there are, the more of the table each touches
+
+
+def key(default: object, text: str, least: float | None = None, above: float | None = None, choices: tuple = (),
+        free: bool = False) -> object:
+    """A key of the command line: its value in record80, help, and limits. A resumed run may change free ones, as no
+    step's weights depend on them but for rounding."""
+    metadata = dict(text=text, least=least, above=above, choices=choices, free=free)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
-class Hyperparameters:
-    """Everything that --key=value can set. The defaults are record #80; all values are tuned unless a comment says why.
-
-    Lengths are in tokens. The dataclass is hashable and read-only: whatever depends on it is computed from it.
-    """
+class Recipe:
+    """A whole run: every --key=value, and the tables. The defaults are record #80; all numbers are tuned unless a
+    comment says why. Hashable and read-only: whatever depends on it is computed from it."""
 
     # data
-    train_files: str = "data/fineweb10B/fineweb_train_*.bin"
-    val_files: str = "data/fineweb10B/fineweb_val_*.bin"
-    val_tokens: int = 10_485_760  # the track's fixed validation set: this many targets from the start of the val shard
-    val_chunk: int = 262_144  # tokens that one rank scores in one pack
+    train_files: str = key("data/fineweb10B/fineweb_train_*.bin", "train shards")
+    val_files: str = key("data/fineweb10B/fineweb_val_*.bin", "validation shards; the first one counts", free=True)
+    val_tokens: int = key(10_485_760, "targets that are scored, from the start of the shard", above=0, free=True)
+    val_chunk: int = key(262_144, "tokens that one rank scores in one pack", above=0, free=True)
     # schedule
-    num_scheduled_iterations: int = 1440
-    num_extension_iterations: int = 40  # further steps at the final learning rate with longer windows
-    val_every: int = 250  # validate every so many steps and at the end; 0: only at the end
-    batch_unit: int = 131_072  # tokens a step in stage 1; STAGES counts in this unit
-    block: int = 128  # tokens; STAGES counts windows and document cuts in this unit
-    final_val_window: int = 20  # long window of the last validation, in blocks
-    cooldown_start: float = 0.4  # fraction of the scheduled steps
-    cooldown_floor: float = 0.15
+    num_scheduled_iterations: int = key(1440, "steps before the extension", above=0)
+    num_extension_iterations: int = key(40, "further steps at the final rate with longer windows", least=0)
+    val_every: int = key(250, "validate every so many steps and at the end; 0: only at the end", least=0, free=True)
+    batch_unit: int = key(131_072, "tokens; STAGES counts a step's in this unit", above=0)
+    block: int = key(128, "tokens; STAGES counts windows and document cuts in this unit", above=0)
+    final_val_window: int = key(20, "long window of the last validation, in blocks", above=0, free=True)
+    cooldown_start: float = key(0.4, "fraction of the scheduled steps from which rates fall, below 1", least=0)
+    cooldown_floor: float = key(0.15, "what they fall to, as a factor", least=0)
     # model
-    vocab_size: int = 50_257  # GPT-2 BPE; the last id, <|endoftext|>, begins every document
-    model_dim: int = 768
-    num_heads: int = 6
-    head_dim: int = 128
-    bigram_ratio: int = 5  # rows of the bigram table per row of the padded vocabulary
-    attn_scale: float = 0.1  # softmax scale before YaRN
-    rope_base: float = 1024.0
+    vocab_size: int = key(50_257, "GPT-2's; the last token, <|endoftext|>, begins every document", above=1)
+    model_dim: int = key(768, "width of the stream: num_heads * head_dim", above=0)
+    num_heads: int = key(6, "heads of attention, an even number", above=0)
+    head_dim: int = key(128, "width of a head, a multiple of 8", above=0)
+    mlp_dim: int = key(0, "width of the MLP; 0: four times model_dim", least=0)
+    bigram_ratio: int = key(5, "rows of the bigram table for each of the padded vocabulary", above=0)
+    attn_scale: float = key(0.1, "softmax scale before YaRN", above=0)
+    rope_base: float = key(1024.0, "base of the rotary frequencies", above=0)
     # optimizers
-    muon_lr: float = 0.023
-    muon_wd: float = 1.2
-    muon_beta2: float = 0.9
-    muon_momentum: float = 0.95
-    muon_momentum_low: float = 0.85  # at the first and the last step
-    muon_momentum_warmup: int = 300  # steps
-    muon_momentum_cooldown: int = 50  # steps
-    adam_lr: float = 0.008
-    adam_wd: float = 0.005
-    adam_eps: float = 1e-10
+    muon_lr: float = key(0.023, "learning rate of NorMuon", least=0)
+    muon_wd: float = key(1.2, "its weight decay, times the rate", least=0)
+    muon_beta2: float = key(0.9, "its second moment's decay", least=0)
+    muon_momentum: float = key(0.95, "its momentum", least=0)
+    muon_momentum_low: float = key(0.85, "the same at the first and the last step", least=0)
+    muon_momentum_warmup: int = key(300, "steps in which it rises", above=0)
+    muon_momentum_cooldown: int = key(50, "steps in which it falls", above=0)
+    adam_lr: float = key(0.008, "learning rate of Adam", least=0)
+    adam_wd: float = key(0.005, "its weight decay, times the rate squared", least=0)
+    adam_eps: float = key(1e-10, "its epsilon", above=0)
     # how it runs
-    seed: int = 0
-    dtype: str = "bfloat16"  # of weights and activations: bfloat16 or float32
-    fp8_head: bool = True  # the training head's products in FP8
-    compile: bool = True  # torch.compile; plain eager PyTorch if false
-    graphs: bool = True  # replay each micro-step as one CUDA graph (on a GPU, if compiled)
-    micro_tokens: int = 65_536  # a rank's segments are joined to micro-batches up to this; less takes less memory
-    attention: str = "auto"  # auto or a key of ATTENTION_BACKENDS
-    kernels: str = "auto"  # auto or one of KERNELS
-    device: str = "auto"  # auto, cuda or cpu
-    log_dir: str = "logs"
-    run_id: str = ""  # name of the log file; empty: date and time
-    save_every: int = 0  # write a checkpoint, <run id>_step<N>.pt beside the log, every so many steps; 0: never
-    save_final: bool = False  # write one after the last step
-    resume: str = ""  # continue from this checkpoint as if the run had not stopped; empty: begin
+    seed: int = key(0, "draws the initial weights", least=-(2**63))
+    dtype: str = key("bfloat16", "of weights and activations", choices=("bfloat16", "float32"))
+    fp8_head: bool = key(True, "the training head's products in FP8")
+    compile: bool = key(True, "torch.compile; plain eager PyTorch if false", free=True)
+    graphs: bool = key(True, "replay each micro-step as a CUDA graph (on a GPU, if compiled)", free=True)
+    micro_tokens: int = key(65_536, "a rank's segments are joined up to this; less: less memory", above=0, free=True)
+    attention: str = key("auto", "backend", choices=("auto", "fa4", "fa3", "torch", "reference"), free=True)
+    kernels: str = key("auto", "operations", choices=("auto", "hopper", "plain"), free=True)
+    device: str = key("auto", "where to run", choices=("auto", "cuda", "cpu"), free=True)
+    log_dir: str = key("logs", "folder of the log and of checkpoints", free=True)
+    run_id: str = key("", "name of the log file; empty: date and time", free=True)
+    save_every: int = key(0, "checkpoint <run id>_step<N>.pt every so many steps; 0: never", least=0, free=True)
+    save_final: bool = key(False, "a checkpoint after the last step", free=True)
+    resume: str = key("", "go on from this checkpoint as if the run had not stopped; empty: begin", free=True)
+    # tables: --set LAYERS.3.key_offset=false
+    layers: tuple[Layer, ...] = LAYERS
+    readout: Readout = READOUT
+    stages: tuple[Stage, ...] = STAGES
+    params: tuple[Param, ...] = PARAMS
 
     @property
     def num_steps(self) -> int:
@@ -144,191 +276,123 @@ class Hyperparameters:
         return self.vocab_size - 1
 
     @property
-    def padded_vocab(self) -> int:
-        return round_up(self.vocab_size, 128)
+    def attn_layers(self) -> list[int]:
+        """The layers with attention, in the order of the banks."""
+        return [i for i, layer in enumerate(self.layers) if layer.window]
 
     @property
-    def bigram_rows(self) -> int:
-        return self.bigram_ratio * self.padded_vocab
+    def layer_names(self) -> dict[str, int]:
+        return {layer.name: i for i, layer in enumerate(self.layers) if layer.name}
 
     @property
-    def mlp_dim(self) -> int:
-        return 4 * self.model_dim
+    def sizes(self) -> dict[str, int]:
+        """What the letters in PARAMS' shapes stand for."""
+        V = round_up(self.vocab_size, 128)
+        E = sum(layer.value_table is not None for layer in self.layers)
+        return dict(L=len(self.layers), A=len(self.attn_layers), E=E, V=V, B=self.bigram_ratio * V, G=GATE_INPUTS,
+                    D=self.model_dim, F=self.mlp_dim or 4 * self.model_dim, H=self.num_heads, d=self.head_dim)
 
 
-# What a run resumed from a checkpoint may change: no step's weights depend on it, but for rounding
-MAY_CHANGE = ("val_files", "val_tokens", "val_chunk", "val_every", "final_val_window", "compile", "graphs",
-              "micro_tokens", "attention", "kernels", "device", "log_dir", "run_id", "save_every", "save_final",
-              "resume")
-PRESETS = {
-    "record80": {},
-    # The same topology, optimizers and schedule shape at a size that two CPU cores train in about two minutes.
-    "demo": dict(
-        train_files="data/sample/fineweb_train_*.bin", val_files="data/sample/fineweb_val_*.bin",
+def small(recipe: Recipe) -> Recipe:
+    """The same topology, optimizers and shape of the schedule at a size that two CPU cores train in two minutes."""
+    return replace(
+        recipe, train_files="data/sample/fineweb_train_*.bin", val_files="data/sample/fineweb_val_*.bin",
         val_tokens=8192, val_chunk=1024, num_scheduled_iterations=60, num_extension_iterations=4, val_every=20,
         batch_unit=512, micro_tokens=512, block=16, model_dim=96, head_dim=16, bigram_ratio=1, muon_momentum_warmup=30,
-        muon_momentum_cooldown=8, dtype="float32", fp8_head=False, compile=False, device="cpu",
-    ),
-}
+        muon_momentum_cooldown=8, dtype="float32", fp8_head=False, compile=False, device="cpu")
 
 
-class Layer(NamedTuple):
-    """One layer: its kind of attention, and what it reads."""
-
-    window: str | None  # attention window: "short", "long", or None for a layer without attention
-    paired: bool = False  # two heads share keys: a token enters attention as two, heads 0..H/2-1 and then the rest
-    value_table: int | None = None  # which value-embedding table is mixed into V
-    reads: int | None = None  # attention reads the stream as it was after this layer; None: the stream itself
-    skip_from: int | None = None  # in place of attention, add the gated stream as it was after this layer
-
-    @property
-    def key_offset(self) -> bool:
-        """Long-window layers shift half of each key one position ahead, which gives induction in one layer."""
-        return self.window == "long"
+PRESETS = {"record80": Recipe(), "demo": small(Recipe())}
 
 
-LAYERS = (
-    Layer("short", paired=True),  # 0
-    Layer("short", value_table=0),  # 1
-    Layer("short", paired=True, value_table=1),  # 2
-    Layer("long"),  # 3
-    Layer("short"),  # 4
-    Layer("short", paired=True),  # 5
-    Layer(None, skip_from=3),  # 6
-    Layer("short"),  # 7
-    Layer("short", value_table=2, reads=7),  # 8
-    Layer("short", paired=True, value_table=3, reads=7),  # 9
-    Layer("long", value_table=4, reads=7),  # 10
-)
-ATTN_INDEX = {i: j for j, i in enumerate(i for i, layer in enumerate(LAYERS) if layer.window)}  # layer -> place in bank
-NUM_VALUE_TABLES = sum(layer.value_table is not None for layer in LAYERS)
-BACKOUT_LAYER = 7  # the stream after this layer is subtracted again before the head
-GATE_INPUTS = 12  # the first channels of a vector that its gates read
-SCALARS = 2 * len(LAYERS) + 3  # (a, b) of each layer, then the smear, backout and skip lambdas
+class Windows(NamedTuple):
+    """What attention sees, in tokens; constants to the compiler, so each stage has its own compiled step."""
 
-
-class Stage(NamedTuple):
-    """What is scheduled by stage."""
-
-    batch: int  # tokens a step, in units of hp.batch_unit
-    max_doc: int  # longer documents are cut, in blocks
-    short: int  # attention windows, in blocks
+    short: int
     long: int
-    lr: float
-    mtp_start: tuple[float, ...]  # weights of predicting 1, 2, 3 tokens ahead: linear from start to end of the stage
-    mtp_end: tuple[float, ...]
-
-
-STAGES = (  # equal thirds of the scheduled steps, then the extension
-    Stage(1, 7, 1, 3, 1.00, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0)),
-    Stage(2, 16, 3, 7, 1.52, (1.0, 0.5), (1.0, 0.0)),
-    Stage(3, 16, 5, 11, 1.73, (1.0,), (1.0,)),
-    Stage(3, 16, 6, 13, 1.73, (1.0,), (1.0,)),
-)
-UNTIE_STAGE = 2  # embed and lm_head part at the first Adam step of this stage
+    max_doc: int  # no document is longer
+    scale: float  # of the softmax
+    segment: int = 0  # positions, smear, key offset and the list of targets begin anew every so many tokens; 0: never
 
 
 class Plan(NamedTuple):
-    """Every scheduled value of one optimizer step. Windows, cut and batch in tokens."""
+    """Every scheduled value of one optimizer step."""
 
     step: int
+    index: int  # of its stage
+    stage: Stage
     batch_tokens: int
-    max_doc_len: int
-    window_short: int
-    window_long: int
+    windows: Windows
     lr_factor: float
     muon_momentum: float
     mtp_weights: tuple[float, ...]
-    update_adam: bool
-    untie_embed: bool  # the step in which embed and lm_head part
-    stage: int
+    tied: bool
+    unties: bool  # the step in which embed and lm_head part
 
 
-def stage_bounds(hp: Hyperparameters) -> list[int]:
+def stage_bounds(hp: Recipe) -> list[int]:
     """First step of each stage, and the number of steps as the last entry."""
-    thirds = len(STAGES) - 1
-    return [round(i * hp.num_scheduled_iterations / thirds) for i in range(thirds + 1)] + [hp.num_steps]
+    ends = itertools.accumulate(stage.length for stage in hp.stages if stage.length is not None)
+    scheduled = [0, *(round(end * hp.num_scheduled_iterations) for end in ends)]
+    return scheduled + [hp.num_steps] * any(stage.length is None for stage in hp.stages)
 
 
-def plan(step: int, hp: Hyperparameters) -> Plan:
+def due(row: Param, step: int) -> bool:
+    """Whether a parameter is updated in this step."""
+    return (step + 1) % row.every == 0
+
+
+def untie_step(hp: Recipe) -> int:
+    """The update of embed and lm_head from which on they are apart."""
+    every = next(row.every for row in hp.params if row.name == "lm_head")
+    bounds = zip(stage_bounds(hp), hp.stages)
+    first = next((first for first, stage in bounds if not stage.tied), hp.num_steps)
+    return round_up(first + 1, every) - 1
+
+
+def plan(step: int, hp: Recipe) -> Plan:
     """The schedule as a pure function of the step, 0 <= step < hp.num_steps."""
     bounds = stage_bounds(hp)
-    index = max(i for i in range(len(STAGES)) if bounds[i] <= step)
-    stage = STAGES[index]
+    index = max(i for i in range(len(hp.stages)) if bounds[i] <= step)
+    stage = hp.stages[index]
 
     cooldown = int(hp.num_scheduled_iterations * hp.cooldown_start)
     t = min(max((step - cooldown) / (hp.num_scheduled_iterations - cooldown), 0.0), 1.0)
     lr_factor = stage.lr * (1 - t) + hp.cooldown_floor * t
 
+    momentum = hp.muon_momentum
     rise = hp.muon_momentum - hp.muon_momentum_low
-    momentum, last = hp.muon_momentum, hp.num_steps - hp.muon_momentum_cooldown
+    last = hp.num_steps - hp.muon_momentum_cooldown
     if step < hp.muon_momentum_warmup:
         momentum = hp.muon_momentum_low + rise * step / hp.muon_momentum_warmup
     if step > last:
         momentum = hp.muon_momentum - rise * (step - last) / hp.muon_momentum_cooldown
 
     t = (step - bounds[index]) / (bounds[index + 1] - bounds[index])
-    mtp = tuple(a + (b - a) * t for a, b in zip(stage.mtp_start, stage.mtp_end))
+    batch_tokens = stage.batch * hp.batch_unit
     return Plan(
-        step, stage.batch * hp.batch_unit, stage.max_doc * hp.block, stage.short * hp.block, stage.long * hp.block,
-        lr_factor, momentum, mtp, step % 2 == 1, step == bounds[UNTIE_STAGE] | 1, index,
+        step=step,
+        index=index,
+        stage=stage,
+        batch_tokens=batch_tokens,
+        windows=Windows(
+            short=stage.short * hp.block,
+            long=stage.long * hp.block,
+            max_doc=stage.max_doc * hp.block,
+            scale=rotation(hp, index)[1],
+            segment=batch_tokens // SEGMENTS,
+        ),
+        lr_factor=lr_factor,
+        muon_momentum=momentum,
+        mtp_weights=tuple(a + (b - a) * t for a, b in zip(stage.mtp_start, stage.mtp_end)),
+        tied=step < untie_step(hp),
+        unties=step == untie_step(hp),
     )
-
-
-def plan_csv(hp: Hyperparameters) -> Iterator[str]:
-    """The schedule as CSV lines, a header and a line a step; absent MTP weights are 0, booleans 0 or 1."""
-    mtp_names = [f"mtp_{k}" for k in range(MTP_MAX)]
-    yield ",".join([*Plan._fields[:7], *mtp_names, "update_adam", "untie_embed"])
-    for step in range(hp.num_steps):
-        p = plan(step, hp)
-        mtp = (p.mtp_weights + (0.0,) * MTP_MAX)[:MTP_MAX]
-        yield ",".join(f"{v:.10g}" for v in (*p[:7], *mtp, p.update_adam, p.untie_embed))
-
-
-def saves(step: int, hp: Hyperparameters) -> bool:
-    """Whether a checkpoint is due when this many steps are done."""
-    return (hp.save_every > 0 and step % hp.save_every == 0) or (hp.save_final and step == hp.num_steps)
-
-
-class Param(NamedTuple):
-    """How one parameter is trained, and how ranks share the work."""
-
-    name: str
-    optimizer: str  # "normuon" or "adam"
-    betas: tuple[float, float] | None  # Adam's
-    lr_mul: float
-    wd_mul: float
-    dtype: str  # "model": hp.dtype; "float32"
-    reduce: str  # "shard": each rank owns an equal slice of dim 0 and updates it; "replicate": every rank updates all
-    # or "sparse": as "shard", but from SPARSE_FROM ranks on, only the rows travel that a rank's gradient touched
-    turn: int  # place in the order of updates and gathers: small ones, tables, then banks, whose compute hides traffic
-
-
-PARAMS = (  # in the order in which gradient reductions launch: roughly the order in which other ranks need them
-    Param("qk_bank", "normuon", None, 1, 1, "model", "shard", 13),
-    Param("vo_bank", "normuon", None, 1, 1, "model", "shard", 14),
-    Param("mlp_bank", "normuon", None, 1, 1, "model", "shard", 15),
-    Param("scalars", "adam", (0.9, 0.99), 5, 0, "float32", "replicate", 0),
-    Param("smear_gate", "adam", (0.9, 0.99), 0.01, 0, "model", "replicate", 1),
-    Param("skip_gate", "adam", (0.9, 0.99), 0.05, 0, "model", "replicate", 2),
-    Param("attn_gate_bank", "adam", (0.9, 0.99), 1, 1, "model", "replicate", 3),
-    Param("ve_gate_bank", "adam", (0.9, 0.99), 1, 1, "model", "replicate", 4),
-    Param("lm_head", "adam", (0.5, 0.95), 1, 150, "model", "shard", 11),
-    Param("bigram_embed", "adam", (0.75, 0.95), 75, 5, "model", "sparse", 10),
-    Param("post_lambdas", "adam", (0.9, 0.95), 1, 0, "float32", "replicate", 5),
-    Param("x0_lambdas", "adam", (0.9, 0.95), 1, 0, "float32", "replicate", 6),
-    Param("bigram_lambdas", "adam", (0.9, 0.95), 1, 0, "float32", "replicate", 7),
-    Param("resid_lambdas", "adam", (0.9, 0.95), 5, 0, "float32", "replicate", 8),
-    Param("value_embeds", "adam", (0.75, 0.95), 75, 5, "model", "shard", 9),
-    Param("embed", "adam", (0.5, 0.95), 1, 150, "model", "shard", 12),
-)
-SPARSE_FROM = 8  # ranks; the fewer there are, the more of the table each touches
 
 
 def round_up(n: int, multiple: int) -> int:
     """The smallest multiple that is not below n."""
     return -(-n // multiple) * multiple
-
 
 # ==== 3. What flows between the parts =================================================================================
 
@@ -342,13 +406,33 @@ class Batch(NamedTuple):
     order: Tensor  # [T] int32, positions sorted by token, so that gradients of one table row are neighbours
 
 
-class Rows(NamedTuple):
-    """The rows of the embedding tables that a micro-batch reads. Lookups are no part of the compiled step, so that
-    gradients come back as rows and the tables' own gradients need no dense passes (see NorMuonAdam.collect)."""
+class TouchedRows(NamedTuple):
+    """The rows of the bigram table that gradients touched since its last update, as far as one rank exchanges them.
+
+    All from the tokens, which every rank's host can read: to ask the device or the other ranks would be to wait.
+    """
+
+    sent: Tensor  # [rows] int32, rising and thus by owner: touched by this rank
+    received: Tensor  # [rows] int32, counted from the first of this rank's shard: touched there by rank 0, rank 1, ...
+    send_counts: list[int]  # how many of `sent` each rank owns
+    receive_counts: list[int]  # how many of `received` each rank touched
+
+
+class Embeddings(NamedTuple):
+    """The rows of the tables that a micro-batch reads. Lookups are no part of the compiled step, so that gradients come
+    back as rows and the tables' own gradients need no dense passes (see NorMuonAdam.add_table_gradients)."""
 
     embed: Tensor  # [T, D]
     bigram: Tensor  # [T, D]
     value: tuple[Tensor, ...]  # [T, D] of each value table
+
+
+class AttentionWeights(NamedTuple):
+    """The weights of one layer's attention, before its output."""
+
+    qkv: Tensor  # [3D, D]
+    gate: Tensor | None  # [H, G], of the heads
+    value_gate: Tensor | None  # [H, G], of the value embedding
 
 
 class Stream(NamedTuple):
@@ -361,112 +445,47 @@ class Stream(NamedTuple):
 class Injection(NamedTuple):
     """x0_lambda x0 + bigram_lambda bigram, which a layer adds to the stream."""
 
-    total: Tensor  # [T, D] PLAIN: this sum; HOPPER: what takes its gradient
-    x0: Tensor  # [T, D], and so on: HOPPER's product adds these itself
-    bigram: Tensor
+    total: Tensor  # [T, D] PLAIN: this sum; HOPPER: what takes its gradient, as the product adds the parts
+    x0: Tensor  # [T, D]
+    bigram: Tensor  # [T, D]
     x0_lambda: Tensor  # 0-dim fp32
     bigram_lambda: Tensor
-
-
-class AttentionWeights(NamedTuple):
-    """The weights of one layer's attention, before its output."""
-
-    qkv: Tensor  # [3D, D]
-    gate: Tensor  # [H, GATE_INPUTS], of the heads
-    value_gate: Tensor | None  # [H, GATE_INPUTS], of the value embedding, if there is one
 
 
 class Ops(NamedTuple):
     """What the model computes with: PLAIN says it in PyTorch, HOPPER does it in fused kernels. See choose_ops."""
 
     stream: Callable  # x [T, D] -> Stream
-    normed: Callable  # Stream -> Stream, each row over its rms
+    normed: Callable  # Stream -> Stream: each row over its rms
     thin_product: Callable  # x [T, n], w [m, n] -> x w^T, for few n and m
     attention_inputs: Callable  # normed Stream, AttentionWeights, value embedding, cos, sin, Layer -> q, k, v, gate
     attention: Callable  # softmax(scale q k^T) v inside documents and a window, times gate; see attention_reference
-    injections: Callable  # x0, bigram [T, D], lambdas [n], lambdas [n] -> n of Injection
+    injections: Callable  # x0, bigram [T, D], their lambdas [A] -> an Injection for each layer with attention
     linear_sum: Callable  # y, o, x: Stream, resid [T], Injection -> Stream: y o^T + resid x + what is injected
     mlp: Callable  # x: Stream, up, down, resid [T] -> Stream: relu(norm(x) up^T)^2 down + resid x
-    head_loss: Callable  # x [T, D], w [D, V], targets, weights, fp8, grad_unit -> loss, 0-dim
-    add_rows: Callable  # rows [T, D], ids [T], table, order: table[ids] += rows, in place
-
-
-class Geometry(NamedTuple):
-    """What the model needs besides tensors; constants to the compiler, so each stage has its own compiled step."""
-
-    window_short: int
-    window_long: int
-    max_len: int  # no document is longer
-    scale: float  # of the softmax
-    segment: int = 0  # positions, smear, key offset and the list of targets begin anew every so many tokens; 0: never
-
-
-class TouchedRows(NamedTuple):
-    """The rows of the bigram table that gradients touched since Adam's last step, as far as one rank exchanges them.
-
-    All from the tokens, which every rank's host can read: to ask the device or the other ranks would be to wait.
-    """
-
-    sent: Tensor  # [rows] int32, rising and thus by owner: touched by this rank
-    received: Tensor  # [rows] int32, counted from the first of this rank's shard: touched there by rank 0, rank 1, ...
-    send_counts: list[int]  # how many of `sent` each rank owns
-    receive_counts: list[int]  # how many of `received` each rank touched
+    head_loss: Callable  # x [T, D], lm_head [D, V], targets, weights, (cap, shift, width), fp8, loss_scale -> loss, 0-dim fp32
+    add_rows: Callable  # rows [T, D], ids [T], table, order -> None: table[ids] += rows
 
 
 # ==== 4. Data =========================================================================================================
 
-HEADER_INTS, MAGIC, VERSION = 256, 20240520, 1  # a shard: 256 int32 (magic, version, token count, zeros), uint16 tokens
+HEADER_INTS, MAGIC, VERSION = 256, 20240520, 1  # a shard: int32s (magic number, version, token count, zeros), then uint16 tokens
 MAX_DOCS = {16_384: 64, 32_768: 96, 49_152: 128}  # entries of cu_seqlens that fit FineWeb, by tokens of a segment
-QUEUE_STEPS = 2  # batches prepared ahead
+STEPS_AHEAD = 2  # that the loader prepares
 
 
-def find_shards(pattern: str, key: str) -> list[str]:
-    """The files that a pattern matches, in order of their names; raises UserError if none does."""
-    files = sorted(glob.glob(pattern))
-    if not files:
-        raise UserError(f"no file matches --{key}={pattern}: run `python data/cached_fineweb10B.py 9` to download "
-                        "FineWeb, or `python data/fineweb.py` to make shards from your own text")
-    return files
-
-
-def read_header(path: str) -> int:
-    """The number of tokens in a shard; raises UserError if its header or size is wrong."""
-    try:
-        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
-        size = os.path.getsize(path)
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}; download the shard again") from None
-    again = "delete it and run data/cached_fineweb10B.py again"
-    if len(header) < HEADER_INTS:
-        raise UserError(f"{path}: {size} bytes are too few for a header; {again}")
-    if header[0] != MAGIC:
-        raise UserError(f"{path}: magic number {header[0]} instead of {MAGIC}, so this is no token shard; {again}")
-    if header[1] != VERSION:
-        raise UserError(f"{path}: version {header[1]} instead of {VERSION}; {again}")
-    if header[2] < 1 or size != 4 * HEADER_INTS + 2 * int(header[2]):
-        expected = 4 * HEADER_INTS + 2 * int(header[2])
-        raise UserError(f"{path}: the header says {header[2]} tokens, {expected} bytes; the file has {size}; {again}")
-    return int(header[2])
-
-
-def read_shard(path: str, bos: int, count: int = -1) -> np.ndarray:
-    """The first `count` tokens of a shard, or all, as uint16; raises UserError if anything about the file is wrong."""
-    read_header(path)
-    tokens = np.fromfile(path, dtype="<u2", count=count, offset=4 * HEADER_INTS)
-    if len(tokens) and tokens.max() > bos:
-        where = int(np.argmax(tokens > bos))
-        raise UserError(f"{path}: token {tokens[where]} at position {where} is above {bos}; delete the file and "
-                        "download or make it again")
-    return tokens
+def read_shard(path: str, count: int = -1) -> np.ndarray:
+    """The first `count` tokens of a shard, or all, as uint16. check_data has looked at the file before."""
+    return np.fromfile(path, dtype="<u2", count=count, offset=4 * HEADER_INTS)
 
 
 class Documents:
     """A shard and where its documents begin and end; tokens before the first BOS belong to none."""
 
-    def __init__(self, path: str, bos: int):
-        self.tokens = read_shard(path, bos)
-        self.starts = np.flatnonzero(self.tokens == bos).tolist()
-        self.ends = [*self.starts[1:], len(self.tokens)]
+    def __init__(self, tokens: np.ndarray, bos: int):
+        self.tokens = tokens
+        self.starts = np.flatnonzero(tokens == bos).tolist()
+        self.ends = [*self.starts[1:], len(tokens)]
 
     def segments(self, first: int, length: int, max_doc: int) -> tuple[list[list[tuple[int, int]]], int] | None:
         """SEGMENTS lists of document slices of `length` tokens each, from document number `first` on.
@@ -474,9 +493,11 @@ class Documents:
         Documents are cut to max_doc tokens, and the last of a segment to what is missing; what is cut is skipped.
         Returns the lists and the next document's number, or None if too few documents are left for all of them.
         """
-        segments, doc = [], first
+        segments = []
+        doc = first
         for _ in range(SEGMENTS):
-            slices, missing = [], length
+            slices = []
+            missing = length
             while missing:
                 if doc == len(self.starts):
                     return None
@@ -489,28 +510,26 @@ class Documents:
         return segments, doc
 
 
-def walk(files: list[str], bos: int, plans: Iterable[Plan]) -> Iterator[tuple[Documents, list[list[tuple[int, int]]]]]:
+def walk(files: list[str], bos: int, plans: Iterable[Plan],
+         read: Callable = read_shard) -> Iterator[tuple[Documents, list[list[tuple[int, int]]]]]:
     """For each step its documents: the shard, and the slices of each segment. A pure function of files and plans.
 
     A step never spans shards: when one has too few documents left, what is left of it is dropped. Ends early if the
-    shards run out. The next shard is read in a thread.
+    shards run out. The next shard is read ahead.
     """
-    plans = list(plans)
-    with ThreadPoolExecutor(1) as reader:
-        coming = deque([reader.submit(Documents, files[0], bos)])
-        at = 0
-        for number in range(len(files)):
-            if number + 1 < len(files) and at < len(plans):
-                coming.append(reader.submit(Documents, files[number + 1], bos))
-            documents, first = coming.popleft().result(), 0
-            while at < len(plans):
-                found = documents.segments(first, plans[at].batch_tokens // SEGMENTS + 1, plans[at].max_doc_len)
+    plans = deque(plans)
+    with contextlib.closing(Ahead((Documents(read(path), bos) for path in files), 1)) as shards:
+        for documents in shards:
+            first = 0
+            while plans:
+                # one token more, as each one's target is the next
+                found = documents.segments(first, plans[0].windows.segment + 1, plans[0].windows.max_doc)
                 if found is None:
                     break
                 segments, first = found
+                plans.popleft()
                 yield documents, segments
-                at += 1
-            if at == len(plans):
+            if not plans:
                 return
 
 
@@ -532,172 +551,126 @@ def max_docs(S: int) -> int:
     return MAX_DOCS.get(S) or max(128, round_up(S // 300, 128))
 
 
-def segments_together(S: int, A: int, limit: int) -> int:
-    """How many of a rank's A segments of S tokens make a micro-batch: all, a half .. or one, as fit into the limit."""
-    return next((n for n in (A, A // 2, A // 4) if n and n * S <= limit), 1)
+def segments_together(S: int, own: int, limit: int) -> int:
+    """How many of a rank's own segments of S tokens make a micro-batch: all, a half .. or one, as fit the limit."""
+    return next((n for n in (own, own // 2, own // 4) if n and n * S <= limit), 1)
 
 
-@cache
-def warn_once(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
-
-
-class Packer:
-    """Turns segments, each S+1 tokens and the ends of its documents, into a Batch.
+def pack(hp: Recipe, segments: list[tuple[np.ndarray, np.ndarray]], documents: int = 0) -> Batch:
+    """Segments, each S+1 tokens and the ends of its documents, as a Batch with room for so many documents at least.
 
     Where documents are many, cu_seqlens is made longer by steps that all batches of a stage share, as torch.compile
     takes eight shapes of a function and no more, and four are the stages'.
     """
-
-    def __init__(self, hp: Hyperparameters, ranks: Ranks):
-        self.hp, self.rank, self.pin = hp, ranks.rank, ranks.device.type == "cuda"
-
-    def __call__(self, *segments: tuple[np.ndarray, np.ndarray], documents: int = 0) -> Batch:
-        """documents: how many to have room for at least."""
-        S = len(segments[0][0]) - 1
-        T, expected = len(segments) * S, len(segments) * max_docs(S)
-        ends = np.unique([i * S + min(end, S) for i, (_, ends) in enumerate(segments) for end in ends])
-        entries, needed = expected, max(documents, len(ends)) + 1
-        while entries < needed:
-            entries *= 4
-        if entries > expected and self.hp.compile:
-            warn_once(f"more than the expected {expected - 1} documents in {T} tokens: compiled anew for lists of "
-                      f"{entries} (rank {self.rank})")
-        cu_seqlens = np.full(entries, T, dtype=np.int32)
-        cu_seqlens[0] = 0
-        cu_seqlens[1 : len(ends) + 1] = ends
-        inputs, targets = (np.concatenate([tokens[part] for tokens, _ in segments]) for part in (np.s_[:-1], np.s_[1:]))
-        ids = np.concatenate([bigram_ids(tokens[:-1], self.hp.bigram_rows) for tokens, _ in segments])
-        order = np.argsort(inputs, kind="stable").astype(np.int32)  # fast for uint16, as tokens are in shards
-        arrays = inputs.astype(np.int32), targets.astype(np.int64), ids, cu_seqlens, order
-        return Batch(*(t.pin_memory() if self.pin else t for t in map(torch.from_numpy, arrays)))
+    S = len(segments[0][0]) - 1
+    T = len(segments) * S
+    ends = np.unique([i * S + min(end, S) for i, (_, ends) in enumerate(segments) for end in ends])
+    expected = entries = len(segments) * max_docs(S)
+    while entries < max(documents, len(ends)) + 1:
+        entries *= 4
+    if entries > expected and hp.compile:
+        warn_once(f"more than the expected {expected - 1} documents in {T} tokens: compiled anew for lists of {entries}")
+    cu_seqlens = np.full(entries, T, dtype=np.int32)
+    cu_seqlens[0] = 0
+    cu_seqlens[1 : len(ends) + 1] = ends
+    inputs = np.concatenate([tokens[:-1] for tokens, _ in segments])
+    targets = np.concatenate([tokens[1:] for tokens, _ in segments])
+    ids = np.concatenate([bigram_ids(tokens[:-1], hp.sizes["B"]) for tokens, _ in segments])
+    order = np.argsort(inputs, kind="stable").astype(np.int32)  # fast for uint16, as tokens are in shards
+    arrays = inputs.astype(np.int32), targets.astype(np.int64), ids, cu_seqlens, order
+    return Batch(*map(torch.from_numpy, arrays))
 
 
-class TrainLoader:
-    """Iterates over the steps in `steps` but the first `done`; each item, prepared in a thread, is this rank's list of
-    batches and, in Adam's steps of SPARSE_FROM ranks or more, its TouchedRows (else None)."""
+class TouchLog:
+    """Which rows of the bigram table each rank's gradients touched since the table's last update."""
 
-    def __init__(self, hp: Hyperparameters, ranks: Ranks, steps: Iterable[int], done: int = 0):
-        self.files = find_shards(hp.train_files, "train_files")
-        self.plans = [plan(step, hp) for step in steps]
-        self.hp, self.ranks, self.pack, self.done = hp, ranks, Packer(hp, ranks), done
-        self.touched = np.zeros((ranks.world, hp.bigram_rows), dtype=bool)  # by each rank, since Adam's last step
-        self.queue: queue.Queue = queue.Queue(QUEUE_STEPS)
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self.work, daemon=True)
-        self.thread.start()
+    def __init__(self, hp: Recipe, ranks: Ranks):
+        self.rows = hp.sizes["B"]
+        self.ranks = ranks
+        self.touched = np.zeros((ranks.world, self.rows), dtype=bool)
 
-    def batches(self) -> Iterator[tuple[list[Batch], TouchedRows | None]]:
-        R, rank = self.ranks.world, self.ranks.rank
-        for number, (documents, segments) in enumerate(walk(self.files, self.hp.bos, self.plans)):
-            adam = self.plans[number].update_adam
-            touched = self.touch(documents, segments, adam) if R >= SPARSE_FROM else None
-            if number < self.done:
-                self.touched |= self.touched.any(axis=0)  # a checkpoint of fewer ranks gives all of them its gradients
-                continue
-            own = [(np.concatenate([documents.tokens[a:b] for a, b in slices]), np.cumsum([b - a for a, b in slices]))
-                   for slices in segments[rank::R]]
-            n = segments_together(self.plans[number].batch_tokens // SEGMENTS, len(own), self.hp.micro_tokens)
-            yield [self.pack(*own[i : i + n]) for i in range(0, len(own), n)], touched
-
-    def touch(self, documents: Documents, segments: list[list[tuple[int, int]]], adam: bool) -> TouchedRows | None:
-        """Mark the rows that a step touches on each rank; when Adam steps, return what is exchanged and start anew."""
-        R, rank = self.ranks.world, self.ranks.rank
+    def mark(self, documents: Documents, segments: list[list[tuple[int, int]]]) -> None:
         for s, slices in enumerate(segments):
             tokens = np.concatenate([documents.tokens[a:b] for a, b in slices])
-            self.touched[s % R, bigram_ids(tokens[:-1], self.hp.bigram_rows)] = True
-        if not adam:
-            return None
+            self.touched[s % self.ranks.world, bigram_ids(tokens[:-1], self.rows)] = True
+
+    def exchange(self) -> TouchedRows:
+        """What this rank sends and receives in an update, with which the log starts anew."""
+        rank, R, _ = self.ranks
         owned = self.touched.reshape(R, R, -1)  # [rank that touched, rank that owns, row of the shard]
-        counts, ids = np.count_nonzero(owned, axis=2), (np.flatnonzero(owned[rank]), owned[:, rank].nonzero()[1])
-        ids = [torch.from_numpy(a.astype(np.int32)) for a in ids]
+        counts = np.count_nonzero(owned, axis=2)
+        sent = np.flatnonzero(owned[rank]).astype(np.int32)
+        received = owned[:, rank].nonzero()[1].astype(np.int32)
         self.touched[:] = False
-        return TouchedRows(*(t.pin_memory() if self.pack.pin else t for t in ids),
-                           counts[rank].tolist(), counts[:, rank].tolist())
-
-    def work(self) -> None:
-        try:
-            if self.ranks.device.type == "cuda":  # pinning in a new thread would open a context on GPU 0
-                torch.cuda.set_device(self.ranks.device)
-            for item in self.batches():
-                self.put(item)
-                if self.stopped.is_set():
-                    return
-            self.put(UserError("the train shards ran out before the schedule"))
-        except BaseException as e:  # handed to the training loop, which raises it
-            self.put(e)
-
-    def put(self, item: object) -> None:
-        while not self.stopped.is_set():
-            try:
-                return self.queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def __next__(self) -> tuple[list[Batch], TouchedRows | None]:
-        item = self.queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        (batches, touched), move = item, lambda t: t.to(self.ranks.device, non_blocking=True)
-        return [Batch(*map(move, b)) for b in batches], touched and TouchedRows(*map(move, touched[:2]), *touched[2:])
-
-    def close(self) -> None:
-        self.stopped.set()
-        self.thread.join()  # the interpreter would end it in the middle of C++ code and abort
+        return TouchedRows(torch.from_numpy(sent), torch.from_numpy(received), counts[rank].tolist(),
+                           counts[:, rank].tolist())
 
 
-def read_val_tokens(hp: Hyperparameters) -> np.ndarray:
+def train_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int],
+                  done: int = 0) -> Iterator[tuple[list[Batch], TouchedRows | None]]:
+    """For each of `steps` but the first `done`, this rank's batches and, when SPARSE_FROM ranks or more update the
+    bigram table, its TouchedRows."""
+    plans = [plan(step, hp) for step in steps]
+    bigram = next(row for row in hp.params if row.name == "bigram_embed")
+    log = TouchLog(hp, ranks) if ranks.world >= SPARSE_FROM and bigram.reduce == "sparse" else None
+    number = -1
+    for number, (documents, segments) in enumerate(walk(sorted(glob.glob(hp.train_files)), hp.bos, plans)):
+        now = plans[number]
+        touched = None
+        if log:
+            log.mark(documents, segments)
+            touched = log.exchange() if due(bigram, now.step) else None
+        if number < done:
+            if log:  # a checkpoint of fewer ranks gives all of them its gradients
+                log.touched |= log.touched.any(axis=0)
+            continue
+        own = [(np.concatenate([documents.tokens[a:b] for a, b in slices]), np.cumsum([b - a for a, b in slices]))
+               for slices in segments[ranks.rank :: ranks.world]]
+        n = segments_together(now.windows.segment, len(own), hp.micro_tokens)
+        yield [pack(hp, own[i : i + n]) for i in range(0, len(own), n)], touched
+    if number + 1 < len(plans):
+        raise UserError("the train shards ran out before the schedule")
+
+
+class Validation:
     """The val_tokens inputs and, one further on, targets of validation."""
-    path = find_shards(hp.val_files, "val_files")[0]
-    tokens = read_shard(path, hp.bos, hp.val_tokens + 1)
-    if len(tokens) <= hp.val_tokens:
-        raise UserError(f"{path}: {len(tokens)} tokens, but validation needs {hp.val_tokens + 1}; lower --val_tokens")
-    return tokens
+
+    def __init__(self, hp: Recipe, ranks: Ranks):
+        self.hp = hp
+        self.ranks = ranks
+        self.tokens = read_shard(sorted(glob.glob(hp.val_files))[0], hp.val_tokens + 1)
+        self.starts = np.flatnonzero(self.tokens[: hp.val_tokens] == hp.bos)
+        # in any chunk, so that one graph does
+        self.documents = np.bincount(self.starts // hp.val_chunk, minlength=1).max() + 1
+        longest = np.diff([0, *np.flatnonzero(self.tokens == hp.bos), len(self.tokens)]).max()
+        self.max_doc = min(hp.val_chunk, 2 ** math.ceil(math.log2(longest)))  # one value for all chunks
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's chunks of the stream, on the device: in order, neither cut nor aligned to documents."""
+        chunk = self.hp.val_chunk
+        for start in range(self.ranks.rank * chunk, self.hp.val_tokens, self.ranks.world * chunk):
+            inside = self.starts[(self.starts > start) & (self.starts < start + chunk)]
+            ends = np.append(inside, start + chunk) - start
+            batch = pack(self.hp, [(self.tokens[start : start + chunk + 1], ends)], self.documents)
+            yield to_device(pinned(batch, self.ranks.device), self.ranks.device)
 
 
-def val_batches(hp: Hyperparameters, ranks: Ranks, tokens: np.ndarray) -> Iterator[Batch]:
-    """This rank's chunks of the val stream: in order, neither cut nor aligned to documents."""
-    pack, starts = Packer(hp, ranks), np.flatnonzero(tokens[: hp.val_tokens] == hp.bos)
-    documents = np.bincount(starts // hp.val_chunk, minlength=1).max() + 1  # in any chunk, so that one graph does
-    for start in range(ranks.rank * hp.val_chunk, hp.val_tokens, ranks.world * hp.val_chunk):
-        end = start + hp.val_chunk
-        ends = np.append(starts[(starts > start) & (starts < end)], end) - start
-        batch = pack((tokens[start : end + 1], ends), documents=documents)
-        yield Batch(*(t.to(ranks.device, non_blocking=True) for t in batch))
+def load_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int], done: int = 0) -> Ahead:
+    """train_batches, prepared ahead by a thread and moved to the device."""
+    def items() -> Iterator[tuple[list[Batch], TouchedRows | None]]:
+        if ranks.device.type == "cuda":  # pinning in a new thread would open a context on GPU 0
+            torch.cuda.set_device(ranks.device)
+        for item in train_batches(hp, ranks, steps, done):
+            yield pinned(item, ranks.device)
 
-
-def longest_document(tokens: np.ndarray, hp: Hyperparameters) -> int:
-    """A power of two that no document of the val stream exceeds: one value for all chunks, so one compiled graph."""
-    edges = np.concatenate([[0], np.flatnonzero(tokens == hp.bos), [len(tokens)]])
-    return min(hp.val_chunk, 2 ** math.ceil(math.log2(np.diff(edges).max())))
-
-
-def check_data(hp: Hyperparameters) -> None:
-    """Walk the whole schedule over the shards without training; raises UserError for whatever would stop a run."""
-    read_val_tokens(hp)
-    files = find_shards(hp.train_files, "train_files")
-    sizes = [read_header(path) for path in files]
-    plans = [plan(step, hp) for step in range(hp.num_steps)]
-    done = sum(1 for _ in walk(files, hp.bos, plans))
-    if done < len(plans):
-        if not any((read_shard(path, hp.bos) == hp.bos).any() for path in files):
-            raise UserError(f"--train_files={hp.train_files}: no document begins in them, as no token is {hp.bos}; use "
-                            "the --vocab_size that they were made for, or make them again")
-        used, missing = (sum(p.batch_tokens for p in part) for part in (plans[:done], plans[done:]))
-        # what a shard yields after cuts, or all of it if none lasted a step
-        shards = math.ceil(missing / ((used or sum(sizes)) / len(files)))
-        raise UserError(f"--train_files={hp.train_files}: {len(files)} shards last {done} of {len(plans)} steps; add "
-                        f"about {shards} more of this size, or lower --num_scheduled_iterations")
-
+    return Ahead(items(), STEPS_AHEAD, ranks.device)
 
 # ==== 5. Model ========================================================================================================
 
 FP32_EPS = 1.19e-7  # of float32, also where activations are bf16
-# Logits are capped smoothly to (0, CAP): z = CAP * sigmoid((logit + CAP_SHIFT) / CAP_WIDTH)
-CAP, CAP_SHIFT, CAP_WIDTH = 23.0, 5.0, 7.5
-# FP8 scales of the head, tuned: what a step of the number format's grid stands for
-FP8_MAX = 448.0  # largest e4m3 number
-X_SCALE, W_SCALE, GRAD_SCALE = 100 / FP8_MAX, 1.6 / FP8_MAX, 0.75 / FP8_MAX
+VALUE_GATE_MAX = 2.0
+VAL_HEAD_ROWS = 32_768  # positions that the validation head takes at a time, to keep logits small
+YARN_LOW, YARN_HIGH = 1.0, 32.0  # rotations within the old window: fewer than LOW stretch fully, more than HIGH not
 
 
 def norm(x: Tensor) -> Tensor:
@@ -705,13 +678,9 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=FP32_EPS)
 
 
-def softcap(logits: Tensor) -> Tensor:
-    """Logits of any shape and type, capped smoothly to (0, CAP), in fp32."""
-    return CAP * torch.sigmoid((logits.float() + CAP_SHIFT) / CAP_WIDTH)
-
-
-VAL_HEAD_ROWS = 32_768  # positions that the validation head takes at a time, to keep logits small
-YARN_LOW, YARN_HIGH = 1.0, 32.0  # rotations within the old window: fewer than LOW stretch fully, more than HIGH not
+def softcap(logits: Tensor, cap: float, shift: float, width: float) -> Tensor:
+    """Logits of any shape and type, capped smoothly to (0, cap), in fp32."""
+    return cap * torch.sigmoid((logits.float() + shift) / width)
 
 
 def yarn(frequencies: Tensor, scale: float, old: int, new: int) -> tuple[Tensor, float]:
@@ -721,175 +690,196 @@ def yarn(frequencies: Tensor, scale: float, old: int, new: int) -> tuple[Tensor,
     return frequencies * (old / new + keep * (1 - old / new)), scale * (0.2 * math.log(new / old) + 1)
 
 
-def stage_rotation(hp: Hyperparameters, stage: int) -> tuple[Tensor, float]:
+@cache
+def rotation(hp: Recipe, index: int) -> tuple[Tensor, float]:
     """Rotary frequencies [d/4] and softmax scale of a stage: every window growth up to it applied in turn."""
-    frequencies, scale = hp.rope_base ** -torch.linspace(0, 1, hp.head_dim // 4), hp.attn_scale
-    for before, after in zip(STAGES[:stage], STAGES[1 : stage + 1]):
-        frequencies, scale = yarn(frequencies, scale, before.long * hp.block, after.long * hp.block)
+    frequencies = hp.rope_base ** -torch.linspace(0, 1, hp.head_dim // 4, device="cpu")
+    scale = hp.attn_scale
+    for before, after in itertools.pairwise(hp.stages[: index + 1]):
+        if after.yarn:
+            frequencies, scale = yarn(frequencies, scale, before.long * hp.block, after.long * hp.block)
     return frequencies, scale
 
 
-class GPT(nn.Module):
-    """11 layers on one residual stream; all matrices of a kind are stacked in a bank, which the optimizer shards."""
+def initial_values(row: Param, hp: Recipe) -> Tensor:
+    """A parameter's initial values, fp32 on the CPU, of the shape in its row.
 
-    def __init__(self, hp: Hyperparameters, world: int = 1):
+    init is a number; "uniform", of the standard deviation 0.5 / sqrt(fan-in); or "normal" and a deviation. Several,
+    divided by commas, are for matrices 0, 1, .. of a bank in turn. Each parameter draws from a generator of its own, so
+    that no other's values depend on it.
+    """
+    x = torch.zeros(param_shape(row, hp))
+    seed = hashlib.sha256(f"{hp.seed} {row.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(seed[:8]) >> 1)
+    parts = row.init.split(",")
+    for i, text in enumerate(parts):
+        part = x[i :: len(parts)]
+        match text.split():
+            case ["uniform"]:
+                bound = math.sqrt(3) * 0.5 * x.size(-1) ** -0.5
+                part.copy_(torch.empty(part.shape).uniform_(-bound, bound, generator=generator))
+            case ["normal", deviation]:
+                part.copy_(torch.empty(part.shape).normal_(0, float(deviation), generator=generator))
+            case [number]:
+                part.fill_(float(number))
+    return x
+
+
+def param_shape(row: Param, hp: Recipe) -> tuple[int, ...]:
+    """The numbers for the letters of a row's shape; "2*A D" is (2 A, D)."""
+    factors = [[hp.sizes.get(x) or int(x) for x in axis.split("*")] for axis in row.shape.split()]
+    return tuple(map(math.prod, factors))
+
+
+class GPT(nn.Module):
+    """Layers on one residual stream; all matrices of a kind are stacked in a bank, which the optimizer shards."""
+
+    def __init__(self, hp: Recipe, world: int = 1):
         super().__init__()
         self.hp = hp
-        D, V, H, dtype = hp.model_dim, hp.padded_vocab, hp.num_heads, getattr(torch, hp.dtype)
-        L, attn = len(LAYERS), len(ATTN_INDEX)
-        shapes = {
-            "qk_bank": (round_up(attn * H, world), 2 * hp.head_dim, D),  # per layer: Q, then K, in pairs of heads
-            "vo_bank": (round_up(attn * 2, world), D, D),  # per layer: V, then O
-            "mlp_bank": (round_up((L + 1) * 2, world), hp.mlp_dim, D),  # per layer: up, then down; one layer of padding
-            "scalars": (SCALARS,),
-            "smear_gate": (1, GATE_INPUTS),
-            "skip_gate": (1, GATE_INPUTS),
-            "attn_gate_bank": (attn, H, GATE_INPUTS),
-            "ve_gate_bank": (NUM_VALUE_TABLES, H, GATE_INPUTS),
-            "lm_head": (D, V),
-            "bigram_embed": (hp.bigram_rows, D),
-            "post_lambdas": (L, 2),  # of attention, of the MLP
-            "x0_lambdas": (L,),
-            "bigram_lambdas": (L,),
-            "resid_lambdas": (L, 2),
-            "value_embeds": (NUM_VALUE_TABLES * V, D),
-            "embed": (V, D),
-        }
-        check_tables(shapes)
-        for row in PARAMS:
-            kind = dtype if row.dtype == "model" else torch.float32
-            self.register_parameter(row.name, nn.Parameter(torch.empty(shapes[row.name], dtype=kind)))
-        longest = max(hp.val_chunk, max(stage.batch for stage in STAGES) * hp.batch_unit // SEGMENTS)
+        self.sizes = hp.sizes
+        self.bank_index = {i: j for j, i in enumerate(hp.attn_layers)}  # layer with attention -> its place in banks
+        self.named = hp.layer_names
+        self.cap = (hp.readout.cap, hp.readout.cap_shift, hp.readout.cap_width)
+        self.loss_scale = world / SEGMENTS  # gradients are means over ranks, of sums over a rank's segments
+        self.ops = self.val_ops = PLAIN
+        self.index = -1  # of the stage that the rotary tables are for
+        for row in hp.params:
+            rows, *rest = param_shape(row, hp)
+            rows = rows if row.reduce == "replicate" else round_up(rows, world)  # padding is and stays zero
+            dtype = torch.float32 if row.dtype == "float32" else getattr(torch, hp.dtype)
+            self.register_parameter(row.name, nn.Parameter(torch.zeros(rows, *rest, dtype=dtype)))
+        longest = max(hp.val_chunk, max(stage.batch for stage in hp.stages) * hp.batch_unit // SEGMENTS)
         for name in ("cos", "sin"):  # row p is position p; paired heads use two for each token
             table = torch.empty(2 * longest, hp.head_dim // 4, dtype=torch.bfloat16)
             self.register_buffer(name, table, persistent=False)
-        self.register_buffer("attn_layers", torch.tensor(list(ATTN_INDEX)), persistent=False)
-        self.ops = PLAIN
-        self.stage, self.scale = -1, hp.attn_scale
+        self.register_buffer("attn_layers", torch.tensor(hp.attn_layers), persistent=False)
 
     @torch.no_grad()
-    def initialize(self, seed: int) -> None:
-        """Set all weights. Drawn on the CPU from one generator, so a seed means the same weights everywhere."""
-        generator = torch.Generator().manual_seed(seed)
-        hp, D = self.hp, self.hp.model_dim
-        bound = math.sqrt(3) * 0.5 * D**-0.5
-
-        def uniform(*shape: int) -> Tensor:
-            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-        for p in self.parameters():
-            p.zero_()
-        self.lm_head.copy_(torch.empty(self.lm_head.shape).normal_(0, 0.005, generator=generator))
-        self.embed.copy_(self.lm_head.T)
-        self.value_embeds.copy_(torch.empty(self.value_embeds.shape).normal_(0, 0.01, generator=generator))
-        attn, layers = len(ATTN_INDEX), len(LAYERS)
-        self.qk_bank[: attn * hp.num_heads].copy_(uniform(attn * hp.num_heads, 2 * hp.head_dim, D))
-        self.vo_bank[: attn * 2].copy_(uniform(attn * 2, D, D))
-        self.mlp_bank[0 : 2 * layers : 2].copy_(uniform(layers, hp.mlp_dim, D))  # up; down starts at zero
-        self.post_lambdas.fill_(1.0)
-        self.resid_lambdas.fill_(math.sqrt(1.1))
-        self.bigram_lambdas.fill_(0.05)
-        self.scalars.copy_(torch.tensor([0.5, 1.0] * layers + [0.0, 0.5, -1.5]))  # (a, b), smear, backout, skip
-        for p in self.parameters():  # in case ranks have processors that draw differently
-            dist.broadcast(p, 0)
+    def initialize(self) -> None:
+        """Set all weights. They are drawn on the CPU, so a seed means the same weights everywhere."""
+        for row in self.hp.params:
+            p = getattr(self, row.name)
+            values = self.lm_head.mT if row.init == "lm_head" else initial_values(row, self.hp)
+            p.zero_()[: len(values)].copy_(values)
+            dist.broadcast(p, 0)  # in case ranks have processors that draw differently
 
     @torch.no_grad()
-    def set_stage(self, stage: int) -> None:
+    def set_stage(self, index: int) -> None:
         """Rebuild the rotary tables when a stage begins."""
-        if stage != self.stage:
-            frequencies, self.scale = stage_rotation(self.hp, stage)
+        if index != self.index:
+            frequencies = rotation(self.hp, index)[0].to(self.cos.device)
             positions = torch.arange(len(self.cos), device=self.cos.device)  # on the CPU it takes 0.2 s
-            angle = torch.outer(positions, to_device(frequencies, self.cos.device))
+            angle = torch.outer(positions, frequencies)
             self.cos.copy_(angle.cos())
             self.sin.copy_(angle.sin())
-            self.stage = stage
+            self.index = index
 
-    def lookup(self, batch: Batch) -> Rows:
+    def lookup(self, batch: Batch) -> Embeddings:
         """The rows of the tables that a batch reads."""
-        tables = self.value_embeds.view(NUM_VALUE_TABLES, self.hp.padded_vocab, self.hp.model_dim).unbind()
-        return Rows(F.embedding(batch.tokens, self.embed), F.embedding(batch.bigram_ids, self.bigram_embed),
-                    tuple(F.embedding(batch.tokens, table) for table in tables))
+        tables = self.value_embeds.view(self.sizes["E"], -1, self.hp.model_dim).unbind()  # [V, D] each
+        return Embeddings(
+            embed=F.embedding(batch.tokens, self.embed),
+            bigram=F.embedding(batch.bigram_ids, self.bigram_embed),
+            value=tuple(F.embedding(batch.tokens, table) for table in tables),
+        )
 
     def smear(self, e: Tensor) -> Tensor:
         """Add to each embedding [n, S, D] a gated part of the one before it, across documents."""
-        gate = self.scalars[2 * len(LAYERS)] * torch.sigmoid(F.linear(e[:, 1:, :GATE_INPUTS], self.smear_gate))
+        gate = self.smear_lambda * torch.sigmoid(F.linear(e[:, 1:, :GATE_INPUTS], self.smear_gate))
         return torch.cat([e[:, :1], e[:, 1:] + gate * e[:, :-1]], dim=1)
 
-    def attend(self, i: int, h: Stream, qkv: Tensor, ve: Tensor | None, batch: Batch, g: Geometry) -> Tensor:
-        """Gated attention of layer i on normed h, with weights qkv [3D, D], before O; [T, D]."""
-        layer, T, H, d = LAYERS[i], len(h.x), self.hp.num_heads, self.hp.head_dim
-        value_gate = None if ve is None else self.ve_gate_bank[layer.value_table]
-        weights = AttentionWeights(qkv, self.attn_gate_bank[ATTN_INDEX[i]], value_gate)
-        n = 2 if layer.paired else 1
-        cos, sin = (table[: n * (g.segment or T)] for table in (self.cos, self.sin))
-        q, k, v, gate = self.ops.attention_inputs(h, weights, ve, cos, sin, layer)
-        # A paired token becomes two, heads 0..H/2-1 and then the rest: the same memory seen as [2T, H/2, d]
-        q, k, v = (x.reshape(n * T, H // n, d) for x in (q, k, v))
-        window = g.window_short if layer.window == "short" else g.window_long
-        return self.ops.attention(q, k, v, batch.cu_seqlens * n, g.max_len * n, window, g.scale,
-                                  gate.view(n * T, H // n)).reshape(T, H * d)
-
     def matrices(self) -> Iterator[tuple[Tensor, ...]]:
-        """What products multiply with, a matrix a layer: qkv [3D, D], o [D, D], up, down [F, D].
+        """What products multiply with, a matrix a layer: qkv [3D, D], o [D, D], up [F, D], down [F, D].
 
         The lambdas that else multiply activations multiply these: they are smaller, and no activation is read for the
         lambdas' gradients."""
-        L, D, F_, attn = len(LAYERS), self.hp.model_dim, self.hp.mlp_dim, len(ATTN_INDEX)
+        L, A, H, D = (self.sizes[letter] for letter in "LAHD")
         post_attn, post_mlp = self.post_lambdas.bfloat16().float().unbind(1)
-        a, b = self.scalars[: 2 * L].view(L, 2).unbind(1)
-        a, b = (x[self.attn_layers] for x in (a, b * post_attn))
-        qk = self.qk_bank[: attn * self.hp.num_heads].view(attn, 2 * D, D)
-        v, o = self.vo_bank[: 2 * attn].view(attn, 2, D, D).unbind(1)
-        up, down = self.mlp_bank[: 2 * L].view(L, 2, F_, D).unbind(1)
+        qkv_lambda, o_lambda = self.attn_lambdas.unbind()
+        qkv_lambda = qkv_lambda[self.attn_layers]  # [A]
+        o_lambda = (o_lambda * post_attn)[self.attn_layers]
+
+        qk = self.qk_bank[: A * H].view(A, 2 * D, D)
+        v, o = self.vo_bank[: 2 * A].view(A, 2, D, D).unbind(1)
+        up, down = self.mlp_bank[: 2 * L].view(L, 2, -1, D).unbind(1)
         qkv, o, down = ((scale[:, None, None] * bank).to(bank.dtype) for scale, bank in (
-            (a, torch.cat([qk, v], dim=1)), (b, o), (post_mlp, down)))
+            (qkv_lambda, torch.cat([qk, v], dim=1)), (o_lambda, o), (post_mlp, down)))
         # Unbound once: the backward of an unbind is one stack, that of each indexing a pass over the whole bank
         return (x.unbind() for x in (qkv, o, up, down))
 
-    def trunk(self, batch: Batch, rows: Rows, g: Geometry) -> Tensor:
+    def attend(self, i: int, h: Stream, qkv: Tensor, ve: Tensor | None, batch: Batch, windows: Windows,
+               ops: Ops) -> Tensor:
+        """Gated attention of layer i on normed h, with weights qkv [3D, D], before O; [T, D]."""
+        layer = self.hp.layers[i]
+        H = self.hp.num_heads
+        d = self.hp.head_dim
+        T = len(h.x)
+        n = 2 if layer.paired else 1
+
+        weights = AttentionWeights(
+            qkv=qkv,
+            gate=self.attn_gate_bank[self.bank_index[i]] if layer.gate else None,
+            value_gate=None if ve is None or not layer.value_gate else self.ve_gate_bank[layer.value_table],
+        )
+        cos, sin = (table[: n * (windows.segment or T)] for table in (self.cos, self.sin))
+        q, k, v, gate = ops.attention_inputs(h, weights, ve, cos, sin, layer)  # [T, H, d], gate [T, H]
+
+        # A paired token becomes two, heads 0..H/2-1 and then the rest: the same memory seen as [2T, H/2, d]
+        q, k, v = (x.reshape(n * T, H // n, d) for x in (q, k, v))
+        gate = gate if gate is None else gate.view(n * T, H // n)
+        window = windows.short if layer.window == "short" else windows.long
+        y = ops.attention(q, k, v, batch.cu_seqlens * n, windows.max_doc * n, window, windows.scale, gate)
+        return y.reshape(T, H * d)
+
+    def trunk(self, batch: Batch, rows: Embeddings, windows: Windows, ops: Ops) -> Tensor:
         """From tokens to the normalised last hidden state [T, D]."""
-        ops = self.ops
-        backout_lambda, skip_lambda = self.scalars[-2:].unbind()
+        qkv, o, up, down = self.matrices()
         resid, x0_lambdas, bigram_lambdas = (
             p.bfloat16().float() for p in (self.resid_lambdas, self.x0_lambdas, self.bigram_lambdas))
-        # [2i] for attention, [2i+1] for the MLP; repeated for each token, so that gradients are summed at once for all
-        resid = resid.flatten()[:, None].expand(-1, len(batch.tokens)).unbind()
-        qkv, o, up, down = self.matrices()
+        # repeated for each token, so that gradients are summed at once for all
+        resid = resid[..., None].expand(-1, -1, len(batch.tokens))  # [L, 2, T]
+        resid_attn, resid_mlp = (x.unbind() for x in resid.unbind(1))
 
-        smeared = self.smear(rows.embed.unflatten(0, (-1, g.segment or len(rows.embed)))).flatten(0, 1)
-        x0 = norm(smeared)
-        first = x0[:, :GATE_INPUTS]
+        # Embed: x0, and the bigram embedding, which the layers add again
+        embed = rows.embed.unflatten(0, (-1, windows.segment or len(rows.embed)))  # [n, S, D]
+        x0 = norm(self.smear(embed).flatten(0, 1))  # [T, D]
+        gate_in = x0[:, :GATE_INPUTS]
         x = ops.stream(x0 + bigram_lambdas[0] * rows.bigram)
-        s0, s1 = (scales[self.attn_layers] for scales in (x0_lambdas, bigram_lambdas))
-        s1 = F.pad(s1[1:], (1, 0))  # the first layer's bigram is in the stream already
-        inject = ops.injections(x0, rows.bigram, s0, s1)
+        bigram_later = bigram_lambdas[self.attn_layers] * (self.attn_layers > 0)
+        inject = ops.injections(x0, rows.bigram, x0_lambdas[self.attn_layers], bigram_later)
 
-        after, normed = {}, {-1: ops.normed(x)}  # layer -> the stream after it; its norm, which several layers read
-        for i, layer in enumerate(LAYERS):
+        # Layers; after: the stream after each layer; normed: its norm, which several layers read
+        after, normed = {}, {-1: ops.normed(x)}
+        for i, layer in enumerate(self.hp.layers):
             if layer.skip_from is not None:
-                gate = torch.sigmoid(skip_lambda) * 2 * torch.sigmoid(ops.thin_product(first, self.skip_gate))
-                x = ops.stream(x.x + gate * after[layer.skip_from].x)
-            else:
-                j, h = ATTN_INDEX[i], normed[i - 1 if layer.reads is None else layer.reads]
+                gate = torch.sigmoid(self.skip_lambda) * 2 * torch.sigmoid(ops.thin_product(gate_in, self.skip_gate))
+                x = ops.stream(x.x + (gate * after[self.named[layer.skip_from]].x).to(x.x.dtype))
+            if layer.window is not None:
+                j = self.bank_index[i]
+                h = normed[i - 1 if layer.reads is None else self.named[layer.reads]]
                 ve = None if layer.value_table is None else rows.value[layer.value_table]
-                y = self.attend(i, h, qkv[j], ve, batch, g)
-                x = ops.linear_sum(y, o[j], x, resid[2 * i], inject[j])  # y o^T + resid x + what is injected
-            x = ops.mlp(x, up[i], down[i], resid[2 * i + 1])  # relu(norm(x) up^T)^2 down + resid x
+                y = self.attend(i, h, qkv[j], ve, batch, windows, ops)
+                x = ops.linear_sum(y, o[j], x, resid_attn[i], inject[j])  # y o^T + resid x + what is injected
+            x = ops.mlp(x, up[i], down[i], resid_mlp[i])  # relu(norm(x) up^T)^2 down + resid x
             after[i], normed[i] = x, ops.normed(x)
-        return norm(x.x - backout_lambda * after[BACKOUT_LAYER].x)
 
-    def forward(self, batch: Batch, rows: Rows, g: Geometry, mtp_weights: Tensor, grad_unit: float) -> Tensor:
-        """Training loss, summed over positions; mtp_weights [k] include 1/A, and grad_unit is 1/A."""
-        x = self.trunk(batch, rows, g)
-        targets = batch.targets.unflatten(0, (-1, g.segment or len(batch.targets)))
-        return self.ops.head_loss(x, self.lm_head, targets, mtp_weights, self.hp.fp8_head, grad_unit)
+        # Read out, without what was there after the middle layer
+        minus = after[self.named[self.hp.readout.minus]]
+        return norm(x.x - self.backout_lambda * minus.x)
 
-    def token_losses(self, batch: Batch, rows: Rows, g: Geometry) -> Tensor:
-        """Validation loss of each position [T]."""
-        x = self.trunk(batch, rows, g)
+    def train_loss(self, batch: Batch, rows: Embeddings, windows: Windows, mtp_weights: Tensor) -> Tensor:
+        """The loss, summed over positions and times loss_scale; mtp_weights [k] of the next k tokens."""
+        x = self.trunk(batch, rows, windows, self.ops)
+        targets = batch.targets.unflatten(0, (-1, windows.segment or len(batch.targets)))  # [n, S]
+        return self.ops.head_loss(x, self.lm_head, targets, self.loss_scale * mtp_weights, self.cap,
+                                  self.hp.fp8_head, self.loss_scale)
+
+    def val_losses(self, batch: Batch, rows: Embeddings, windows: Windows) -> Tensor:
+        """The loss of each position [T]."""
+        x = self.trunk(batch, rows, windows, self.val_ops)
         parts = zip(x.split(VAL_HEAD_ROWS), batch.targets.split(VAL_HEAD_ROWS))
-        return torch.cat([F.cross_entropy(softcap(x @ self.lm_head), t, reduction="none") for x, t in parts])
-
+        return torch.cat([F.cross_entropy(softcap(x @ self.lm_head, *self.cap), t, reduction="none") for x, t in parts])
 
 # ==== 6. Optimizer: NorMuon for the banks, Adam for the rest ==========================================================
 
@@ -927,118 +917,265 @@ def join_bits(high: Tensor, low: Tensor) -> Tensor:
     return ((high.view(torch.int16).to(torch.int32) << 16) | (low.to(torch.int32) & 0xFFFF)).view(torch.float32)
 
 
-def normuon_direction(g: Tensor, momentum: Tensor, second: Tensor, mu: Tensor, beta2: Tensor,
+class MuonHypers(NamedTuple):
+    """The scalars of one NorMuon step, 0-dim fp32 tensors."""
+
+    lr: Tensor
+    decay: Tensor
+    momentum: Tensor
+    beta2: Tensor
+
+
+class AdamHypers(NamedTuple):
+    """The scalars of one Adam step, 0-dim fp32 tensors."""
+
+    lr: Tensor
+    decay: Tensor
+    beta1: Tensor
+    beta2: Tensor
+    bias1: Tensor  # 1 - beta1^t after t updates
+    bias2: Tensor
+    eps: Tensor
+
+
+def normuon_direction(g: Tensor, momentum: Tensor, second: Tensor | None, mu: Tensor, beta2: Tensor,
                       dtype: torch.dtype) -> Tensor:
     """Orthogonalised, row- or column-normalised Nesterov momentum of g [K, rows, columns] (NorMuon, arXiv 2510.05491).
 
-    Updates momentum (shape of g) and second ([K, rows, 1], or [K, 1, columns] of wide matrices) in place. The
-    orthogonalisation runs in dtype; the result is in momentum's dtype.
+    Updates momentum (shape of g) and second ([K, rows, 1], or [K, 1, columns] of wide matrices; None: Muon, without
+    the normalisation) in place. The orthogonalisation runs in dtype; the result is in momentum's dtype.
     """
     g = g.to(momentum.dtype)
     momentum.lerp_(g, 1 - mu)
     x = polar_express(torch.lerp(g, momentum, mu).to(dtype)).to(momentum.dtype)
+    if second is None:
+        return x
     short = -1 if x.size(-2) >= x.size(-1) else -2
     mean = x.square().mean(dim=short, keepdim=True)
     second.lerp_(mean, 1 - beta2)
     scale = second.clamp_min(1e-10).rsqrt()
     # the normalisation must not change the Frobenius norm; both norms follow from the means
-    before, after = mean.sum(dim=(-2, -1), keepdim=True), (mean * scale.square()).sum(dim=(-2, -1), keepdim=True)
+    before = mean.sum(dim=(-2, -1), keepdim=True)
+    after = (mean * scale.square()).sum(dim=(-2, -1), keepdim=True)
     return x * (scale * (before / after.clamp_min(1e-30)).sqrt())
 
 
-def normuon_update(p: Tensor, low: Tensor | None, g: Tensor, momentum: Tensor, second: Tensor, lr_mul: Tensor,
-                   knobs: Tensor) -> None:
-    """One NorMuon step on p [K, rows, columns], in place.
+def normuon_update(params: list[Tensor], grads: list[Tensor], states: list[dict], hypers: list[Tensor],
+                   cautious: list[bool]) -> None:
+    """One step of NorMuon, or Muon, on banks p [K, rows, columns], in place; state["rate"] [K, 1, 1] multiplies lr.
 
-    A bf16 p carries its low mantissa bits in `low` (int16), so that updates are exactly fp32. lr_mul [K, 1, 1];
-    knobs = (lr, decay, mu, beta2). Decay is cautious: only where the update and the weight have the same sign.
+    A bf16 p carries its low mantissa bits in state["low"] (int16), so that updates are exactly fp32.
     """
-    lr, decay, mu, beta2 = knobs.unbind()
-    x = normuon_direction(g, momentum, second, mu, beta2, p.dtype)
-    full = p if low is None else join_bits(p, low)
-    lr = lr * lr_mul
-    full = full - lr * decay * torch.where(x * full >= 0, full, 0.0) - lr * x
-    if low is None:
+    for p, g, state, hyper, careful in zip(params, grads, states, hypers, cautious):
+        h = MuonHypers(*hyper.unbind()[:4])
+        x = normuon_direction(g, state["momentum"], state.get("second"), h.momentum, h.beta2, p.dtype)
+        full = join_bits(p, state["low"]) if "low" in state else p
+        lr = h.lr * state["rate"]
+        decay = torch.where(x * full >= 0, full, 0.0) if careful else full
+        full = full - lr * h.decay * decay - lr * x
+        if "low" in state:
+            full, low = split_bits(full)
+            state["low"].copy_(low)
         p.copy_(full)
-    else:
-        high, bits = split_bits(full)
-        p.copy_(high)
-        low.copy_(bits)
 
 
-def adam_update(params: list[Tensor], grads: list[Tensor], firsts: list[Tensor], seconds: list[Tensor],
-                knobs: list[Tensor]) -> None:
-    """One Adam step on each parameter, in place, with fp32 moments and cautious decay.
+def adam_update(params: list[Tensor], grads: list[Tensor], states: list[dict], hypers: list[Tensor],
+                cautious: list[bool]) -> None:
+    """One Adam step on each parameter, in place, with fp32 moments."""
+    for p, g, state, hyper, careful in zip(params, grads, states, hypers, cautious):
+        h = AdamHypers(*hyper.unbind()[:7])
+        g = g.float()
+        old = p.float()
+        state["first"].lerp_(g, 1 - h.beta1)
+        state["second"].lerp_(g.square(), 1 - h.beta2)
+        update = h.lr * (state["first"] / h.bias1) / ((state["second"] / h.bias2).sqrt() + h.eps)
+        decay = torch.where(update * old > 0, h.decay * old, 0.0) if careful else h.decay * old
+        p.copy_(old - update - decay)
 
-    knobs = (lr, decay, beta1, beta2, 1 - beta1^t, 1 - beta2^t, eps, unused) of each parameter, t its updates so far.
-    """
-    for p, g, m, v, knob in zip(params, grads, firsts, seconds, knobs):
-        lr, decay, beta1, beta2, bias1, bias2, eps, _ = knob.unbind()
-        g, old = g.float(), p.float()
-        m.lerp_(g, 1 - beta1)
-        v.lerp_(g.square(), 1 - beta2)
-        update = lr * (m / bias1) / ((v / bias2).sqrt() + eps)
-        p.copy_(old - update - torch.where(update * old > 0, decay * old, 0.0))
+
+def normuon_hypers(row: Param, now: Plan, hp: Recipe) -> MuonHypers:
+    lr = hp.muon_lr * now.lr_factor
+    return MuonHypers(lr=lr * row.lr, decay=hp.muon_wd * lr * row.wd, momentum=now.muon_momentum, beta2=hp.muon_beta2)
+
+
+def adam_hypers(row: Param, now: Plan, hp: Recipe) -> AdamHypers:
+    lr = hp.adam_lr * now.lr_factor * row.lr
+    updates = (now.step + 1) // row.every
+    bias1, bias2 = (1 - beta**updates for beta in row.betas)
+    beta1, beta2 = row.betas
+    return AdamHypers(lr=lr, decay=lr**2 * hp.adam_wd * row.wd, beta1=beta1, beta2=beta2, bias1=bias1, bias2=bias2,
+                      eps=hp.adam_eps)
+
+
+def muon_state(p: Tensor) -> dict[str, Tensor]:
+    low = {"low": torch.zeros_like(p, dtype=torch.int16)} if p.dtype == torch.bfloat16 else {}
+    return {"momentum": torch.zeros_like(p, dtype=torch.float32)} | low
+
+
+def normuon_state(p: Tensor) -> dict[str, Tensor]:
+    K, rows, columns = p.shape
+    second = (K, rows, 1) if rows >= columns else (K, 1, columns)
+    return muon_state(p) | {"second": torch.zeros(second, device=p.device)}
+
+
+def adam_state(p: Tensor) -> dict[str, Tensor]:
+    return {key: torch.zeros_like(p, dtype=torch.float32) for key in ("first", "second")}
+
+
+class Rule(NamedTuple):
+    """How a parameter is updated."""
+
+    state: Callable  # the part of a parameter that a rank owns -> what its updates keep, zeros at first
+    hypers: Callable  # Param, Plan, Recipe -> the scalars of one update, at most 8
+    update: Callable  # lists of parameters, gradients, states, hypers (a tensor each), cautious -> None, in place
+
+
+RULES = {
+    "normuon": Rule(normuon_state, normuon_hypers, normuon_update),
+    "muon": Rule(muon_state, normuon_hypers, normuon_update),
+    "adam": Rule(adam_state, adam_hypers, adam_update),
+}
+
+
+class State(NamedTuple):
+    """A tensor that steps change."""
+
+    name: str
+    tensor: Tensor
+    ranks: Literal["same", "shard", "own"]  # what ranks have: the same, a slice of dim 0 each, or each its own
+
+
+LOOKED_UP = ("embed", "bigram_embed", "value_embeds")  # tables, whose rows a batch reads outside of the graph
 
 
 class NorMuonAdam:
-    """Both optimizers and their communication, in three visible phases (see step).
+    """All updates and their communication, in three visible phases (see step).
 
-    PARAMS says how each parameter is treated. A rank keeps state only for its shard; with one rank the shard is all.
+    hp.params says how each parameter is treated. A rank keeps state only for its shard; with one rank that is all.
     """
 
-    def __init__(self, model: GPT, hp: Hyperparameters, ranks: Ranks):
-        self.hp, self.ranks = hp, ranks
+    def __init__(self, model: GPT, hp: Recipe, ranks: Ranks):
+        self.hp = hp
+        self.ranks = ranks
         self.add_rows = model.ops.add_rows
-        self.params = {row.name: getattr(model, row.name) for row in PARAMS}
-        compiler = compiled if hp.compile else lambda f: f
-        self.normuon_update, self.adam_update = compiler(normuon_update), compiler(adam_update)
-        # Gradients of the looked-up tables, summed in fp32 (see collect); other parameters have autograd's
-        self.table_grads = {name: torch.zeros_like(self.params[name], dtype=torch.float32, requires_grad=False)
-                            for name in ("embed", "bigram_embed", "value_embeds")}
-        self.state: dict[str, dict[str, Tensor]] = {}
-        self.lr_mul: dict[str, Tensor] = {}
-        for row in PARAMS:
-            p = self.shard(row)
-            if row.name not in self.table_grads:  # at a fixed address, which a CUDA graph needs
-                self.params[row.name].grad = torch.zeros_like(self.params[row.name])
-            if row.optimizer == "adam":
-                self.state[row.name] = {k: torch.zeros_like(p, dtype=torch.float32) for k in ("first", "second")}
-                continue
-            K, rows, columns = p.shape
-            second = (K, rows, 1) if rows >= columns else (K, 1, columns)
-            state = {"momentum": torch.zeros_like(p, dtype=torch.float32)}
-            state["second"] = torch.zeros(second, device=p.device)
-            if p.dtype == torch.bfloat16:
-                state["low"] = torch.zeros_like(p, dtype=torch.int16)
-            self.state[row.name] = state
-            # wide updates for tall matrices; down projections, the odd ones of the MLP bank, learn twice as fast
-            down = ((ranks.rank * K + torch.arange(K, device=p.device)) % 2 == 1) & (row.name == "mlp_bank")
-            self.lr_mul[row.name] = math.sqrt(max(1, rows / columns)) * torch.where(down, 2.0, 1.0)[:, None, None]
+        self.params = {row.name: getattr(model, row.name) for row in hp.params}
+        self.row = {row.name: row for row in hp.params}
+        self.rules = {name: rule._replace(update=maybe_compiled(rule.update, hp)) for name, rule in RULES.items()}
+        self.grads = self.make_gradients()
+        self.moments = {row.name: self.rules[row.rule].state(self.shard(row)) for row in hp.params}
+        self.rates = {row.name: {"rate": self.matrix_rates(row)} for row in hp.params if row.rule != "adam"}
         self.reset()
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Back to the state before the first step."""
-        for state in self.state.values():
-            for tensor in state.values():
-                tensor.zero_()
-        for row in PARAMS:
-            self.gradient(row).zero_()
-        self.tied, self.adam_steps = True, 0
+    def step(self, now: Plan, touched: TouchedRows | None = None) -> None:
+        """Update what is due from its gradient, none sparse if touched is None."""
+        if now.unties:
+            self.untie()
+        rows = self.rows_due(now)
+        if now.tied:
+            self.fold_tied_gradient(rows)
+        hypers = self.hypers(rows, now)
 
-    def gradient(self, row: Param) -> Tensor:
-        """Where a parameter's gradient is summed until its update."""
-        return self.table_grads.get(row.name, self.params[row.name].grad)
+        # 1. launch all reductions
+        reducing = self.launch_reductions(rows, touched)
 
-    @torch.no_grad()
-    def collect(self, batch: Batch, rows: Rows) -> None:
-        """Add the gradients of a micro-batch's table rows to the tables' gradients; only these rows are touched."""
-        add, grads = self.add_rows, self.table_grads
-        add(rows.embed.grad, batch.tokens, grads["embed"], batch.order)
-        add(rows.bigram.grad, batch.bigram_ids, grads["bigram_embed"])
-        for row, grad in zip(rows.value, grads["value_embeds"].chunk(NUM_VALUE_TABLES)):
-            add(row.grad, batch.tokens, grad, batch.order)
+        # 2. in order: wait for gradients, update, launch the gather
+        gathering = []
+        for group in self.update_groups(rows):
+            grads = [self.reduced_gradient(row, *reducing.pop(row.name), touched) for row in group]
+            self.update(group, grads, hypers)
+            del grads
+            gathering += [self.launch_gather(row) for row in group]
+
+        # 3. wait for the gathers
+        for work in gathering:
+            wait(work)
+        if now.tied:
+            self.copy_tied_weight(rows)
+        for row in rows:
+            self.grads[row.name].zero_()
+
+    def rows_due(self, now: Plan) -> list[Param]:
+        return [row for row in self.hp.params if due(row, now.step) and not (now.tied and row.name == "embed")]
+
+    def fold_tied_gradient(self, rows: list[Param]) -> None:
+        """The tied weight's gradient as an embedding joins its gradient as a head."""
+        if self.row["lm_head"] in rows:
+            self.grads["lm_head"] += self.grads["embed"].mT
+            self.grads["embed"].zero_()
+
+    def copy_tied_weight(self, rows: list[Param]) -> None:
+        if self.row["lm_head"] in rows:
+            self.params["embed"].copy_(self.params["lm_head"].mT)
+
+    def hypers(self, rows: list[Param], now: Plan) -> dict[str, Tensor]:
+        """The scalars of each update as one small device tensor a parameter, so that compiled code never changes."""
+        table = torch.zeros(len(rows), 8)
+        for row, line in zip(rows, table):
+            values = self.rules[row.rule].hypers(row, now, self.hp)
+            line[: len(values)] = torch.tensor(values)
+        table = to_device(pinned(table, self.ranks.device), self.ranks.device)
+        return {row.name: line for row, line in zip(rows, table)}
+
+    def launch_reductions(self, rows: list[Param],
+                          touched: TouchedRows | None) -> dict[str, tuple[Tensor, dist.Work | None]]:
+        """Start averaging gradients over ranks; where a rank's part of each (if sparse, rows) will be, and the work."""
+        if self.ranks.world == 1:
+            return {row.name: (self.grads[row.name], None) for row in rows}
+        found, small = {}, {}
+        for row in rows:
+            grad = self.grads[row.name]
+            if row.reduce != "replicate":
+                found[row.name] = self.launch_shard_reduction(row, grad, touched)
+                continue
+            if grad.dtype not in small:
+                small[grad.dtype] = dist.all_reduce(self.flat[grad.dtype], op=dist.ReduceOp.AVG, async_op=True)
+            found[row.name] = grad, small[grad.dtype]
+        return found
+
+    def launch_shard_reduction(self, row: Param, grad: Tensor,
+                               touched: TouchedRows | None) -> tuple[Tensor, dist.Work]:
+        sparse = row.reduce == "sparse" and touched is not None
+        grad = grad.index_select(0, touched.sent) if sparse else grad
+        grad = grad.to(self.params[row.name].dtype)  # halves what the tables' gradients send
+        if sparse:
+            part = grad.new_empty(len(touched.received), grad.size(1))
+            return part, dist.all_to_all_single(part, grad, touched.receive_counts, touched.send_counts, async_op=True)
+        part = torch.empty_like(self.shard(row))
+        return part, dist.reduce_scatter_tensor(part, grad, op=dist.ReduceOp.AVG, async_op=True)
+
+    def update_groups(self, rows: list[Param]) -> Iterator[list[Param]]:
+        """Rows that are updated together: the replicated ones of each rule, then the others in UPDATE_ORDER."""
+        for rule in RULES:
+            if small := [row for row in rows if row.reduce == "replicate" and row.rule == rule]:
+                yield small
+        large = [row for row in rows if row.reduce != "replicate"]
+        yield from ([row] for row in sorted(large, key=lambda row: UPDATE_ORDER.index(row.name)))
+
+    def reduced_gradient(self, row: Param, part: Tensor, work: dist.Work | None,
+                         touched: TouchedRows | None) -> Tensor:
+        """Wait for a gradient; of sparse rows make this rank's part, in fp32."""
+        wait(work)
+        if work is None or row.reduce != "sparse" or touched is None:
+            return part
+        whole = torch.zeros_like(self.shard(row), dtype=torch.float32)
+        self.add_rows(part, touched.received, whole)
+        return whole.div_(self.ranks.world)
+
+    def update(self, group: list[Param], grads: list[Tensor], hypers: dict[str, Tensor]) -> None:
+        self.rules[group[0].rule].update(
+            [self.shard(row) for row in group],
+            grads,
+            [self.moments[row.name] | self.rates.get(row.name, {}) for row in group],
+            [hypers[row.name] for row in group],
+            [row.cautious for row in group],
+        )
+
+    def launch_gather(self, row: Param) -> dist.Work | None:
+        """Start sending this rank's updated shard to all ranks."""
+        if row.reduce == "replicate" or self.ranks.world == 1:
+            return None
+        return dist.all_gather_into_tensor(self.params[row.name].data, self.shard(row), async_op=True)
 
     def shard(self, row: Param) -> Tensor:
         """The part of a parameter that this rank updates, as a view."""
@@ -1047,380 +1184,243 @@ class NorMuonAdam:
             return p
         return p.chunk(self.ranks.world)[self.ranks.rank]
 
-    @torch.no_grad()
-    def step(self, plan: Plan, touched: TouchedRows | None = None) -> None:
-        """Update all parameters from their gradients, none sparse if touched is None. Adam's add up while it rests."""
-        if plan.untie_embed:
-            self.untie()
-        rows = [row for row in PARAMS if row.optimizer == "normuon" or (
-            plan.update_adam and not (self.tied and row.name == "embed"))]
-        lm_head, embed = self.params["lm_head"], self.params["embed"]
-        if plan.update_adam and self.tied:
-            lm_head.grad += self.table_grads["embed"].mT
-            self.table_grads["embed"].zero_()
-        knobs = self.knobs(rows, plan)
+    def matrix_rates(self, row: Param) -> Tensor:
+        """Factors of the rate [K, 1, 1] for this rank's matrices of a bank: wide updates for tall matrices; odd_lr."""
+        p = self.shard(row)
+        K, rows, columns = p.shape
+        number = self.ranks.rank * K + torch.arange(K, device=p.device)
+        odd = torch.where(number % 2 == 1, row.odd_lr, 1.0)
+        return math.sqrt(max(1, rows / columns)) * odd[:, None, None]
 
-        # 1. launch all reductions
-        reducing = {row.name: self.launch_reduction(row, touched) for row in rows}
+    def make_gradients(self) -> dict[str, Tensor]:
+        """Where gradients are summed until an update, at fixed addresses, which a CUDA graph needs.
 
-        # 2. by turn, the small replicated ones together: wait for the gradient, update, launch the gather
-        rows, gathering = sorted(rows, key=lambda row: row.turn), []
-        small = [row for row in rows if row.reduce == "replicate"]
-        for group in [small] * bool(small) + [[row] for row in rows if row.reduce != "replicate"]:
-            grads, works = zip(*(reducing.pop(row.name) for row in group))
-            wait(works)
-            if group[0].reduce == "sparse" and touched is not None:
-                grads = [self.average(group[0], grads[0], touched)]
-            self.update(group, grads, knobs)
-            del grads
-            gathering += [self.launch_gather(row) for row in group]
-
-        # 3. wait for the gathers
-        wait(gathering)
-        if plan.update_adam and self.tied:
-            embed.copy_(lm_head.mT)
-        for row in rows:
-            self.gradient(row).zero_()
-
-    def launch_reduction(self, row: Param, touched: TouchedRows | None) -> tuple[Tensor, dist.Work | None]:
-        """Start averaging a gradient; returns where the rank's part (if sparse, rows) will be, and what to wait for."""
-        grad = self.gradient(row)
-        if self.ranks.world == 1:
-            return grad, None
-        sparse = row.reduce == "sparse" and touched is not None
-        grad = grad.index_select(0, touched.sent) if sparse else grad
-        grad = grad.to(self.params[row.name].dtype)  # halves what the tables' gradients send
-        if sparse:
-            part = grad.new_empty(len(touched.received), grad.size(1))
-            return part, dist.all_to_all_single(part, grad, touched.receive_counts, touched.send_counts, async_op=True)
-        if row.reduce == "replicate":
-            return grad, dist.all_reduce(grad, op=dist.ReduceOp.AVG, async_op=True)
-        part = torch.empty_like(self.shard(row))
-        return part, dist.reduce_scatter_tensor(part, grad, op=dist.ReduceOp.AVG, async_op=True)
-
-    def average(self, row: Param, received: Tensor, touched: TouchedRows) -> Tensor:
-        """This rank's part of a sparse gradient, in fp32, from the rows that came for it."""
-        part = torch.zeros_like(self.shard(row), dtype=torch.float32)
-        self.add_rows(received, touched.received, part)
-        return part.div_(self.ranks.world)
-
-    def launch_gather(self, row: Param) -> dist.Work | None:
-        """Start sending this rank's updated shard to all ranks."""
-        if row.reduce == "replicate" or self.ranks.world == 1:
-            return None
-        return dist.all_gather_into_tensor(self.params[row.name].data, self.shard(row), async_op=True)
-
-    def knobs(self, rows: list[Param], plan: Plan) -> dict[str, Tensor]:
-        """The scalars of each update as one small device tensor a parameter, so that compiled code never changes."""
-        hp, table = self.hp, torch.zeros(len(rows), 8)
-        self.adam_steps += plan.update_adam
-        for row, knob in zip(rows, table):
-            if row.optimizer == "normuon":
-                lr = hp.muon_lr * plan.lr_factor * row.lr_mul
-                decay = hp.muon_wd * hp.muon_lr * plan.lr_factor * row.wd_mul
-                knob[:4] = torch.tensor([lr, decay, plan.muon_momentum, hp.muon_beta2])
+        Those of looked-up tables in fp32 (see add_table_gradients), the others where autograd adds; the replicated ones
+        as views of one tensor for each dtype, which one all-reduce takes."""
+        grads = {}
+        self.flat = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            small = {row.name: self.params[row.name] for row in self.hp.params
+                     if row.reduce == "replicate" and self.params[row.name].dtype == dtype}
+            sizes = [round_up(p.numel(), 64) for p in small.values()]  # on addresses that kernels like
+            self.flat[dtype] = torch.zeros(sum(sizes), dtype=dtype, device=self.ranks.device)
+            parts = self.flat[dtype].split(sizes)
+            grads |= {name: part[: p.numel()].view(p.shape) for part, (name, p) in zip(parts, small.items())}
+        for name, p in self.params.items():
+            if name in LOOKED_UP:
+                grads[name] = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
             else:
-                lr = hp.adam_lr * plan.lr_factor * row.lr_mul
-                bias = [1 - beta**self.adam_steps for beta in row.betas]
-                knob[:7] = torch.tensor([lr, lr**2 * hp.adam_wd * row.wd_mul, *row.betas, *bias, hp.adam_eps])
-        return {row.name: knob for row, knob in zip(rows, to_device(table, self.ranks.device))}
+                p.grad = grads.setdefault(name, torch.zeros_like(p, requires_grad=False))
+        return grads
 
-    def update(self, group: list[Param], grads: list[Tensor], knobs: dict[str, Tensor]) -> None:
-        shards, states = [self.shard(row) for row in group], [self.state[row.name] for row in group]
-        if group[0].optimizer == "adam":
-            firsts, seconds = ([state[k] for state in states] for k in ("first", "second"))
-            self.adam_update(shards, grads, firsts, seconds, [knobs[row.name] for row in group])
-        else:
-            (row,), (p,), (g,), (s,) = group, shards, grads, states
-            lr_mul, knob = self.lr_mul[row.name], knobs[row.name][:4]
-            self.normuon_update(p, s.get("low"), g, s["momentum"], s["second"], lr_mul, knob)
+    @torch.no_grad()
+    def add_table_gradients(self, batch: Batch, rows: Embeddings) -> None:
+        """Add the gradients of a micro-batch's table rows to the tables' gradients; only these rows are touched."""
+        add = self.add_rows
+        add(rows.embed.grad, batch.tokens, self.grads["embed"], batch.order)
+        add(rows.bigram.grad, batch.bigram_ids, self.grads["bigram_embed"])
+        tables = self.grads["value_embeds"].chunk(len(rows.value))
+        for row, table in zip(rows.value, tables):
+            add(row.grad, batch.tokens, table, batch.order)
 
     def untie(self) -> None:
         """From now on embed has a life of its own, beginning with lm_head's moments, transposed and sharded anew."""
-        rows = {row.name: row for row in PARAMS}
-        for key in ("first", "second"):
-            part = self.state["lm_head"][key]
+        for key, part in self.moments["lm_head"].items():
             whole = part.new_empty(self.params["lm_head"].shape)
             dist.all_gather_into_tensor(whole, part)
-            mine = whole.T.chunk(self.ranks.world)[self.ranks.rank]
-            assert mine.shape == self.shard(rows["embed"]).shape
-            self.state["embed"][key].copy_(mine)
-        self.tied = False
+            self.moments["embed"][key].copy_(whole.T.chunk(self.ranks.world)[self.ranks.rank])
 
-    def tensors(self) -> Iterator[tuple[str, Tensor, str]]:
-        """All that steps change: a name, this rank's tensor, and what ranks have of it: "same", "shard" or "own"."""
-        for row in PARAMS:
-            yield row.name, self.params[row.name].data, "same"
-            for key, x in self.state[row.name].items():
-                yield f"{row.name}.{key}", x, "same" if row.reduce == "replicate" else "shard"
-            yield f"{row.name}.grad", self.gradient(row), "own"
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the state before the first step, but for the weights."""
+        for state in self.states():
+            if state.name not in self.params:
+                state.tensor.zero_()
 
-
-def wait(works: Iterable[dist.Work | None]) -> None:
-    """Until all are done; None is nothing to wait for."""
-    for work in works:
-        if work is not None:
-            work.wait()
+    def states(self) -> Iterator[State]:
+        """All that steps change: what is reset after the warm-up and what a checkpoint holds."""
+        for row in self.hp.params:
+            yield State(row.name, self.params[row.name].data, "same")
+            for key, x in self.moments[row.name].items():
+                yield State(f"{row.name}.{key}", x, "same" if row.reduce == "replicate" else "shard")
+            yield State(f"{row.name}.grad", self.grads[row.name], "own")
 
 
-def compiled(f: Callable) -> Callable:
-    """f as one graph, compiled anew for each shape."""
-    return torch.compile(f, dynamic=False, fullgraph=True)
+def wait(work: dist.Work | None) -> None:
+    """Until it is done; None is nothing to wait for."""
+    if work is not None:
+        work.wait()
 
 
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device without waiting for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
-
+def maybe_compiled(f: Callable, hp: Recipe) -> Callable:
+    """f as one graph, compiled anew for each shape; without hp.compile, f."""
+    return torch.compile(f, dynamic=False, fullgraph=True) if hp.compile else f
 
 # ==== 7. The run ======================================================================================================
 
-class MicroStep:
-    """Forward, backward and collection of one micro-batch, called as micro_step(batch, geometry, weights, grad_unit).
+class StepLoss(NamedTuple):
+    """A step's training loss a token, weighted over the predicted tokens; 0-dim device tensors."""
 
-    With graphs, the second call of a kind (shapes, geometry) is captured as a CUDA graph and replayed from then on, as
-    the GPU waits for launches where batches are small: with 8 of 16,384 tokens, 253 ms a step became 188 (H200, fa4).
-    The first call runs and so compiles.
-    """
+    mean: Tensor  # over ranks
+    own: Tensor  # of this rank
 
-    def __init__(self, model: GPT, optimizer: NorMuonAdam, hp: Hyperparameters, ranks: Ranks):
-        self.model, self.optimizer = model, optimizer
-        self.loss_of = compiled(model.forward) if hp.compile else model.forward
-        self.graphs = hp.graphs and hp.compile and ranks.device.type == "cuda"
-        self.pool = torch.cuda.graph_pool_handle() if self.graphs else None  # graphs run one at a time: one memory
-        self.replays: dict[tuple, Callable | None] = {}
-        self.compiling = False  # in the first call of a kind, which takes long: kernels compile even without hp.compile
 
-    def run(self, batch: Batch, geometry: Geometry, weights: Tensor, grad_unit: float) -> Tensor:
-        """Add the micro-batch's gradients to the optimizer's; returns the loss, 0-dim fp32."""
+class Run:
+    """A model, its optimizer, and the steps that train and validate it."""
+
+    def __init__(self, hp: Recipe, ranks: Ranks, ops: Ops | None = None, val_ops: Ops | None = None):
+        self.hp = hp
+        self.ranks = ranks
+        with torch.device(ranks.device):
+            self.model = GPT(hp, ranks.world)
+        self.model.ops = ops or PLAIN
+        self.model.val_ops = val_ops or self.model.ops
+        self.model.initialize()
+        self.optimizer = NorMuonAdam(self.model, hp, ranks)
+        self.loss_of = maybe_compiled(self.model.train_loss, hp)
+        self.val_losses_of = maybe_compiled(self.model.val_losses, hp)
+        self.micro_step = Replay(self.add_gradients, hp.graphs and hp.compile and ranks.device.type == "cuda")
+
+    def train_step(self, batches: list[Batch], touched: TouchedRows | None, now: Plan) -> StepLoss:
+        """One optimizer step on this rank's batches."""
+        device = self.ranks.device
+        self.model.set_stage(now.index)
+        mtp_weights = to_device(pinned(torch.tensor(now.mtp_weights), device), device)
+
+        total = 0.0
+        for batch in batches:
+            total = total + self.micro_step(batch, now.windows, mtp_weights)
+        own = total / (now.windows.segment * sum(now.mtp_weights))
+        mean = own.clone()
+        work = dist.all_reduce(mean, op=dist.ReduceOp.AVG, async_op=True)
+
+        self.optimizer.step(now, touched)
+        work.wait()
+        return StepLoss(mean, own)
+
+    def add_gradients(self, batch: Batch, windows: Windows, mtp_weights: Tensor) -> Tensor:
+        """Add a micro-batch's gradients to the optimizer's; returns its loss, 0-dim fp32."""
         with torch.no_grad():
             rows = self.model.lookup(batch)
         for row in (rows.embed, rows.bigram, *rows.value):
             row.requires_grad_()
-        loss = self.loss_of(batch, rows, geometry, weights, grad_unit)
+        loss = self.loss_of(batch, rows, windows, mtp_weights)
         loss.backward()
-        self.optimizer.collect(batch, rows)
+        self.optimizer.add_table_gradients(batch, rows)
         return loss.detach()
 
-    def capture(self, batch: Batch, geometry: Geometry, weights: Tensor, grad_unit: float) -> Callable:
-        inputs = Batch(*(t.clone() for t in batch)), weights.clone()
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: the loader's thread may pin memory meanwhile
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            loss = self.run(inputs[0], geometry, inputs[1], grad_unit)
+    @torch.no_grad()
+    def evaluate(self, validation: Validation, now: Plan, last: bool = False, chunks: int | None = None) -> float:
+        """Mean loss over the val stream, or over each rank's first chunks, with the windows of plan now.
 
-        def replay(batch: Batch, weights: Tensor) -> Tensor:
-            for static, new in zip((*inputs[0], inputs[1]), (*batch, weights)):
-                static.copy_(new)
-            graph.replay()
-            return loss
+        A run's last validation widens the long window, not the rotary tables."""
+        self.model.set_stage(now.index)
+        long = self.hp.final_val_window * self.hp.block if last else now.windows.long
+        windows = now.windows._replace(long=long, max_doc=validation.max_doc, segment=0)
+        total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)  # loss, count
+        for batch in itertools.islice(validation.batches(), chunks):
+            losses = self.val_losses_of(batch, self.model.lookup(batch), windows)
+            total += torch.stack([losses.double().sum(), total.new_tensor(len(losses))])
+        dist.all_reduce(total)
+        return (total[0] / total[1]).item()
 
-        return replay
+    def warm_up(self, validation: Validation, log: Log) -> None:
+        """Compile everything by real steps on real batches, then put weights and optimizer back to their beginning.
 
-    def __call__(self, batch: Batch, geometry: Geometry, weights: Tensor, grad_unit: float) -> Tensor:
-        kind = (geometry, grad_unit, *(t.shape for t in (*batch, weights)))
-        self.compiling = kind not in self.replays
-        if not self.graphs or kind not in self.replays:
-            self.replays[kind] = None
-            return self.run(batch, geometry, weights, grad_unit)
-        if self.replays[kind] is None:
-            self.replays[kind] = self.capture(batch, geometry, weights, grad_unit)
-        return self.replays[kind](batch, weights)
-
-
-def train_step(micro_step: MicroStep, batches: list[Batch], touched: TouchedRows | None, p: Plan) -> Tensor:
-    """One optimizer step; returns all ranks' loss a token, weighted over the predicted tokens, as a device tensor."""
-    model, optimizer, S = micro_step.model, micro_step.optimizer, p.batch_tokens // SEGMENTS
-    A = SEGMENTS // optimizer.ranks.world
-    model.set_stage(p.stage)
-    geometry = Geometry(p.window_short, p.window_long, p.max_doc_len, model.scale, S)
-    weights = to_device(torch.tensor(p.mtp_weights) / A, optimizer.ranks.device)
-    total = 0.0
-    for batch in batches:
-        total = total + micro_step(batch, geometry, weights, 1 / A)
-    loss = total / (S * sum(p.mtp_weights))
-    mean = dist.all_reduce(loss, op=dist.ReduceOp.AVG, async_op=True)
-    optimizer.step(p, touched)
-    mean.wait()
-    return loss
+        The first two steps of each stage have every shape of training, and every update."""
+        bounds = stage_bounds(self.hp)
+        steps = [step for first, end in itertools.pairwise(bounds) for step in range(first, min(first + 2, end))]
+        started = time.perf_counter()
+        with contextlib.closing(load_batches(self.hp, self.ranks, steps)) as loader:
+            for step in steps:
+                now = plan(step, self.hp)
+                self.train_step(*next(loader), now)
+                if step in bounds:
+                    self.evaluate(validation, now, chunks=1)
+                log(f"warm-up: step {step} after {time.perf_counter() - started:.0f} s")
+        self.evaluate(validation, now, last=True, chunks=1)
+        self.model.initialize()
+        self.optimizer.reset()
 
 
-def val_geometry(model: GPT, p: Plan, last: bool, max_len: int) -> Geometry:
-    """Windows of plan p, whose stage is set; a run's last validation widens the long one, not the rotary tables."""
-    model.set_stage(p.stage)
-    long = model.hp.final_val_window * model.hp.block if last else p.window_long
-    return Geometry(p.window_short, long, max_len, model.scale)
-
-
-@torch.no_grad()
-def evaluate(hp: Hyperparameters, ranks: Ranks, model: GPT, losses_of: Callable, tokens: np.ndarray, p: Plan,
-             last: bool, limit: int | None = None) -> float:
-    """Mean loss over the val stream, or over each rank's first `limit` chunks, with the windows of plan p."""
-    geometry = val_geometry(model, p, last, longest_document(tokens, hp))
-    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, count
-    for number, batch in enumerate(val_batches(hp, ranks, tokens)):
-        if number == limit:
-            break
-        losses = losses_of(batch, model.lookup(batch), geometry)
-        total += torch.stack([losses.double().sum(), total.new_tensor(len(losses))])
-    dist.all_reduce(total)
-    return (total[0] / total[1]).item()
-
-
-def warmup_steps(hp: Hyperparameters) -> list[int]:
-    """The first two steps of each stage: one with Adam, one without, and every shape that training will meet."""
-    bounds = stage_bounds(hp)
-    return [step for first, end in zip(bounds, bounds[1:]) for step in range(first, min(first + 2, end))]
-
-
-def warmup(hp: Hyperparameters, ranks: Ranks, micro_step: MicroStep, losses_of: Callable, val_tokens: np.ndarray,
-           log: Log) -> None:
-    """Compile everything by real steps on real batches, then put weights and optimizer back to their beginning."""
-    steps, model = warmup_steps(hp), micro_step.model
-    loader = TrainLoader(hp, ranks, steps)
-    started = time.perf_counter()
-    for step in steps:
-        p = plan(step, hp)
-        train_step(micro_step, *next(loader), p)
-        if step in stage_bounds(hp):
-            evaluate(hp, ranks, model, losses_of, val_tokens, p, last=False, limit=1)
-        log(f"warm-up: step {step} after {time.perf_counter() - started:.0f} s")
-    evaluate(hp, ranks, model, losses_of, val_tokens, p, last=True, limit=1)
-    loader.close()
-    model.initialize(hp.seed)
-    micro_step.optimizer.reset()
-
-
-def set_up(hp: Hyperparameters, ranks: Ranks, ops: Ops) -> MicroStep:
-    """Model with its initial weights, optimizer, and the step that trains them."""
-    with torch.device(ranks.device):
-        model = GPT(hp, ranks.world)
-    model.ops = ops
-    model.initialize(hp.seed)
-    return MicroStep(model, NorMuonAdam(model, hp, ranks), hp, ranks)
-
-
-def train(hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str, log: Log, saved: dict | None,
-          watch: Watch) -> int:
-    """The whole run, or what a checkpoint leaves of it: set up, warm up, train, validate. Returns the exit status."""
-    log_environment(log, hp, ranks, attention, kernels)
-    val_tokens, micro_step = read_val_tokens(hp), set_up(hp, ranks, choose_ops(attention, kernels))
-    model = micro_step.model
-    losses_of = compiled(model.token_losses) if hp.compile else model.token_losses
+def train(run: Run, log: Log, watch: Watch, saved: dict | None) -> int:
+    """The whole run, or what a checkpoint leaves of it: warm up, train, validate. Returns the exit status."""
+    hp = run.hp
+    N = hp.num_steps
+    validation = Validation(hp, run.ranks)
     if hp.compile:
-        warmup(hp, ranks, micro_step, losses_of, val_tokens, log)
+        run.warm_up(validation, log)
+    check_ops(run.model.ops, run.ranks.device)
 
-    N, clock, optimizer, pending = hp.num_steps, Clock(ranks.device), micro_step.optimizer, deque()
-    first = load_checkpoint(saved, optimizer, clock) if saved else 0
-    recent, loader = clock.before, TrainLoader(hp, ranks, range(N), first)
-    while saved and loader.queue.empty():  # to find the place in the shards is no training
-        time.sleep(0.01)
-    watch.clock, watch.micro_step, rewind = clock, micro_step, Rewind(optimizer, first)
+    clock = watch.clock = Clock(run.ranks.device)
+    watch.micro_step = run.micro_step
+    first = load_checkpoint(saved, run.optimizer, clock) if saved else 0
+    loader = load_batches(hp, run.ranks, range(N), first)
+    if saved:  # to find the place in the shards is no training
+        loader.wait_for_one()
+    reports = Reports(log, watch, N)
+
     clock.start()
     for step in range(first, N + 1):
-        stop, last, p = watch.stops(step), step == N, plan(min(step, N - 1), hp)
-        validating = last or (hp.val_every and step % hp.val_every == 0)
-        saving = step > first and (saves(step, hp) or (stop and (hp.save_every or hp.save_final)))
+        now = plan(min(step, N - 1), hp)
+        stop = watch.stops(step)
+        validating = step == N or (hp.val_every and step % hp.val_every == 0)
+        saving = step > first and (checkpoint_due(step, hp) or (stop and (hp.save_every or hp.save_final)))
+
         if stop or validating or saving:
             clock.stop()
-            while pending:
-                recent = report(log, watch, N, *pending.popleft(), recent)
+            reports.write_all()
             if stop and not watch.why.startswith("SIG"):
-                find_bad(rewind, micro_step, log, step, clock.ms(), watch.why)
-            if saving:
-                path = save_checkpoint(log, optimizer, step, clock.ms())
+                raise UserError(nan_advice(watch.why))
+            path = save_checkpoint(log, run.optimizer, step, clock.ms()) if saving else None
             if stop:
                 kept = f"--resume={path} goes on" if saving else "nothing saved; --save_final=true would have"
                 log(f"interrupted by {watch.why} after step {step} of {N}: {kept}")
-                break
+                loader.close()
+                return 128 + signal.Signals[watch.why]
             if validating:
-                val_loss = evaluate(hp, ranks, model, losses_of, val_tokens, p, last)
+                val_loss = run.evaluate(validation, now, last=step == N)
                 average = clock.ms() / max(step, 1)
                 log(f"step:{step}/{N} val_loss:{val_loss:.4f} train_time:{clock.ms():.0f}ms step_avg:{average:.2f}ms")
                 if not math.isfinite(val_loss):
-                    find_bad(rewind, micro_step, log, step, clock.ms(), f"the validation loss is {val_loss}")
-                rewind.keep(step)
-            if last:
+                    raise UserError(nan_advice(f"the validation loss after step {step} is {val_loss}"))
+            if step == N:
                 break
             clock.start()
-        loss = train_step(micro_step, *next(loader), p)
-        # The loss is read a step late, so that the device always has the next step's work queued
-        pending.append((step + 1, Reading(loss), p.batch_tokens))
-        if len(pending) > 1:
-            recent = report(log, watch, N, *pending.popleft(), recent)
+
+        loss = run.train_step(*next(loader), now)
+        reports.add(step + 1, loss, now.batch_tokens)
     loader.close()
-    if stop:
-        return 128 + signal.Signals[watch.why]
-    log(f"final: val_loss {val_loss:.4f} after {N} steps, {clock.ms() / 1000:.1f} s of training on {ranks.world} x "
-        f"{torch.cuda.get_device_name() if ranks.device.type == 'cuda' else 'CPU'}")
-    if ranks.device.type == "cuda":
-        log(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB "
-            f"reserved: {torch.cuda.max_memory_reserved() // 2**20} MiB")
+    log.result(val_loss, N, clock.ms(), run.ranks)
     return 0
-
-
-class Reading:
-    """A device scalar on its way to the host; only value() waits, and for no later work of the device."""
-
-    def __init__(self, x: Tensor):
-        self.host, self.event = x.to("cpu", non_blocking=True), torch.cuda.Event() if x.is_cuda else None
-        if self.event:
-            self.event.record()
-
-    def value(self) -> float:
-        if self.event:
-            self.event.synchronize()
-        return self.host.item()
-
-
-def report(log: Log, watch: Watch, N: int, step: int, loss: Reading, tokens: int, before: float) -> float:
-    """Log a finished step; returns the training time in ms, which the next call takes as `before`.
-
-    A nan or inf on any rank stops all: one that was in gradients only is in the next steps' losses.
-    """
-    loss, ms = loss.value(), watch.clock.ms()
-    if not math.isfinite(loss):
-        watch.wish = watch.wish or f"the training loss of step {step} is {loss}"
-    rate = tokens / max(ms - before, 1e-3) * 1000
-    log.step(f"step:{step}/{N} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms", step,
-             loss=f"{loss:.3f}", tok_s=f"{rate:,.0f}")
-    return ms
 
 
 def main() -> None:
     """Run the command line; a UserError costs one line and exit status 1."""
     # PyTorch 2.13 renames two collectives; the old names work in all versions that this script supports
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor")
-    try:
+    with one_line_errors():
         hp, args = parse_args(sys.argv[1:])
         if args.plan:
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --plan | head
-            print("\n".join(plan_csv(hp)))
-            return
-        if args.check:
+            print_plan(hp)
+        elif args.check:
             check_data(hp)
-            if hp.resume:
-                read_checkpoint(hp.resume, hp)
-            return
-        ranks = setup_ranks(hp)
-        chosen = on_every_rank(lambda: (choose_attention(hp, ranks.device), choose_kernels(hp, ranks.device)))
-        on_every_rank(lambda: check_data(hp))
-        saved = on_every_rank(lambda: read_checkpoint(hp.resume, hp) if hp.resume else None)
-        log = on_every_rank(lambda: Log(hp, ranks))
-        with Watch(ranks, log) as watch:
-            status = train(hp, ranks, *chosen, log, saved, watch)
-        log.close()
-        dist.destroy_process_group()
-        sys.exit(status)
-    except UserError as e:  # the same on every rank: told once a machine
-        if dist.is_initialized():
+            read_checkpoint(hp.resume, hp)
+        else:
+            ranks = setup_ranks(hp)
+            hp = on_every_rank(lambda: choose_backends(hp, ranks.device))
+            on_every_rank(lambda: check_data(hp))
+            saved = on_every_rank(lambda: read_checkpoint(hp.resume, hp))
+            log = on_every_rank(lambda: Log(hp, ranks))
+            with Watch(ranks, log) as watch:
+                log_environment(log, hp, ranks)
+                run = Run(hp, ranks, choose_ops(hp), choose_ops(hp, training=False))
+                status = train(run, log, watch, saved)
+            log.close()
             dist.destroy_process_group()
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"error: {e}", file=sys.stderr)
-        sys.exit(1)
+            sys.exit(status)
 
-
-# ==== 8. Kernels: each Triton kernel has its plain PyTorch reference, of the same signature, directly above it ========
+# ==== 8. Kernels: what PLAIN and HOPPER are made of, each kernel under its reference of the same signature ============
 
 HOPPER_GPU = 9  # generation
 
@@ -1435,25 +1435,16 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-KERNELS = ("hopper", "plain")  # the fastest first
+def hopper_fits(hp: Recipe, device: torch.device) -> bool:
+    """Whether HOPPER's operations work here."""
+    return (triton is not None and gpu_generation(device) == HOPPER_GPU and hp.dtype == "bfloat16"
+            and hp.head_dim.bit_count() == 1 and importlib.util.find_spec("quack") is not None)
 
 
-def choose_kernels(hp: Hyperparameters, device: torch.device) -> str:
-    """The one of KERNELS to use: the one asked for, or the fastest that works on this device."""
-    usable = {"plain": True, "hopper": triton is not None and gpu_generation(device) == HOPPER_GPU
-              and hp.dtype == "bfloat16" and hp.head_dim.bit_count() == 1
-              and importlib.util.find_spec("quack") is not None}
-    if hp.kernels == "auto":
-        return next(name for name in KERNELS if usable[name])
-    if not usable[hp.kernels]:
-        raise UserError(f"--kernels={hp.kernels} needs a Hopper GPU, Triton, the package quack-kernels, bfloat16 and a "
-                        "--head_dim that is a power of 2; use --kernels=auto")
-    return hp.kernels
-
-
-def choose_ops(attention: str, kernels: str) -> Ops:
-    """The operations by one of KERNELS, with one of ATTENTION_BACKENDS."""
-    return (HOPPER if kernels == "hopper" else PLAIN)._replace(attention=ATTENTION_BACKENDS[attention]())
+def choose_ops(hp: Recipe, training: bool = True) -> Ops:
+    """The operations of training or validation, for hp.kernels and hp.attention as choose_backends left them."""
+    ops = HOPPER if hp.kernels == "hopper" else PLAIN
+    return ops._replace(attention=ATTENTION_BACKENDS[hp.attention]())
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then Triton's kernels run on the CPU
@@ -1476,15 +1467,12 @@ def op(reference: Callable | None = None, shapes: Callable | None = None, cpu: b
 
 # --- Gates of heads and of value embeddings
 
-VALUE_GATE_MAX = 2.0
-
-
 def gates(thin: Callable, gate_in: Tensor, ve_first: Tensor | None,
-          w: AttentionWeights) -> tuple[Tensor, Tensor | None]:
-    """The gates of heads [T, H], and those of a value embedding or None. gate_in [T, n], thin(x, w) = x w^T.
+          w: AttentionWeights) -> tuple[Tensor | None, Tensor | None]:
+    """The gates of heads and of the value embedding [T, H], each None without its weights; thin(x, w) = x w^T.
 
-    The second gates see ve_first [T, n/2], if given, in place of the second half of gate_in."""
-    gate = torch.sigmoid(thin(gate_in, w.gate))
+    The second gates see ve_first [T, G/2], if given, in place of the second half of gate_in [T, G]."""
+    gate = None if w.gate is None else torch.sigmoid(thin(gate_in, w.gate))
     if w.value_gate is None:
         return gate, None
     gate_in = gate_in if ve_first is None else torch.cat([gate_in[:, : gate_in.size(1) // 2], ve_first], dim=1)
@@ -1753,8 +1741,8 @@ def attention_inputs_reference(qkv: Tensor, r: Tensor | None, ve: Tensor | None,
 
     q and k are normalised and rotated by cos, sin [S, d/4]: by position t of a segment, or on paired layers, with
     cos, sin [2S, d/4], head 2m by 2t and head 2m+1 by 2t+1. key_offset moves the un-rotated half of each key one
-    position ahead, across documents; position 0 keeps its own. v gains gate [T, H] times the value embedding
-    ve [T, H * d], if there is one.
+    position ahead, across documents; position 0 keeps its own. v gains the value embedding ve [T, H * d], if there is
+    one, times gate [T, H] or 1.
     """
     T, _, H, d = qkv.shape
     q, k, v = qkv.unbind(1)
@@ -1766,7 +1754,10 @@ def attention_inputs_reference(qkv: Tensor, r: Tensor | None, ve: Tensor | None,
         still = k[..., d // 2 :].view(T // S, S, H, d // 2)
         k = torch.cat([k[..., : d // 2], torch.cat([still[:, :1], still[:, :-1]], dim=1).view(T, H, d // 2)], dim=-1)
     v = v if r is None else (r[:, None, None] * v).to(v.dtype)  # q and k are normalised
-    return q, k, v if ve is None else v + gate[..., None] * ve.view(T, H, d)
+    if ve is None:
+        return q, k, v
+    ve = ve.view(T, H, d)
+    return q, k, v + (ve if gate is None else gate[..., None] * ve)
 
 
 @jit
@@ -1910,31 +1901,37 @@ class AttentionInputs(torch.autograd.Function):
 
 # --- Loss of the head
 
-def softcapped_mtp_loss_reference(logits: Tensor, targets: Tensor, weights: Tensor, grad_dtype: torch.dtype,
-                                  grad_scale: float) -> tuple[Tensor, Tensor]:
-    """Multi-token cross entropy on soft-capped logits, and its gradient.
+def softcapped_mtp_loss_reference(
+    logits: Tensor,  # [T, V]
+    targets: Tensor,  # [n, S], of n segments
+    weights: Tensor,  # [k] fp32
+    grad_dtype: torch.dtype,
+    grad_scale: float,
+    cap: float,  # z = cap * sigmoid((logit + shift) / width)
+    shift: float,
+    width: float,
+) -> tuple[Tensor, Tensor]:
+    """Multi-token cross entropy on soft-capped logits [T] fp32, and d sum(loss) / d logits / grad_scale [T, V].
 
-    logits [T, V]; targets [n, S] of n segments; weights [k]: position i of a segment predicts its targets i, i+1 ..
-    i+k-1 with these weights, as far as they exist. Returns (loss [T] fp32, d sum(loss) / d logits / grad_scale [T, V]
-    in grad_dtype).
-    Capped logits lie in (0, CAP), so the softmax needs no pass for its maximum: CAP itself is the shift.
+    Position i of a segment predicts its targets i, i+1 .. i+k-1 with these weights, as far as they exist. Capped logits
+    lie in (0, cap), so the softmax needs no pass for its maximum: cap itself is the shift.
     """
     V = logits.size(1)
-    u = torch.sigmoid((logits.float() + CAP_SHIFT) / CAP_WIDTH)  # [T, V]; z = CAP * u
-    e = torch.exp(CAP * u - CAP)
+    u = torch.sigmoid((logits.float() + shift) / width)  # [T, V]; z = cap * u
+    e = torch.exp(cap * u - cap)
     total = e.sum(dim=1)  # [T]
-    lse = total.log() + CAP
+    lse = total.log() + cap
     column = torch.arange(V, device=logits.device)
     loss, hits, mass = torch.zeros_like(lse), 0.0, torch.zeros_like(lse)
     for k in range(len(weights)):
         target = F.pad(targets[:, k:], (0, min(k, targets.size(1))), value=-1).flatten()  # [T]; -1 matches no column
         weight = torch.where(target >= 0, weights[k], 0.0)
-        z = softcap(logits.gather(1, target.clamp_min(0)[:, None])[:, 0])
+        z = cap * u.gather(1, target.clamp_min(0)[:, None])[:, 0]
         loss = loss + weight * (lse - z)
         mass = mass + weight
         hits = hits + weight[:, None] * (column == target[:, None])
     dz = (mass / total)[:, None] * e - hits
-    grad = dz * (CAP / CAP_WIDTH / grad_scale) * u * (1 - u)
+    grad = dz * (cap / width / grad_scale) * u * (1 - u)
     return loss, grad.to(grad_dtype)
 
 
@@ -2039,20 +2036,20 @@ LOSS_BLOCK, LOSS_ROWS = 4096, 64  # of a sweep on H200, with 16 warps
 
 
 @op(softcapped_mtp_loss_reference)
-def softcapped_mtp_loss(logits: Tensor, targets: Tensor, weights: Tensor, grad_dtype: torch.dtype,
-                        grad_scale: float) -> tuple[Tensor, Tensor]:
-    (T, V), K, half = logits.shape, len(weights), 0.5 * CAP * math.log2(math.e)
+def softcapped_mtp_loss(logits: Tensor, targets: Tensor, weights: Tensor, grad_dtype: torch.dtype, grad_scale: float,
+                        cap: float, shift: float, width: float) -> tuple[Tensor, Tensor]:
+    (T, V), K, half = logits.shape, len(weights), 0.5 * cap * math.log2(math.e)
     loss, grad = logits.new_empty(T, dtype=torch.float32), logits.new_empty(T, V, dtype=grad_dtype)
     fast = grad_dtype.itemsize == 1 and logits.is_cuda  # e5m2 has two bits of mantissa: the errors are lost in it
-    pack, total, scale = logits.dtype == torch.bfloat16, torch.empty_like(loss), CAP / CAP_WIDTH / grad_scale
+    pack, total, scale = logits.dtype == torch.bfloat16, torch.empty_like(loss), cap / width / grad_scale
     assert grad_dtype == torch.float32 if not pack else V % 2 == 0 and grad_dtype.itemsize < 4  # kept as bf16 pairs
     assert targets.numel() == T and targets.is_contiguous()
     programs, S = min(T, multiprocessors(logits.device)), targets.size(1)
     mtp_loss_kernel[(programs,)](
-        logits.view(torch.int32) if pack else logits, weights, total, grad, T, S, V, scale, half, CAP_SHIFT, CAP_WIDTH,
+        logits.view(torch.int32) if pack else logits, weights, total, grad, T, S, V, scale, half, shift, width,
         K, fast, pack, programs, LOSS_BLOCK, LOSS_BLOCK // 2 if pack else LOSS_BLOCK, num_warps=16)
-    target_kernel[(triton.cdiv(T, LOSS_ROWS),)](logits, targets, weights, total, loss, grad, T, S, V, scale, CAP,
-                                                half, CAP_SHIFT, CAP_WIDTH, K, LOSS_ROWS, num_warps=2)
+    target_kernel[(triton.cdiv(T, LOSS_ROWS),)](logits, targets, weights, total, loss, grad, T, S, V, scale, cap,
+                                                half, shift, width, K, LOSS_ROWS, num_warps=2)
     return loss, grad
 
 # --- Transposes
@@ -2079,6 +2076,10 @@ def transposed(src: Tensor) -> Tensor:
 
 # --- Head: product, loss and gradient
 
+FP8_MAX = 448.0  # largest e4m3 number
+X_SCALE, W_SCALE, GRAD_SCALE = 100 / FP8_MAX, 1.6 / FP8_MAX, 0.75 / FP8_MAX  # tuned: a step of the format's grid
+
+
 def fp8_product(a: Tensor, b: Tensor, scale: Tensor, out: torch.dtype) -> Tensor:
     """scale * (a @ b) for FP8 a [m, k] row-major and b [k, n] column-major, which is what the tensor cores take."""
     return torch._scaled_mm(a, b, scale_a=scale, scale_b=torch.ones_like(scale), out_dtype=out)
@@ -2101,11 +2102,12 @@ class HeadLoss(torch.autograd.Function):
     """sum over positions of softcapped_mtp_loss(x w): head product, loss and gradient without keeping the logits.
 
     x [T, D], w [D, V], targets [n, S], weights [k] -> 0-dim fp32. With fp8, the products run as e4m3 x e4m3 forward and
-    e4m3 x e5m2 backward with fixed scales. grad_unit is the size of the gradients' scale: 1/A, as in the weights.
+    e4m3 x e5m2 backward with fixed scales; loss_scale, which the weights hold, is the gradients'. fast: by kernels.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, fp8: bool, grad_unit: float, fast: bool):
+    def forward(ctx, x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, fp8: bool, loss_scale: float, fast: bool,
+                *cap: float):
         loss_of = softcapped_mtp_loss if fast else softcapped_mtp_loss_reference
         if fp8:
             x8 = (x / X_SCALE).to(torch.float8_e4m3fn)
@@ -2113,12 +2115,12 @@ class HeadLoss(torch.autograd.Function):
             scale = x.new_full((), X_SCALE * W_SCALE, dtype=torch.float32)
             multiply = quick_fp8_product if fast else quick_fp8_product_reference
             logits = multiply(x8, w8.T.contiguous().T, scale)  # [T, V]
-            grad_scale = GRAD_SCALE * grad_unit
-            loss, grad = loss_of(logits, targets, weights, torch.float8_e5m2, grad_scale)
+            grad_scale = GRAD_SCALE * loss_scale
+            loss, grad = loss_of(logits, targets, weights, torch.float8_e5m2, grad_scale, *cap)
             ctx.save_for_backward(x8, w8, grad)
             ctx.grad_scale = grad_scale
         else:
-            loss, grad = loss_of(x @ w, targets, weights, x.dtype, 1.0)
+            loss, grad = loss_of(x @ w, targets, weights, x.dtype, 1.0, *cap)
             ctx.save_for_backward(x, w, grad)
         ctx.fp8, ctx.fast, ctx.dtypes = fp8, fast, (x.dtype, w.dtype)
         return loss.sum()
@@ -2133,7 +2135,7 @@ class HeadLoss(torch.autograd.Function):
             dw = fp8_product(x, turned.T, s * X_SCALE, ctx.dtypes[1])
         else:
             dx, dw = grad_loss * (grad @ w.T), grad_loss * (x.T @ grad)
-        return dx.to(ctx.dtypes[0]), dw.to(ctx.dtypes[1]), None, None, None, None, None
+        return dx.to(ctx.dtypes[0]), dw.to(ctx.dtypes[1]), *[None] * 8
 
 
 # --- Gradients of embedding tables
@@ -2402,23 +2404,25 @@ ATTENTION_BACKENDS = {"fa4": load_flash4, "fa3": load_flash3, "torch": lambda: a
                       "reference": lambda: attention_reference}
 
 
-def choose_attention(hp: Hyperparameters, device: torch.device) -> str:
-    """The name of the backend to use: the one asked for, or the fastest that works on this device."""
+def choose_backends(hp: Recipe, device: torch.device) -> Recipe:
+    """The recipe with the attention and the kernels that it asks for, or the fastest that work on this device."""
+    fits = hopper_fits(hp, device)
+    require(fits or hp.kernels != "hopper", "--kernels=hopper needs a Hopper GPU, Triton, the package quack-kernels, "
+            "bfloat16 and a --head_dim that is a power of 2; use --kernels=auto")
+    kernels = ("hopper" if fits else "plain") if hp.kernels == "auto" else hp.kernels
     gpu = device.type == "cuda" and hp.dtype == "bfloat16"
     hopper = gpu and gpu_generation(device) == HOPPER_GPU  # elsewhere fa4's package has other kernels, without gates
     # flash4_preprocess needs Triton and takes these widths only
     fa4 = hopper and triton is not None and hp.head_dim in (32, 64, 128)
-    fits = {"fa4": fa4, "fa3": hopper, "torch": gpu, "reference": True}
+    usable = {"fa4": fa4, "fa3": hopper, "torch": gpu, "reference": True}
     for name in ATTENTION_BACKENDS if hp.attention == "auto" else [hp.attention]:
-        if fits[name]:
+        reason = "it needs bfloat16 on a GPU, fa4 and fa3 a Hopper GPU, and fa4 Triton and a --head_dim of 32, 64 or 128"
+        if usable[name]:
             try:
                 ATTENTION_BACKENDS[name]()
-                return name
+                return replace(hp, attention=name, kernels=kernels)
             except Exception as e:  # whatever a package raises that does not fit this machine
                 reason = f"{type(e).__name__}: {e}"
-        else:
-            reason = ("it needs bfloat16 on a GPU, fa4 and fa3 a Hopper GPU, and fa4 Triton and a --head_dim of 32, 64 "
-                      "or 128")
     raise UserError(f"--attention={hp.attention} does not work here ({reason}); use --attention=auto")
 
 
@@ -2454,7 +2458,8 @@ PLAIN = Ops(
     injections=plain_injections,
     linear_sum=plain_linear_sum,
     mlp=plain_mlp,
-    head_loss=lambda *inputs: HeadLoss.apply(*inputs, False),
+    head_loss=lambda x, w, targets, weights, cap, fp8, loss_scale: HeadLoss.apply(
+        x, w, targets, weights, fp8, loss_scale, False, *cap),
     add_rows=scatter_add_rows_reference,
 )
 
@@ -2464,6 +2469,8 @@ def hopper_attention_inputs(h: Stream, w: AttentionWeights, ve: Tensor | None, c
     qkv = Linear.apply(h.x, w.qkv).view(len(h.x), 3, -1, 4 * cos.size(1))
     first = None if ve is None or layer.paired else ve[:, : GATE_INPUTS // 2]
     gate, value_gate = gates(thin_product, h.rstd[:, None] * h.x[:, :GATE_INPUTS], first, w)
+    if ve is not None and value_gate is None:
+        value_gate = torch.ones(len(ve), qkv.size(2), device=ve.device)
     inputs = AttentionInputs.apply(qkv, h.rstd, ve, value_gate, cos, sin, layer.paired, layer.key_offset)
     return *inputs, gate
 
@@ -2482,89 +2489,232 @@ HOPPER = Ops(
     injections=hopper_injections,
     linear_sum=lambda y, o, x, resid, inject: Stream(*LinearSum.apply(y, o, x.x, resid, *inject)),
     mlp=lambda x, up, down, resid: Stream(*ReluSquareMLP.apply(*x, up, down, resid)),
-    head_loss=lambda *inputs: HeadLoss.apply(*inputs, True),
+    head_loss=lambda x, w, targets, weights, cap, fp8, loss_scale: HeadLoss.apply(
+        x, w, targets, weights, fp8, loss_scale, True, *cap),
     add_rows=scatter_add_rows,
 )
 
 
-# ==== 10. Keeping a run: errors, command line, ranks, log, watch, clock, checkpoints ==================================
+# --- Cases: inputs for every operation, for the check at the start, the tests and the bench
 
-def check_tables(parameters: Iterable[str]) -> None:
-    """PARAMS names each parameter of the model exactly once, each has its own turn, and layers read earlier ones."""
-    names, turns = [p.name for p in PARAMS], [p.turn for p in PARAMS]
-    assert sorted(names) == sorted(parameters), "PARAMS does not match the model"
-    assert sorted(turns) == list(range(len(PARAMS))), "PARAMS: every row needs its own turn"
-    assert all((layer.window is None) == (layer.skip_from is not None) for layer in LAYERS)
-    assert all(layer.window in ("short", "long", None) for layer in LAYERS), "LAYERS: windows are short, long or None"
-    sources = ((i, source) for i, layer in enumerate(LAYERS) for source in (layer.reads, layer.skip_from))
-    assert all(source is None or 0 <= source < i for i, source in sources), "LAYERS: a layer reads only earlier ones"
+class Case(NamedTuple):
+    """How to call an operation of Ops on random tensors."""
 
+    op: str  # a field of Ops
+    run: Callable  # ops, *tensors -> the results
+    shapes: str  # of the tensors, in the letters of this file
+
+
+def run_attention_inputs(layer: Layer, ops: Ops, *tensors: Tensor) -> tuple[Tensor, ...]:
+    x, qkv, gate, value_gate, ve, angles = tensors
+    d = x.size(1) // len(gate)
+    angles = angles[: (1 + layer.paired) * len(x) // 2, : d // 4].float()  # two segments
+    with_values = (value_gate, ve) if layer.value_table is not None else (None, None)
+    weights = AttentionWeights(qkv, gate, with_values[0])
+    tables = angles.detach().cos().to(x.dtype), angles.detach().sin().to(x.dtype)
+    return ops.attention_inputs(ops.normed(ops.stream(x)), weights, with_values[1], *tables, layer)
+
+
+def run_attention(ops: Ops, q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    T = len(q)
+    ends = torch.tensor([0, T // 3, T // 3 + 1, T, T], dtype=torch.int32, device=q.device)
+    return ops.attention(q, k, v, ends, T - T // 3, T // 4, 0.1, gate.sigmoid())
+
+
+def run_linear_sum(ops: Ops, y: Tensor, o: Tensor, x: Tensor, x0: Tensor, bigram: Tensor, lambdas: Tensor) -> Tensor:
+    resid = lambdas[0, 0].expand(len(x))
+    stream = ops.stream(x)
+    for inject in ops.injections(x0, bigram, *lambdas.unbind()):
+        stream = ops.linear_sum(y, o, stream, resid, inject)
+    return ops.normed(stream).x if stream.rstd is None else stream.rstd[:, None] * ops.normed(stream).x
+
+
+def run_mlp(ops: Ops, x: Tensor, up: Tensor, down: Tensor, lambdas: Tensor) -> Tensor:
+    return ops.mlp(ops.stream(x), up, down, lambdas[0].expand(len(x))).x
+
+
+def run_head_loss(fp8: bool, ops: Ops, x: Tensor, w: Tensor) -> Tensor:
+    targets = (torch.arange(len(x), device=x.device) * 7 % 50).view(2, -1)
+    weights = torch.tensor([0.125, 0.0625], device=x.device)
+    return ops.head_loss(norm(x), w, targets, weights, (23.0, 5.0, 7.5), fp8, 0.125)
+
+
+def run_add_rows(ops: Ops, rows: Tensor) -> Tensor:
+    ids = torch.arange(len(rows), dtype=torch.int32, device=rows.device) ** 2 % 37
+    table = torch.zeros(37, rows.size(1), dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
+    with torch.no_grad():
+        ops.add_rows(rows, ids, table, ids.argsort().int())
+    return table
+
+
+INPUTS = "T D, 3*D D, H G, H G, T D, 2*T D"
+CASES = {
+    "thin product": Case("thin_product", lambda ops, x, w: ops.thin_product(x, w), "T G, H G"),
+    "attention inputs": Case("attention_inputs", partial(run_attention_inputs, Layer("short")), INPUTS),
+    "attention inputs, paired": Case(
+        "attention_inputs", partial(run_attention_inputs, Layer("short", paired=True, value_table=0)), INPUTS),
+    "attention inputs, key offset": Case(
+        "attention_inputs", partial(run_attention_inputs, Layer("long", key_offset=True, value_table=0)), INPUTS),
+    "attention": Case("attention", run_attention, "T H d, T H d, T H d, T H"),
+    "linear sum": Case("linear_sum", run_linear_sum, "T D, D D, T D, T D, T D, 2 L"),
+    "MLP": Case("mlp", run_mlp, "T D, F D, F D, 1"),
+    "head": Case("head_loss", partial(run_head_loss, False), "T D, D V"),
+    "head in FP8": Case("head_loss", partial(run_head_loss, True), "T D, D V"),
+    "rows of a table": Case("add_rows", run_add_rows, "T D"),
+}
+CASE_SIZES = dict(T=384, D=256, H=2, d=128, F=512, V=1024, G=GATE_INPUTS, L=2)
+
+
+def case_inputs(case: Case, sizes: dict[str, int], dtype: torch.dtype, device: torch.device | str) -> list[Tensor]:
+    """Random tensors for a case, activations of size 1, weights smaller; lambdas (of L) in fp32."""
+    inputs = []
+    for text in case.shapes.split(", "):
+        shape = [math.prod(sizes.get(x) or int(x) for x in axis.split("*")) for axis in text.split()]
+        scale = 1.0 if "T" in text or len(shape) == 1 else shape[-1] ** -0.5
+        kind = torch.promote_types(dtype, torch.float32) if text in ("2 L", "1") else dtype
+        inputs.append((scale * torch.randn(shape, device=device)).to(kind))
+    return inputs
+
+
+def case_results(case: Case, ops: Ops, inputs: list[Tensor]) -> list[Tensor]:
+    """The results of a case and the gradients of its inputs, for cosines as gradients of the results."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    results = case.run(ops, *inputs)
+    results = [x for x in (results if isinstance(results, tuple) else (results,)) if x is not None]
+    if not results[0].requires_grad:
+        return results
+    directions = [torch.arange(x.numel(), device=x.device).cos().view(x.shape).to(x.dtype) for x in results]
+    grads = torch.autograd.grad(results, inputs, directions, allow_unused=True)
+    return [x.detach() for x in results] + [x for x in grads if x is not None]
+
+
+def check_ops(ops: Ops, device: torch.device) -> None:
+    """Compare each operation once with PLAIN's, on small inputs: an edit of the mathematics that reached only one of
+    them ends the run. Two roundings to bf16 on the way are 2^-7, FP8's at most a few times more."""
+    generator = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with generator:
+        for name, case in CASES.items():
+            if getattr(ops, case.op) is getattr(PLAIN, case.op):
+                continue
+            inputs = case_inputs(case, CASE_SIZES, torch.bfloat16, device)
+            for a, b in zip(case_results(case, ops, inputs), case_results(case, PLAIN, inputs), strict=True):
+                off = ((a.double() - b.double()).norm() / b.double().norm()).item()
+                key = "attention=reference" if case.op == "attention" else "kernels=plain"
+                require(off < CASE_TOLERANCE, f"the operation {case.op} ({name}) is off by {off:.0%} from the plain one, "
+                        f"as an edit changed one of them only; --{key} trains with the plain one")
+
+
+CASE_TOLERANCE = 2.0**-5
+
+
+# ==== 10. Keeping a run: errors, checks, command line, ranks, log, watch, checkpoints; no line decides a weight =======
 
 class UserError(Exception):
     """A bad input, told in one line that names the cause and the remedy."""
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; python train_gpt.py --help lists every key")
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A UserError, the same on every rank, costs one line for each machine, and exit status 1."""
+    try:
+        yield
+    except UserError as e:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+
+
+@cache
+def warn_once(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+# --- Checks of every key and cell
+
+TABLES = {"LAYERS": Layer, "READOUT": Readout, "STAGES": Stage, "PARAMS": Param}
+KEYS = {f.name: f for f in fields(Recipe) if f.metadata}
+TYPES = {row: typing.get_type_hints(row) for row in (*TABLES.values(), Recipe)}
+
+
+def require(ok: bool, text: str) -> None:
+    if not ok:
+        raise UserError(text)
 
 
 def boolean(text: str) -> bool:
-    """For argparse: true, false, 1 or 0; raises ValueError."""
+    """true, false, 1 or 0; raises ValueError."""
     try:
         return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
     except KeyError:
         raise ValueError(text) from None
 
 
-def parse_args(argv: list[str]) -> tuple[Hyperparameters, argparse.Namespace]:
-    """Turn --key=value arguments into checked hyperparameters; raises UserError."""
-    parser = Parser(prog="train_gpt.py", allow_abbrev=False, description=__doc__.split("\n\n")[0])
-    parser.add_argument("--preset", default="record80", choices=PRESETS, help="start from these values")
-    parser.add_argument("--plan", action="store_true", help="print the schedule as CSV and exit")
-    parser.add_argument("--check", action="store_true", help="check the arguments and the data, and exit")
-    for f in fields(Hyperparameters):
-        kind = type(f.default)
-        parser.add_argument(f"--{f.name}", type=boolean if kind is bool else kind, default=argparse.SUPPRESS,
-                            metavar=kind.__name__, help=f"{f.default!r} in record80")
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        key = unknown[0].split("=")[0]
-        keys = ["--preset", "--plan", "--check", *(f"--{f.name}" for f in fields(Hyperparameters))]
-        close = difflib.get_close_matches(key, keys, n=3, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(close)}?" if close else "; python train_gpt.py --help lists every key"
-        raise UserError(f"unknown key {key}{hint}")
-    given = {f.name: getattr(args, f.name) for f in fields(Hyperparameters) if hasattr(args, f.name)}
-    hp = replace(Hyperparameters(), **PRESETS[args.preset] | given)
-    check_hyperparameters(hp)
-    return hp, args
+def options_of(kind: object) -> tuple:
+    """The alternatives of a type: what stands between |, or the words of a Literal."""
+    return tuple(x for part in (typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, UnionType) else (kind,)) for x in (
+        typing.get_args(part) if typing.get_origin(part) is Literal else (part,)))
 
 
-def check_hyperparameters(hp: Hyperparameters) -> None:
-    """Raise UserError for values with which no run can work."""
+def kind_text(kind: object) -> str:
+    """What a cell takes, in words."""
+    names = {bool: "true or false", int: "a whole number", float: "a number", NoneType: "none", str: "text"}
+    words = [x if isinstance(x, str) else names.get(x, "numbers with commas") for x in options_of(kind)]
+    return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
 
-    def require(ok: bool, text: str) -> None:
-        if not ok:
-            raise UserError(text)
 
+def parse_as(text: str, kind: object) -> object:
+    """The value of that type which a text stands for; raises ValueError."""
+    for option in options_of(kind):
+        with contextlib.suppress(ValueError):
+            if option is NoneType and text.lower() in ("none", ""):
+                return None
+            if option in (int, float, str):
+                return option(text)
+            if option is bool:
+                return boolean(text)
+            if typing.get_origin(option) is tuple:
+                return tuple(float(x) for x in text.split(",") if x.strip())
+            if option == text:
+                return text
+    raise ValueError(text)
+
+
+def fits(value: object, kind: object) -> bool:
+    """Whether a value is of that type, and finite."""
+    def one(option: object) -> bool:
+        if typing.get_origin(option) is tuple:
+            items = typing.get_args(option)
+            return isinstance(value, tuple) and (... in items or len(items) == len(value)) and all(
+                fits(x, float) for x in value)
+        if option is float:
+            return type(value) in (int, float) and math.isfinite(value)
+        return type(value) is option if isinstance(option, type) else value == option
+    return any(one(option) for option in options_of(kind))
+
+
+def check_recipe(hp: Recipe) -> None:
+    """Raise UserError for keys and cells with which no run can work; it names them and what is allowed."""
+    for name, f in KEYS.items():
+        value = getattr(hp, name)
+        limits = f.metadata
+        require(not isinstance(value, float) or math.isfinite(value), f"--{name}={value} must be a finite number")
+        require(limits["above"] is None or value > limits["above"], f"--{name}={value} must be " + (
+            "positive" if limits["above"] == 0 else f"above {limits['above']}"))
+        require(limits["least"] is None or value >= limits["least"], f"--{name}={value} must " + (
+            "not be negative" if limits["least"] == 0 else "have at most 64 bits"))
+        require(not limits["choices"] or value in limits["choices"],
+                f"--{name}={value}: use {', '.join(limits['choices'])}")
+    check_sizes(hp)
+
+
+def check_sizes(hp: Recipe) -> None:
+    """Keys that depend on each other."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     require(world > 0 and SEGMENTS % world == 0, f"{world} ranks cannot share {SEGMENTS} segments: use 1, 2, 4 or 8")
-    positive = ["num_scheduled_iterations", "batch_unit", "block", "val_tokens", "val_chunk", "model_dim", "num_heads",
-                "head_dim", "bigram_ratio", "vocab_size", "muon_momentum_warmup", "muon_momentum_cooldown",
-                "micro_tokens", "final_val_window", "rope_base", "adam_eps"]
-    for key, value in asdict(hp).items():
-        require(not isinstance(value, float) or math.isfinite(value), f"--{key}={value} must be a finite number")
-    for key in positive:
-        require(getattr(hp, key) > 0, f"--{key}={getattr(hp, key)} must be positive")
-    for key in ("num_extension_iterations", "val_every", "save_every"):
-        require(getattr(hp, key) >= 0, f"--{key}={getattr(hp, key)} must not be negative")
-    require(-2**63 <= hp.seed < 2**64, f"--seed={hp.seed} must have at most 64 bits")
-    require(hp.num_scheduled_iterations >= 3, "--num_scheduled_iterations must be at least 3, one for each stage")
-    require(0 <= hp.cooldown_start < 1, f"--cooldown_start={hp.cooldown_start} must be in [0, 1)")
-    choices = {"dtype": ("bfloat16", "float32"), "device": ("auto", "cuda", "cpu"),
-               "attention": ("auto", *ATTENTION_BACKENDS), "kernels": ("auto", *KERNELS)}
-    for key, allowed in choices.items():
-        require(getattr(hp, key) in allowed, f"--{key}={getattr(hp, key)}: use {', '.join(allowed)}")
+    require(hp.seed < 2**64, f"--seed={hp.seed} must have at most 64 bits")
+    require(hp.cooldown_start < 1, f"--cooldown_start={hp.cooldown_start} must be below 1")
     require(hp.batch_unit % SEGMENTS == 0 and hp.batch_unit // SEGMENTS >= MTP_MAX,
             f"--batch_unit={hp.batch_unit} must be a multiple of {SEGMENTS}, and at least {MTP_MAX * SEGMENTS}")
     require(hp.model_dim == hp.num_heads * hp.head_dim, "--model_dim must equal num_heads * head_dim")
@@ -2575,6 +2725,116 @@ def check_hyperparameters(hp: Hyperparameters) -> None:
             f"--val_tokens={hp.val_tokens} must be a multiple of --val_chunk={hp.val_chunk} x {world} ranks")
 
 
+
+# --- Command line
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; python train_gpt.py --help lists every key")
+
+
+def parse_args(argv: list[str]) -> tuple[Recipe, argparse.Namespace]:
+    """Turn arguments into a checked recipe; raises UserError. --help prints and exits."""
+    parser = Parser(prog="train_gpt.py", allow_abbrev=False, add_help=False)
+    parser.add_argument("--preset", default="record80", choices=PRESETS)
+    for flag in ("--plan", "--check", "--help", "-h"):
+        parser.add_argument(flag, action="store_true")
+    for name in KEYS:
+        kind = TYPES[Recipe][name]
+        parser.add_argument(f"--{name}", type=boolean if kind is bool else kind, default=argparse.SUPPRESS,
+                            metavar=kind.__name__)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        key = unknown[0].split("=")[0]
+        keys = ["--preset", "--plan", "--check", *(f"--{name}" for name in KEYS)]
+        close = difflib.get_close_matches(key, keys, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}?" if close else "python train_gpt.py --help lists every key"
+        raise UserError(f"unknown key {key}; {hint}")
+    hp = replace(PRESETS[args.preset], **{name: getattr(args, name) for name in KEYS if hasattr(args, name)})
+    if args.help or args.h:
+        print(help_text(args.preset))
+        sys.exit()
+    check_recipe(hp)
+    return hp, args
+
+
+def help_text(preset: str) -> str:
+    """Every key with its meaning, choices and value in the preset, from where it is declared; and how to set cells."""
+    lines = [__doc__.split("\n\n")[0].strip(), "", f"--preset={preset}: one of {', '.join(PRESETS)}",
+             "--plan: print the schedule as CSV and exit", "--check: check the arguments and the data, and exit"]
+    lines += ["", f"Every --key=value, with its value in {preset}:"]
+    for name, f in KEYS.items():
+        choices = f" (one of {', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+        lines.append(f"  --{name}={getattr(PRESETS[preset], name)}".ljust(40) + f"  {f.metadata['text']}{choices}")
+    return "\n".join(lines)
+
+
+def print_plan(hp: Recipe) -> None:
+    """The schedule as CSV, a header and a line a step; absent MTP weights are 0, booleans 0 or 1."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --plan | head
+    mtp = [f"mtp_{k}" for k in range(MTP_MAX)]
+    print(",".join(["step", "batch_tokens", "max_doc_len", "window_short", "window_long", "lr_factor", "muon_momentum",
+                    *mtp, "update_adam", "untie_embed"]))
+    for step in range(hp.num_steps):
+        now = plan(step, hp)
+        weights = (*now.mtp_weights, *[0.0] * MTP_MAX)[:MTP_MAX]
+        adam = any(row.rule == "adam" and due(row, step) for row in hp.params)
+        values = (step, now.batch_tokens, now.windows.max_doc, now.windows.short, now.windows.long, now.lr_factor,
+                  now.muon_momentum, *weights, adam, now.unties)
+        print(",".join(f"{value:.10g}" for value in values))
+
+
+# --- Checks of the data
+
+def check_shard(path: str, bos: int, count: int = -1) -> np.ndarray:
+    """read_shard, after a look at the whole file; raises UserError for anything wrong about it."""
+    again = "delete it and run data/cached_fineweb10B.py again"
+    try:
+        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+        size = os.path.getsize(path)
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}; download the shard again") from None
+    require(len(header) == HEADER_INTS, f"{path}: {size} bytes are too few for a header; {again}")
+    require(header[0] == MAGIC, f"{path}: magic number {header[0]} instead of {MAGIC}, so this is no token shard; {again}")
+    require(header[1] == VERSION, f"{path}: version {header[1]} instead of {VERSION}; {again}")
+    expected = 4 * HEADER_INTS + 2 * int(header[2])
+    require(header[2] > 0 and size == expected,
+            f"{path}: the header says {header[2]} tokens, {expected} bytes; the file has {size}; {again}")
+    tokens = read_shard(path, count)
+    if len(tokens) and tokens.max() > bos:
+        where = int(np.argmax(tokens > bos))
+        raise UserError(f"{path}: token {tokens[where]} at position {where} is above {bos}; delete the file and "
+                        "download or make it again")
+    return tokens
+
+
+def check_data(hp: Recipe) -> None:
+    """Walk the whole schedule over the shards without training; raises UserError for whatever would stop a run."""
+    for key in ("val_files", "train_files"):
+        require(glob.glob(getattr(hp, key)),
+                f"no file matches --{key}={getattr(hp, key)}: run `python data/cached_fineweb10B.py 9` to download "
+                "FineWeb, or `python data/fineweb.py` to make shards from your own text")
+    path = sorted(glob.glob(hp.val_files))[0]
+    found = len(check_shard(path, hp.bos, hp.val_tokens + 1))
+    require(found > hp.val_tokens,
+            f"{path}: {found} tokens, but validation needs {hp.val_tokens + 1}; lower --val_tokens")
+    files = sorted(glob.glob(hp.train_files))
+    sizes = [len(check_shard(path, hp.bos, 0)) or os.path.getsize(path) // 2 for path in files]
+    plans = [plan(step, hp) for step in range(hp.num_steps)]
+    done = sum(1 for _ in walk(files, hp.bos, plans, partial(check_shard, bos=hp.bos)))
+    if done < len(plans):
+        require(any((read_shard(path) == hp.bos).any() for path in files),
+                f"--train_files={hp.train_files}: no document begins in them, as no token is {hp.bos}; use the "
+                "--vocab_size that they were made for, or make them again")
+        used, missing = (sum(now.batch_tokens for now in part) for part in (plans[:done], plans[done:]))
+        # what a shard yields after cuts, or all of it if none lasted a step
+        shards = math.ceil(missing / ((used or sum(sizes)) / len(files)))
+        raise UserError(f"--train_files={hp.train_files}: {len(files)} shards last {done} of {len(plans)} steps; add "
+                        f"about {shards} more of this size, or lower --num_scheduled_iterations")
+
+
+# --- Ranks
+
 class Ranks(NamedTuple):
     """This process among all: its number, how many there are, and its device."""
 
@@ -2583,14 +2843,14 @@ class Ranks(NamedTuple):
     device: torch.device
 
 
-def setup_ranks(hp: Hyperparameters) -> Ranks:
+def setup_ranks(hp: Recipe) -> Ranks:
     """Join the process group that torchrun announces in the environment, or make a group of one."""
     rank, world, local = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cuda = hp.device == "cuda" or (hp.device == "auto" and torch.cuda.is_available())
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if cuda and here > torch.cuda.device_count():
-        raise UserError(f"{here} processes need a GPU each, but {torch.cuda.device_count()} are visible: start fewer "
-                        "processes, or use --preset=demo to train on the CPU")
+    require(not cuda or here <= torch.cuda.device_count(),
+            f"{here} processes need a GPU each, but {torch.cuda.device_count()} are visible: start fewer processes, or "
+            "use --preset=demo to train on the CPU")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -2628,15 +2888,111 @@ def on_every_rank(f: Callable) -> object:
     return result
 
 
+# --- What runs beside the training: a thread that prepares batches, and graphs
+
+class Ahead:
+    """Iterates over items that a thread prepares, up to n of them ahead; what it raises is raised here.
+
+    With a device, the items' tensors are moved there when they are asked for."""
+
+    def __init__(self, items: Iterator, n: int, device: torch.device | None = None):
+        self.device = device
+        self.queue: queue.Queue = queue.Queue(n)
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self.prepare, args=(items,), daemon=True)
+        self.thread.start()
+
+    def prepare(self, items: Iterator) -> None:
+        try:
+            with contextlib.closing(items):
+                for item in items:
+                    self.put(item)
+                    if self.stopped.is_set():
+                        return
+            self.put(StopIteration())
+        except BaseException as error:
+            self.put(error)
+
+    def put(self, item: object) -> None:
+        while not self.stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                return self.queue.put(item, timeout=0.1)
+
+    def __iter__(self) -> Ahead:
+        return self
+
+    def __next__(self) -> object:
+        item = self.queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return to_device(item, self.device) if self.device else item
+
+    def wait_for_one(self) -> None:
+        while self.queue.empty():
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        self.stopped.set()
+        self.thread.join()  # the interpreter would end it in the middle of C++ code and abort
+
+
+def pinned(item: object, device: torch.device) -> object:
+    """The tensors of nested tuples in memory that a GPU copies from without the CPU."""
+    return tree_map(lambda x: x.pin_memory() if isinstance(x, Tensor) and device.type == "cuda" else x, item)
+
+
+def to_device(item: object, device: torch.device) -> object:
+    """The tensors of nested tuples on the device, without waiting for the copy if they are pinned."""
+    return tree_map(lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x, item)
+
+
+class Replay:
+    """f(batch, windows, weights), whose second call of a kind (shapes, windows) is captured as a CUDA graph and replayed
+    from then on: where batches are small, the GPU waits for launches. With 8 of 16,384 tokens 253 ms a step became 188
+    (H200, fa4). The first call runs and so compiles. Without graphs, f."""
+
+    def __init__(self, f: Callable, graphs: bool):
+        self.f = f
+        self.pool = torch.cuda.graph_pool_handle() if graphs else None  # graphs run one at a time: one memory
+        self.replays: dict[tuple, Callable | None] = {}
+        self.compiling = False  # in the first call of a kind, which takes long: kernels compile even without hp.compile
+
+    def __call__(self, batch: Batch, windows: Windows, weights: Tensor) -> Tensor:
+        kind = windows, *(x.shape for x in (*batch, weights))
+        self.compiling = kind not in self.replays
+        if self.pool is None or self.compiling:
+            self.replays[kind] = None
+            return self.f(batch, windows, weights)
+        if self.replays[kind] is None:
+            self.replays[kind] = self.capture(batch, windows, weights)
+        return self.replays[kind](batch, weights)
+
+    def capture(self, batch: Batch, windows: Windows, weights: Tensor) -> Callable:
+        inputs = Batch(*(x.clone() for x in batch)), weights.clone()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the loader's thread may pin memory meanwhile
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            loss = self.f(inputs[0], windows, inputs[1])
+
+        def replay(batch: Batch, weights: Tensor) -> Tensor:
+            for static, new in zip((*inputs[0], inputs[1]), (*batch, weights)):
+                static.copy_(new)
+            graph.replay()
+            return loss
+
+        return replay
+
+
+# --- Log
+
 class Log:
     """logs/<run id>.txt and the terminal, on rank 0; on other ranks nothing happens.
 
     The file begins with the source of this script, so that a log says by itself what was run; --resume appends to it.
-    If it cannot be written at first, that is an error; later, training goes on with one warning, or without the
-    terminal.
+    If it cannot be written at first, that is an error; later, training goes on with one warning.
     """
 
-    def __init__(self, hp: Hyperparameters, ranks: Ranks):
+    def __init__(self, hp: Recipe, ranks: Ranks):
         self.file = self.bar = self.path = self.lost = None
         if ranks.rank == 0:
             self.path = path = Path(hp.log_dir, (hp.run_id or time.strftime("%Y%m%d-%H%M%S")) + ".txt")
@@ -2683,6 +3039,113 @@ class Log:
         if self.lost:
             print(self.lost, file=sys.stderr)
 
+    def result(self, val_loss: float, N: int, ms: float, ranks: Ranks) -> None:
+        cuda = ranks.device.type == "cuda"
+        self(f"final: val_loss {val_loss:.4f} after {N} steps, {ms / 1000:.1f} s of training on {ranks.world} x "
+             f"{torch.cuda.get_device_name() if cuda else 'CPU'}")
+        if cuda:
+            self(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB "
+                 f"reserved: {torch.cuda.max_memory_reserved() // 2**20} MiB")
+
+
+def log_environment(log: Log, hp: Recipe, ranks: Ranks) -> None:
+    """Write versions and GPUs, then the keys and the tables of the run, each followed by a rule."""
+    try:
+        smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        smi = "nvidia-smi: not available"
+    versions = f"Python {sys.version}\nPyTorch {torch.__version__} CUDA {torch.version.cuda}, {ranks.world} ranks"
+    rule = "=" * 100
+    keys = "\n".join(f"{name} = {getattr(hp, name)!r}" for name in KEYS)
+    log("\n".join([versions, smi, rule, keys, *tables_text(hp), rule]), show=False)
+
+
+def tables_text(hp: Recipe) -> Iterator[str]:
+    """The recipe's tables in aligned columns, with what follows from each row."""
+    bounds = stage_bounds(hp)
+    more = {
+        "LAYERS": [{}] * len(hp.layers),
+        "STAGES": [{"steps": f"{a}-{b - 1}", "tokens": (b - a) * stage.batch * hp.batch_unit}
+                   for a, b, stage in zip(bounds, bounds[1:], hp.stages)],
+        "PARAMS": [{"sizes": "x".join(map(str, param_shape(row, hp)))} for row in hp.params],
+    }
+    for table, extra in more.items():
+        rows = [{"row": i} | row._asdict() | x for i, (row, x) in enumerate(zip(getattr(hp, table.lower()), extra))]
+        cells = [list(rows[0]), *([str(value).replace(" ", "") or "-" for value in row.values()] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        yield f"\n{table}"
+        yield from ("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells)
+    yield f"\nREADOUT\n{hp.readout}"
+
+
+class Reports:
+    """Lines of finished steps. A loss is read a step late, so that the device always has the next step's work queued."""
+
+    def __init__(self, log: Log, watch: Watch, N: int):
+        self.log = log
+        self.watch = watch
+        self.N = N
+        self.waiting: deque = deque()
+        self.ms = watch.clock.before
+
+    def add(self, step: int, loss: StepLoss, tokens: int) -> None:
+        both = torch.stack([loss.mean, loss.own])
+        event = torch.cuda.Event() if both.is_cuda else None
+        self.waiting.append((step, both.to("cpu", non_blocking=True), event, tokens))
+        if event:
+            event.record()
+        if len(self.waiting) > 1:
+            self.write()
+
+    def write(self) -> None:
+        """The oldest step's line. A nan or inf on any rank stops all: one that was in gradients only is in the next
+        steps' losses."""
+        step, both, event, tokens = self.waiting.popleft()
+        if event:
+            event.synchronize()  # waits for no later work of the device
+        loss, own = both.tolist()
+        ms = self.watch.clock.ms()
+        if not math.isfinite(own):
+            self.watch.ask_to_stop(f"the training loss of step {step} is {own} on rank {self.watch.rank}")
+        rate = tokens / max(ms - self.ms, 1e-3) * 1000
+        self.ms = ms
+        self.log.step(f"step:{step}/{self.N} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms",
+                      step, loss=f"{loss:.3f}", tok_s=f"{rate:,.0f}")
+
+    def write_all(self) -> None:
+        while self.waiting:
+            self.write()
+
+
+def nan_advice(why: str) -> str:
+    """What to do about a loss that is nan or infinite."""
+    return f"{why}; to find its origin: python tools/find_nan.py {' '.join(map(shlex.quote, sys.argv[1:]))}".rstrip()
+
+
+class Clock:
+    """Training time in ms; synchronises the device when it starts and stops, so that only training is counted."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.before, self.started = device, 0.0, None
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        dist.barrier()
+
+    def start(self) -> None:
+        self.synchronize()
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        self.synchronize()
+        self.before, self.started = self.ms(), None
+
+    def ms(self) -> float:
+        return self.before + (1000 * (time.perf_counter() - self.started) if self.started else 0.0)
+
+
+# --- Watch
 
 LOOK_EVERY = 1.0  # seconds; the limits below count looks, so that a process that was asleep blames no other
 SILENT = 15  # looks without a sign of life: found before torchrun kills all, 30 s after a rank died
@@ -2735,10 +3198,13 @@ class Watch:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
+    def ask_to_stop(self, why: str) -> None:
+        self.wish = self.wish or why
+
     def on_signal(self, number: int, frame) -> None:
         if self.world == 1:  # a second one ends the process at once; several get it twice, once from torchrun
             signal.signal(number, signal.SIG_DFL)
-        self.wish = self.wish or signal.Signals(number).name
+        self.ask_to_stop(signal.Signals(number).name)
 
     def publish(self) -> None:
         self.beat += 1
@@ -2807,54 +3273,34 @@ class Watch:
         os._exit(status)
 
 
-def log_environment(log: Log, hp: Hyperparameters, ranks: Ranks, attention: str, kernels: str) -> None:
-    """Write versions and GPUs, the configuration, and the chosen backends to the log, each followed by a rule."""
-    try:
-        smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=60).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        smi = "nvidia-smi: not available"
-    versions = f"Python {sys.version}\nPyTorch {torch.__version__} CUDA {torch.version.cuda}, {ranks.world} ranks"
-    log(f"{versions}\n{smi}", show=False)
-    log("=" * 100 + "\n" + "\n".join(f"{f.name} = {getattr(hp, f.name)!r}" for f in fields(hp)), show=False)
-    log(f"attention used = {attention}\nkernels used = {kernels}\n{'=' * 100}", show=False)
+# --- Checkpoints
+
+def checkpoint_due(step: int, hp: Recipe) -> bool:
+    """Whether a checkpoint is due when this many steps are done."""
+    return (hp.save_every > 0 and step % hp.save_every == 0) or (hp.save_final and step == hp.num_steps)
 
 
-class Clock:
-    """Training time in ms; synchronises the device when it starts and stops, so that only training is counted."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.before, self.started = device, 0.0, None
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        dist.barrier()
-
-    def start(self) -> None:
-        self.synchronize()
-        self.started = time.perf_counter()
-
-    def stop(self) -> None:
-        self.synchronize()
-        self.before, self.started = self.ms(), None
-
-    def ms(self) -> float:
-        return self.before + (1000 * (time.perf_counter() - self.started) if self.started else 0.0)
+def run_identity(hp: Recipe) -> dict:
+    """What the weights of a run follow from, besides the contents of its shards; and the free keys."""
+    tables = {table: [list(row) for row in getattr(hp, table.lower())] for table in TABLES if table != "READOUT"}
+    shapes = {row.name: param_shape(row, hp) for row in hp.params}  # without padding
+    return {name: getattr(hp, name) for name in KEYS} | tables | {"READOUT": list(hp.readout), "shapes": shapes}
 
 
-def settings(hp: Hyperparameters) -> dict:
-    """What the weights of a run follow from, besides the contents of its shards; and MAY_CHANGE."""
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in GPT(hp).named_parameters()}  # without padding
-    return asdict(hp) | {"LAYERS": str(LAYERS), "STAGES": str(STAGES), "PARAMS": str(PARAMS), "shapes": shapes}
+def recipe_of(saved: dict) -> Recipe:
+    """The recipe whose run_identity was saved."""
+    tables = {table.lower(): tuple(kind(*row) for row in saved[table])
+              for table, kind in TABLES.items() if table != "READOUT"}
+    return Recipe(**{name: saved[name] for name in KEYS if name in saved}, **tables, readout=Readout(*saved["READOUT"]))
 
 
 def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> Path | None:
-    """Write a checkpoint: tensors as one rank has them, but each rank's gradients that wait for Adam; or UserError.
+    """Write a checkpoint: tensors as one rank has them, but each rank's gradients that wait for an update; or UserError.
 
     Returns its path, on rank 0."""
-    (rank, R, _), about, tensors = optimizer.ranks, settings(optimizer.hp), {}
-    for name, x, kind in optimizer.tensors():
+    rank, R, _ = optimizer.ranks
+    about, tensors = run_identity(optimizer.hp), {}
+    for name, x, kind in optimizer.states():
         if kind != "same":
             part = x[None] if kind == "own" else x
             x = part.new_empty(R * len(part), *part.shape[1:])
@@ -2866,8 +3312,7 @@ def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> P
         path = log.path.with_name(f"{log.path.stem}_step{step}.pt")
         temporary = Path(f"{path}.tmp")
         try:
-            torch.save({"settings": about, "step": step, "ms": ms, "tied": optimizer.tied,
-                        "adam_steps": optimizer.adam_steps, "tensors": tensors}, temporary)
+            torch.save({"settings": about, "step": step, "ms": ms, "tensors": tensors}, temporary)
             os.replace(temporary, path)
         except (OSError, RuntimeError) as e:  # the latter by torch's writer
             raise UserError(f"cannot write {path}: {e}; free some space or choose another --log_dir") from None
@@ -2878,8 +3323,10 @@ def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> P
     return on_every_rank(write if rank == 0 else lambda: None)
 
 
-def read_checkpoint(path: str, hp: Hyperparameters | None = None) -> dict:
+def read_checkpoint(path: str, hp: Recipe | None = None) -> dict | None:
     """What save_checkpoint wrote, on the CPU, with "hp"; UserError unless it is intact and a run of hp can use it."""
+    if not path:
+        return None
     try:
         if zipfile.ZipFile(path).testzip():  # torch.load ignores checksums
             raise ValueError("wrong checksum")
@@ -2889,103 +3336,30 @@ def read_checkpoint(path: str, hp: Hyperparameters | None = None) -> dict:
                 saved["tensors"][name].shape != shape for name, shape in old["shapes"].items()):
             raise ValueError("wrong step or shapes")
         if not hp:
-            hp = Hyperparameters(**{f.name: old[f.name] for f in fields(Hyperparameters) if f.name in old})
-            check_hyperparameters(hp)
-        saved["hp"], current = hp, settings(hp)
+            hp = recipe_of(old)
+            check_recipe(hp)
+        saved["hp"] = hp
     except Exception as e:  # zipfile and torch raise many kinds
         cause = " ".join(f"{type(e).__name__}: {e}".split())
         raise UserError(f"{path} is no intact checkpoint of this script ({cause}); choose another") from None
-    if other := [f"{key}={old.get(key)}" if hasattr(hp, key) else key for key, value in current.items()
-                 if key not in MAY_CHANGE and old.get(key) != value]:
-        raise UserError(f"{path} was trained with other values of what follows, use the same: {', '.join(other)}")
+    other = [f"{name}={old.get(name)}" if name in KEYS else name for name, value in run_identity(hp).items()
+             if old.get(name) != value and not (name in KEYS and KEYS[name].metadata["free"])]
+    require(not other, f"{path} was trained with other values of what follows, use the same: {', '.join(other)}")
     return saved
 
 
 def load_checkpoint(saved: dict, optimizer: NorMuonAdam, clock: Clock) -> int:
     """Bring optimizer and model from the start to where they were, on any number of ranks; returns the steps done."""
     rank, R, _ = optimizer.ranks
-    for name, x, kind in optimizer.tensors():
+    for name, x, kind in optimizer.states():
         if name in saved["tensors"]:  # else a gradient of zeros
             y = saved["tensors"][name]
             if kind == "own":
                 y = y[rank] if len(y) == R else y.float().mean(0)
             y = y[rank * len(x) :][: len(x)] if kind == "shard" else y
             x[: len(y)].copy_(y)  # the rest is padding
-    clock.before, optimizer.tied, optimizer.adam_steps = (saved[key] for key in ("ms", "tied", "adam_steps"))
+    clock.before = saved["ms"]
     return saved["step"]
-
-
-class Rewind:
-    """A copy, on the device, of all that steps change; made while the clock rests."""
-
-    def __init__(self, optimizer: NorMuonAdam, step: int):
-        self.optimizer, self.tensors = optimizer, [x for _, x, _ in optimizer.tensors()]
-        self.copies = [torch.empty_like(x) for x in self.tensors]
-        self.keep(step)
-
-    def keep(self, step: int) -> None:
-        torch._foreach_copy_(self.copies, self.tensors)
-        self.step, self.tied, self.adam_steps = step, self.optimizer.tied, self.optimizer.adam_steps
-
-    def restore(self) -> None:
-        torch._foreach_copy_(self.tensors, self.copies)
-        self.optimizer.tied, self.optimizer.adam_steps = self.tied, self.adam_steps
-
-
-class FirstBad(TorchDispatchMode):
-    """Finds the first operation whose result holds nan or inf; not -inf, of which attention makes masks."""
-
-    def __init__(self):
-        super().__init__()
-        self.count, self.place = 0, ""  # operations before it
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        # new memory holds anything, and so does what a collective has not yet filled
-        if self.place or func.namespace not in ("aten", "speedrun") or "empty" in str(func):
-            return result
-        tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point()]
-        wide = [x.float() if x.itemsize == 1 else x for x in tensors]
-        self.count += 1
-        if any((x.isnan() | (x == math.inf)).any() for x in wide):
-            frames = [f for f, _ in traceback.walk_stack(sys._getframe(1)) if f.f_code.co_filename == __file__]
-            layer = [f", layer {f.f_locals['i']}" for f in frames if f.f_code.co_name == "trunk" and "i" in f.f_locals]
-            calls = [f"{f.f_code.co_name}:{f.f_lineno}" for f in frames[:3]]
-            # on a GPU, autograd has a thread of its own, without these frames
-            self.place = f"{func} in {' of '.join(calls) or 'the backward pass'}{''.join(layer)}"
-        return result
-
-
-def find_bad(rewind: Rewind, micro_step: MicroStep, log: Log, end: int, ms: float, why: str) -> None:
-    """Repeat the steps from `rewind` to before step `end` up to the first that makes a nan or inf, save the state
-    before that and find the operation in a plain run of it. Always raises UserError, on all ranks."""
-    optimizer, first = micro_step.optimizer, rewind.step
-    hp, ranks, everywhere = optimizer.hp, optimizer.ranks, [None] * optimizer.ranks.world
-    log(f"{why}: repeating the steps from {first + 1} on to find its origin")
-    rewind.restore()
-    loader = TrainLoader(hp, ranks, range(hp.num_steps), first)
-    for step in range(first, end):
-        batches, touched = next(loader)
-        loss = train_step(micro_step, batches, touched, plan(step, hp))
-        bad = [row.name for row in PARAMS if not optimizer.params[row.name].isfinite().all()]
-        dist.all_gather_object(everywhere, bad + ["the loss"] * (not loss.isfinite()))
-        if any(everywhere):
-            break
-        rewind.keep(step + 1)
-    else:
-        raise UserError(f"{why}, but repeated from step {first + 1} on all is finite: suspect the hardware")
-    loader.close()
-    rewind.restore()
-    path = save_checkpoint(log, optimizer, step, ms)
-    optimizer.normuon_update, optimizer.adam_update = normuon_update, adam_update
-    plain = MicroStep(micro_step.model, optimizer, replace(hp, compile=False), ranks)
-    with FirstBad() as found:
-        train_step(plain, batches, touched, plan(step, hp))
-    bad = max(everywhere, key=len)
-    dist.all_gather_object(everywhere, (not found.place, found.count, ranks.rank, found.place))
-    _, _, rank, place = min(everywhere)
-    raise UserError(f"{why}; it began on rank {rank} in step {step + 1} with {place or 'a compiled operation'}, and "
-                    f"reached {', '.join(bad)}; --resume={path} repeats this step")
 
 
 if __name__ == "__main__":
