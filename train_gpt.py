@@ -2737,6 +2737,7 @@ def parse_args(argv: list[str]) -> tuple[Recipe, argparse.Namespace]:
     """Turn arguments into a checked recipe; raises UserError. --help prints and exits."""
     parser = Parser(prog="train_gpt.py", allow_abbrev=False, add_help=False)
     parser.add_argument("--preset", default="record80", choices=PRESETS)
+    parser.add_argument("--set", action="append", default=[])
     for flag in ("--plan", "--check", "--help", "-h"):
         parser.add_argument(flag, action="store_true")
     for name in KEYS:
@@ -2746,7 +2747,7 @@ def parse_args(argv: list[str]) -> tuple[Recipe, argparse.Namespace]:
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         key = unknown[0].split("=")[0]
-        keys = ["--preset", "--plan", "--check", *(f"--{name}" for name in KEYS)]
+        keys = ["--preset", "--set", "--plan", "--check", *(f"--{name}" for name in KEYS)]
         close = difflib.get_close_matches(key, keys, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else "python train_gpt.py --help lists every key"
         raise UserError(f"unknown key {key}; {hint}")
@@ -2754,6 +2755,8 @@ def parse_args(argv: list[str]) -> tuple[Recipe, argparse.Namespace]:
     if args.help or args.h:
         print(help_text(args.preset))
         sys.exit()
+    for text in args.set:
+        hp = set_cells(hp, text)
     check_recipe(hp)
     return hp, args
 
@@ -2761,12 +2764,38 @@ def parse_args(argv: list[str]) -> tuple[Recipe, argparse.Namespace]:
 def help_text(preset: str) -> str:
     """Every key with its meaning, choices and value in the preset, from where it is declared; and how to set cells."""
     lines = [__doc__.split("\n\n")[0].strip(), "", f"--preset={preset}: one of {', '.join(PRESETS)}",
-             "--plan: print the schedule as CSV and exit", "--check: check the arguments and the data, and exit"]
+             "--plan: print the schedule as CSV and exit", "--check: check the arguments and the data, and exit",
+             "--set TABLE.row.column=value: set a cell; a row is a number or a name, * is all of them"]
+    lines += [f"    {table}: {', '.join(kind._fields)}" for table, kind in TABLES.items()]
     lines += ["", f"Every --key=value, with its value in {preset}:"]
     for name, f in KEYS.items():
         choices = f" (one of {', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
         lines.append(f"  --{name}={getattr(PRESETS[preset], name)}".ljust(40) + f"  {f.metadata['text']}{choices}")
     return "\n".join(lines)
+
+
+def set_cells(hp: Recipe, text: str) -> Recipe:
+    """The recipe with the cells that TABLE.row.column=value names set; raises UserError."""
+    place, equals, value = text.partition("=")
+    table, *middle, column = place.split(".")
+    kind = TABLES.get(table)
+    require(kind is not None and equals and len(middle) == (table != "READOUT"),
+            f"--set {text}: use TABLE.row.column=value, with a table of {', '.join(TABLES)} (READOUT has no rows)")
+    require(column in kind._fields, f"--set {text}: {table} has the columns {', '.join(kind._fields)}")
+    try:
+        value = parse_as(value, TYPES[kind][column])
+    except ValueError:
+        raise UserError(f"--set {text}: {table}'s {column} takes {kind_text(TYPES[kind][column])}") from None
+    if table == "READOUT":
+        return replace(hp, readout=hp.readout._replace(**{column: value}))
+    rows = list(getattr(hp, table.lower()))
+    found = [i for i, row in enumerate(rows) if middle[0] == str(i) or fnmatch.fnmatch(getattr(row, "name", ""), middle[0])
+             or middle[0] == "*"]
+    names = [getattr(row, "name", "") or str(i) for i, row in enumerate(rows)]
+    require(found, f"--set {text}: {table} has the rows {', '.join(names)}")
+    for i in found:
+        rows[i] = rows[i]._replace(**{column: value})
+    return replace(hp, **{table.lower(): tuple(rows)})
 
 
 def print_plan(hp: Recipe) -> None:
