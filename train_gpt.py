@@ -2706,7 +2706,20 @@ def check_recipe(hp: Recipe) -> None:
             "not be negative" if limits["least"] == 0 else "have at most 64 bits"))
         require(not limits["choices"] or value in limits["choices"],
                 f"--{name}={value}: use {', '.join(limits['choices'])}")
+    for table, kind in TABLES.items():
+        rows = getattr(hp, table.lower())
+        for i, row in enumerate([rows] if table == "READOUT" else rows):
+            for column, value in row._asdict().items():
+                place = cell_name(table, i, row, column)
+                require(fits(value, TYPES[kind][column]), f"{place}={value!r}: use {kind_text(TYPES[kind][column])}")
     check_sizes(hp)
+    check_layers(hp)
+    check_params(hp)
+    check_stages(hp)
+
+
+def cell_name(table: str, i: int, row: NamedTuple, column: str) -> str:
+    return f"{table}.{column}" if table == "READOUT" else f"{table}.{row.name if table == 'PARAMS' else i}.{column}"
 
 
 def check_sizes(hp: Recipe) -> None:
@@ -2724,6 +2737,90 @@ def check_sizes(hp: Recipe) -> None:
     require(hp.val_tokens % (hp.val_chunk * world) == 0,
             f"--val_tokens={hp.val_tokens} must be a multiple of --val_chunk={hp.val_chunk} x {world} ranks")
 
+
+def check_layers(hp: Recipe) -> None:
+    names = [layer.name for layer in hp.layers if layer.name]
+    require(len(names) == len(set(names)), f"LAYERS.*.name: each name once, not {', '.join(names)}")
+    tables = sorted(layer.value_table for layer in hp.layers if layer.value_table is not None)
+    require(tables == list(range(len(tables))), f"LAYERS.*.value_table={tables}: use 0, 1, 2 .. without a gap, each once")
+    for i, layer in enumerate(hp.layers):
+        earlier = [x.name for x in hp.layers[:i] if x.name]
+        for column in ("reads", "skip_from"):
+            name = getattr(layer, column)
+            require(name is None or name in earlier, f"LAYERS.{i}.{column}={name!r}: use none or the name of an earlier "
+                    f"layer ({', '.join(earlier) or 'there is none'})")
+        for column in ("paired", "key_offset", "value_table", "reads") if layer.window is None else ():
+            require(getattr(layer, column) in (None, False),
+                    f"LAYERS.{i}.{column}={getattr(layer, column)!r}: a layer without attention (window=none) has none")
+    minus = hp.readout.minus
+    require(minus in names, f"READOUT.minus={minus!r}: use the name of a layer ({', '.join(names)})")
+    require(0 < hp.readout.cap <= 80, f"READOUT.cap={hp.readout.cap}: use a number above 0 and at most 80")
+    require(hp.readout.cap_width > 0, f"READOUT.cap_width={hp.readout.cap_width}: use a number above 0")
+
+
+def check_params(hp: Recipe) -> None:
+    names = [row.name for row in hp.params]
+    require(len(names) == len(set(names)), f"PARAMS: {max(names, key=names.count)} has two rows; leave one")
+    tree = ast.parse(inspect.getsource(GPT))
+    reads = {x.attr for x in ast.walk(tree) if isinstance(x, ast.Attribute) and getattr(x.value, "id", "") == "self"}
+    for row in hp.params:
+        place = f"PARAMS.{row.name}"
+        require(row.name in reads, f"{place}: no line of GPT reads self.{row.name}; use it there or remove the row")
+        for factor in row.shape.replace("*", " ").split():
+            require(factor in hp.sizes or factor.isdigit(),
+                    f"{place}.shape={row.shape!r}: {factor} is no number and none of {', '.join(hp.sizes)}")
+        for text in row.init.split(","):
+            word, *rest = text.split() or [""]
+            known = word == "uniform" and not rest or (word == "lm_head" and row.name == "embed" and not rest)
+            number = rest if word == "normal" else [word, *rest]
+            with contextlib.suppress(ValueError):
+                known = known or (len(number) == 1 and math.isfinite(float(number[0])))
+            require(known, f"{place}.init={row.init!r}: use a number, uniform, or normal and a deviation")
+        bank = len(row.shape.split()) == 3
+        for column in ("lr", "wd", "odd_lr"):
+            require(getattr(row, column) >= 0, f"{place}.{column}={getattr(row, column)} must not be negative")
+        require(row.every >= 1, f"{place}.every={row.every}: use 1 or more")
+        if row.rule == "adam":
+            require(row.betas is not None and all(0 <= beta < 1 for beta in row.betas),
+                    f"{place}.betas={row.betas}: Adam needs two numbers from 0 to below 1")
+        require(row.rule == "adam" or bank, f"{place}.rule={row.rule!r}: only a bank [K, rows, columns] takes it; use adam")
+        require(row.odd_lr == 1 or row.rule != "adam", f"{place}.odd_lr={row.odd_lr}: adam takes 1")
+        require(row.reduce != "sparse" or row.name == "bigram_embed",
+                f"{place}.reduce='sparse': only bigram_embed's rows are known beforehand; use shard or replicate")
+        require(row.reduce == "replicate" or row.name in UPDATE_ORDER,
+                f"{place}.reduce={row.reduce!r}: give {row.name} its place in UPDATE_ORDER, or use replicate")
+    with torch.device("meta"):
+        missing = sorted(reads - set(dir(GPT(hp))))
+    require(not missing, f"PARAMS: no row for {', '.join(missing)}, which GPT reads; add one")
+    head, embed = (next(row for row in hp.params if row.name == name) for name in ("lm_head", "embed"))
+    for column in ("rule", "every", "reduce", "dtype"):
+        a, b = getattr(head, column), getattr(embed, column)
+        require(a == b, f"PARAMS.embed.{column}={b!r}: use lm_head's, {a!r}, as they are one weight at first")
+    require(head.reduce == "shard" and head.rule == "adam", "PARAMS.lm_head: use rule adam and reduce shard")
+
+
+def check_stages(hp: Recipe) -> None:
+    lengths = [stage.length for stage in hp.stages]
+    scheduled = [x for x in lengths if x is not None]
+    require(scheduled and all(x > 0 for x in scheduled) and abs(sum(scheduled) - 1) < 1e-6,
+            f"STAGES.*.length={', '.join(map(str, lengths))}: use positive fractions that add up to 1, then none")
+    require(None not in lengths[:-1], "STAGES.*.length: only the last row, the extension, may be none")
+    require(hp.num_extension_iterations == 0 or lengths[-1] is None,
+            f"--num_extension_iterations={hp.num_extension_iterations}: STAGES has no last row with length none for it")
+    bounds = stage_bounds(hp)
+    for i, stage in enumerate(hp.stages):
+        place = f"STAGES.{i}"
+        require(stage.length is None or bounds[i] < bounds[i + 1],
+                f"--num_scheduled_iterations={hp.num_scheduled_iterations}: {place} has no step; use more")
+        for column in ("batch", "max_doc", "short", "long"):
+            require(getattr(stage, column) >= 1, f"{place}.{column}={getattr(stage, column)}: use a positive whole number")
+        require(stage.lr >= 0, f"{place}.lr={stage.lr} must not be negative")
+        a, b = stage.mtp_start, stage.mtp_end
+        require(len(a) == len(b), f"{place}.mtp_end={b}: use as many weights as mtp_start has, {len(a)}")
+        require(1 <= len(a) <= MTP_MAX and min(*a, *b) >= 0 and min(sum(a), sum(b)) > 0,
+                f"{place}.mtp_start={a}, mtp_end={b}: use 1 to {MTP_MAX} weights from 0 on, not all 0")
+        require(not stage.tied or i == 0 or hp.stages[i - 1].tied,
+                f"{place}.tied=True: embed and lm_head have parted before; use false")
 
 
 # --- Command line
