@@ -3334,7 +3334,7 @@ def tables_text(hp: Recipe) -> Iterator[str]:
     }
     for table, extra in more.items():
         rows = [{"row": i} | row._asdict() | x for i, (row, x) in enumerate(zip(getattr(hp, table.lower()), extra))]
-        cells = [list(rows[0]), *([str(value).replace(" ", "") or "-" for value in row.values()] for row in rows)]
+        cells = [list(rows[0]), *([str(value).replace(", ", ",") or "-" for value in row.values()] for row in rows)]
         widths = [max(map(len, column)) for column in zip(*cells)]
         yield f"\n{table}"
         yield from ("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells)
