@@ -11,6 +11,7 @@ continues in the next one. Nulls are left out.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -19,11 +20,9 @@ import os
 import random
 import signal
 import sys
-import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -85,38 +84,71 @@ def encode_task(documents: list[str]) -> list[np.ndarray]:
     return arrays
 
 
-def begin_worker() -> None:
-    """Leave Ctrl-C to the main process, which ends the workers, and end with it if it is killed outright."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def work(pipe: Connection, other_end: Connection) -> None:
+    """Answer each list of documents with encode_task's result or DataError, until the main process ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends the workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    other_end.close()  # a copy, with which the pipe would outlive the main process
+    with contextlib.suppress(EOFError, OSError, MemoryError):
+        while True:
+            documents = pipe.recv()
+            try:
+                pipe.send(encode_task(documents))
+            except DataError as error:
+                pipe.send(error)
 
-    def follow() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+@contextlib.contextmanager
+def from_worker(workers: int) -> Iterator[None]:
+    """Turn the end of a pipe into a DataError."""
+    try:
+        yield
+    except (EOFError, OSError):
+        raise DataError("a worker process was killed, mostly because memory ran out; remove the shards of this run and "
+                        f"give fewer --workers than {workers}") from None
 
 
 def encode_all(documents: Iterable[str], workers: int) -> Iterator[np.ndarray]:
-    """Yield the tokens of each document in order, made by worker processes; raise DataError, also if one dies."""
+    """Yield the tokens of each document in order, made by worker processes; raise DataError, also if one dies.
+
+    Each worker has a pipe of its own and one task at a time. So neither side ever waits for the other to read, and the
+    end of a worker is the end of its pipe, even in the midst of an answer, where a common queue would wait for ever.
+    """
     tokenizer()  # what it lacks is told once; forked workers have it already
-    documents, waiting = iter(documents), deque()
-    pool = ProcessPoolExecutor(workers, initializer=begin_worker)
+    documents, processes, idle, busy, done = iter(documents), [], [], {}, {}
+    sent = told = 0  # tasks
     try:
-        while task := list(itertools.islice(documents, DOCUMENTS_PER_TASK)):
-            waiting.append(pool.submit(encode_task, task))
-            if len(waiting) > TASKS_AHEAD * workers:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-    except BrokenProcessPool:
-        raise DataError("a worker process was killed, mostly because memory ran out; remove the shards of this run and "
-                        f"give fewer --workers than {workers}") from None
+        for _ in range(workers):
+            pipe, its_end = multiprocessing.Pipe()
+            processes.append(multiprocessing.Process(target=work, args=(its_end, pipe), daemon=True))
+            processes[-1].start()
+            its_end.close()
+            idle.append(pipe)
+        while True:
+            while idle and sent - told < TASKS_AHEAD * workers:
+                task = list(itertools.islice(documents, DOCUMENTS_PER_TASK))
+                if not task:
+                    break
+                with from_worker(workers):
+                    idle[-1].send(task)
+                busy[idle.pop()] = sent
+                sent += 1
+            if not busy:
+                break
+            for pipe in wait(busy):
+                with from_worker(workers):
+                    result = pipe.recv()
+                if isinstance(result, DataError):
+                    raise result
+                done[busy.pop(pipe)] = result
+                idle.append(pipe)
+            while told in done:
+                yield from done.pop(told)
+                told += 1
     finally:
-        if waiting:  # not all is done: nobody waits for the rest
-            for process in multiprocessing.active_children():
-                process.kill()
-        pool.shutdown(cancel_futures=True)
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 class Written(NamedTuple):
@@ -194,8 +226,8 @@ def build(args: argparse.Namespace) -> None:
         raise DataError("no document begins behind the validation shard, so there is nothing to train on; remove the "
                         f"shards and cut long documents with --max_chars {TXT_CHARS}, or give a smaller --val_size")
     if 2 * done.cut > done.tokens:
-        print(f"warning: {done.cut:,} of {done.tokens:,} tokens are longer than {CUT_TOKENS:,} tokens behind their "
-              f"document's begin, and training never reads these; cut long documents with --max_chars {TXT_CHARS}",
+        print(f"warning: {done.cut:,} of {done.tokens:,} tokens are not among the first {CUT_TOKENS:,} of their "
+              f"document, and training never reads these; cut long documents with --max_chars {TXT_CHARS}",
               file=sys.stderr)
 
 

@@ -4,10 +4,12 @@ import codecs
 import gzip
 import http.server
 import json
+import multiprocessing
 import os
 import re
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -345,7 +347,7 @@ def test_long_documents_are_told(run, tmp_path):
 def long_run(tmp_path):
     """A run that takes minutes, once it has written its first train shard; ends what is left of it."""
     with (tmp_path / "big.jsonl").open("w") as file:
-        for number in range(40_000):
+        for number in range(20_000):
             file.write(json.dumps(f"{number} " + " ".join(f"word{number * i % 9973}" for i in range(200))) + "\n")
     command = [sys.executable, str(DATA / "fineweb.py"), "--out", "out", "--val_size", "10000", "--shard_size",
                "300000", "--workers", "2", "big.jsonl"]
@@ -378,6 +380,21 @@ def test_killed_worker(long_run, which):
     assert process.returncode == 1 and errors.count("\n") == 1
     assert errors.startswith("error: a worker process was killed") and "fewer --workers than 2" in errors
     gone(workers)
+
+
+@pytest.mark.parametrize("part", [None, b"", struct.pack("!i", 1000) + b"part of an answer"])
+def test_worker_killed_in_an_answer(monkeypatch, part):
+    """Neither before its first task nor in the midst of an answer does its end leave the main process waiting."""
+    def work(pipe, _):
+        if part is not None:
+            pipe.recv()
+            os.write(pipe.fileno(), part)
+        os._exit(9)
+
+    monkeypatch.setattr(fineweb, "work", work)
+    with pytest.raises(fineweb.DataError, match="a worker process was killed.* fewer --workers than 2"):
+        list(fineweb.encode_all(["some text"] * 99, 2))
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
