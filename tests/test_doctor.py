@@ -200,7 +200,7 @@ def test_disk(fresh, monkeypatch):
 def test_shards(shards):
     assert examine("shards", shards).status == examine("run", shards).status == "ok"
     held = 41 * 40
-    assert f"1 train shards of {held:,} tokens" in examine("shards", shards).text
+    assert f"1 train shard of {held:,} tokens" in examine("shards", shards).text
     assert examine("run", shards).text == "the train shards last all 3 steps"
 
 

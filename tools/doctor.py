@@ -267,11 +267,12 @@ def check_shards(case: Case) -> Line:
     hp = case.hp
     files = t.find_shards(hp.train_files, "train_files")
     held = sum(t.read_header(path) for path in files)
+    shards = f"{len(files)} train shard{'s' * (len(files) != 1)} of {held:,} tokens"
     needed = sum(t.plan(step, hp).batch_tokens for step in range(hp.num_steps))
     if held < needed:
-        return Line("fail", f"{len(files)} train shards of {held:,} tokens; the schedule reads {needed:,}")
+        return Line("fail", f"{shards}; the schedule reads {needed:,}")
     t.read_val_tokens(hp)
-    return Line("ok", f"{len(files)} train shards of {held:,} tokens for {needed:,} or more; val tokens are there")
+    return Line("ok", f"{shards} for {needed:,} or more; val tokens are there")
 
 
 def check_run(case: Case) -> Line:
@@ -293,7 +294,7 @@ def check_hub(case: Case) -> Line:
     repo, name = downloader.DATASETS["fineweb10B"][0], missing[0].name
     with downloader.hub_errors(repo, name):
         get_hf_file_metadata(hf_hub_url(repo, name, repo_type="dataset"), timeout=HUB_SECONDS)
-    return Line("ok", f"answers; run.sh will download {len(missing)} shards")
+    return Line("ok", f"answers; run.sh will download {len(missing)} shard{'s' * (len(missing) != 1)}")
 
 
 class Check(NamedTuple):

@@ -139,7 +139,8 @@ def main() -> None:
     except (t.UserError, DataError) as error:
         parser.exit(2, f"error: {error}\n")
     right = np.reshape(losses, (-1, 4)).argmin(axis=1) == [int(item["label"]) for item in items]
-    print(f"accuracy {right.mean():.4f}: {right.sum()} of {len(items)} items, length-normalised; guessing gives 0.25")
+    count = f"{len(items)} item{'s' * (len(items) != 1)}"
+    print(f"accuracy {right.mean():.4f}: {right.sum()} of {count}, length-normalised; guessing gives 0.25")
 
 
 if __name__ == "__main__":
