@@ -129,7 +129,7 @@ def plot(a: list[RunLog], b: list[RunLog], names: tuple[str, str], path: Path) -
     for kind, style in (("validation", "o-"), ("training", "--")):
         sets = [curves(logs, kind, edges) for logs in (a, b) if logs]
         # B, drawn over A, is thinner: where both are equal, A is seen on both sides of it
-        for points, name, colour, width in zip(sets, names, ("C0", "C1"), (4, 1.5)):
+        for points, name, colour, width in zip(sets, names, ("C0", "C1"), (4, 1.5) if b else (2,)):
             if not points.shape[1]:
                 continue
             mean = points.mean(axis=0)
@@ -150,7 +150,7 @@ def plot(a: list[RunLog], b: list[RunLog], names: tuple[str, str], path: Path) -
     axes["step"].set(xlabel="step", ylabel="loss", ylim=(low - margin, high + margin))
     axes["time"].set(xlabel="training time, s")
     if b:
-        axes["difference"].set(xlabel="step", ylabel=f"{names[1]} - {names[0]}", xlim=axes["step"].get_xlim())
+        axes["difference"].set(xlabel="step", ylabel="B - A", xlim=axes["step"].get_xlim())
         axes["difference"].axhline(0, color="black", lw=0.5)
     for axis in axes.values():
         axis.grid(alpha=0.3)
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
         for log in failed_a + failed_b:
             print(f"left out: {log.path}: {log.failure}")
         print(table(a, b))
-        plot(a, b, (str(args.a), str(args.b)), args.out)
+        plot(a, b, (f"A: {args.a}", f"B: {args.b}"), args.out)
     except LogError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
