@@ -10,34 +10,37 @@ case " $* " in
   *" --help "* | *" -h "* | *" --plan "*) exec "$PYTHON" train_gpt.py "$@" ;; # text only
 esac
 
-gpus=$("$PYTHON" -c "import torch; print(torch.cuda.device_count())")
-if [ "$gpus" -eq 0 ]; then
-  if nvidia-smi -L > /dev/null 2>&1; then
-    echo "error: nvidia-smi sees a GPU, but this PyTorch cannot use it; install a CUDA build of torch, or call" \
-      "python train_gpt.py --preset=demo to train on the CPU" >&2
-    exit 1
+if [ "$GPUS" -eq 0 ]; then
+  why="No NVIDIA GPU here"
+  if [[ "$(nvidia-smi -L 2> /dev/null)" == *GPU* ]]; then
+    case "${CUDA_VISIBLE_DEVICES-unset}" in
+      "" | -1*) why="No NVIDIA GPU to be used, as CUDA_VISIBLE_DEVICES hides them" ;;
+      unset)
+        stop "nvidia-smi sees a GPU, but this PyTorch cannot use it; install a CUDA build of torch, or call \
+python train_gpt.py --preset=demo to train on the CPU" ;;
+      *)
+        stop "nvidia-smi sees a GPU, but this PyTorch cannot use it; CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES must \
+name one that nvidia-smi -L lists, and torch must be a CUDA build; python train_gpt.py --preset=demo trains on the CPU" ;;
+    esac
   fi
-  echo "No NVIDIA GPU here: running the CPU demo on the bundled sample."
+  echo "$why: running the CPU demo on the bundled sample."
   exec "$PYTHON" train_gpt.py --preset=demo "$@"
 fi
 
 # FlashAttention-4 is faster than PyTorch's own attention, but not needed; an environment of yours is left alone
-if [ "$PYTHON" = .venv/bin/python ] && "$PYTHON" -c "
-import importlib.util, sys, torch
-sys.exit(torch.cuda.get_device_capability()[0] != 9 or importlib.util.find_spec('flash_attn') is not None)"; then
+if [ "$PYTHON" = .venv/bin/python ] && [ "$CAPABILITY" = 9 ] && [ "$FLASH_ATTN" = 0 ]; then
   "$PYTHON" -m pip install --quiet -r requirements-gpu.txt ||
     echo "warning: requirements-gpu.txt could not be installed; training with PyTorch's own attention" >&2
 fi
 
 case " $* " in
-  *" --train_files"* | *" --preset=demo"*) ;; # other data is there already
+  *" --train_files"* | *" --preset=demo "* | *" --preset demo "*) ;; # other data is there already
   *) "$PYTHON" data/cached_fineweb10B.py 9 ;;
 esac
 for ranks in 8 4 2 1; do
-  if [ "$gpus" -ge "$ranks" ]; then break; fi
+  if [ "$GPUS" -ge "$ranks" ]; then break; fi
 done
 # Bad arguments, bad data and a machine that cannot do the run end here, in a line each, before eight processes start
-"$PYTHON" tools/doctor.py --quick --quiet "$@"
-"$PYTHON" train_gpt.py --check "$@"
+"$PYTHON" tools/doctor.py --quick --quiet --check "$@"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 exec "$PYTHON" tools/launch.py --standalone --nproc_per_node="$ranks" train_gpt.py "$@"

@@ -27,6 +27,16 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def http_status(error: BaseException | None) -> int | None:
+    """Return the status of the hub's answer that led to this exception, or None if there was no answer."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return status
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def shard_name(prefix: str, index: int) -> str:
     """Return the file name of shard `index`; shard 0 is the validation shard."""
     return f"{prefix}_{'train' if index else 'val'}_{index:06d}.bin"

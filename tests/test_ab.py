@@ -101,8 +101,9 @@ def test_ends_with_its_run(variants):
         os.kill(int(output.read_text()), 0)
 
 
-def test_no_seed(variants):
+def test_no_seed(variants, capsys):
     assert ab.main(["--pairs=1", "--no_seed", *variants]) == 0
+    assert ", 1 pair (" in capsys.readouterr().out
     assert history("seed") == [None, None]
 
 

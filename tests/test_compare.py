@@ -44,7 +44,8 @@ def test_table_and_plot(folders, tmp_path, capsys):
         assert rows[f"stage {stage}, ms a step"].split()[5:8] == [f"{stage * UNIT}.00", f"{stage * UNIT / 2:.2f}",
                                                                   "0.5000"]
     assert rows["total, s"].split()[2:5] == [f"{COST / 1000:.3f}", f"{COST / 2000:.3f}", "0.5000"]
-    assert "crash.txt: no final validation line, last step 29 of 38" in out
+    assert "crash.txt: no final validation line, last step 29 of 38" in out and "stages differ" not in out
+    assert "A: 3 runs of 38 steps" in out
     assert "skipped" in err and "notes.txt" in err
     data = png.read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n") and data[12:16] == b"IHDR" and len(data) > 10_000
@@ -56,7 +57,8 @@ def test_single_files(tmp_path, capsys):
         (tmp_path / f"{name}.txt").write_text(fake_log(3.3, COST, steps=STEPS, public=public))
     assert compare.main([str(tmp_path / "a.txt"), str(tmp_path / "b.txt"), f"--out={tmp_path}/c.png"]) == 0
     out = capsys.readouterr().out
-    assert "Intervals need two" in out and "[" not in out and "nan" not in out
+    assert "Intervals need two" in out and "[" not in out and "nan" not in out and "A: 1 run of 38 steps" in out
+    assert "The stages differ. A: 0-12, 13-24, 25-37; B: 0-11, 12-23, 24-35, 36-37" in out.splitlines()
     (stage,) = (line.split() for line in out.splitlines() if line.startswith("stage 4"))
     assert stage[5] == "-" and stage[7:] == ["-", "-"]
 
@@ -76,6 +78,89 @@ def test_stage_times(tmp_path):
     assert all(math.isnan(ms) for ms in log.stage_ms())  # a validation each is too few
 
 
+@pytest.mark.parametrize("bounds", [[0, 10, 38], [0, 4, 12, 24, 36, 38], [0, 38]])
+def test_stages_of_the_table(tmp_path, capsys, bounds):
+    """As many stages as the log's table has, each with its own steps, and as many rows; others are told."""
+    for i in range(2):
+        (tmp_path / f"{i}.txt").write_text(fake_log(ms=COST, steps=STEPS, bounds=bounds if i else [0, 12, 38]))
+    log = runlogs.read_log(tmp_path / "1.txt")
+    assert log.stage_bounds() == bounds and log.config["attention used"] == "torch" and len(log.train) == STEPS
+    cost = [1 + min(3 * step // (STEPS - 2), 3) for step in range(STEPS)]  # of the step that a log's line ends
+    for first, end, ms in zip(bounds, bounds[1:], log.stage_ms()):
+        lines = [step for step in range(max(first, 1), end) if step not in (0, STEPS // 2)]  # without validation
+        # a line shows the time a step late
+        expected = sum(cost[lines[0] + 1 : lines[-1] + 1]) / (len(lines) - 1) if len(lines) > 1 else math.nan
+        assert ms == pytest.approx(UNIT * expected, rel=0.1, nan_ok=True)
+    assert compare.main([str(tmp_path / "0.txt"), str(tmp_path / "1.txt"), f"--out={tmp_path}/c.png"]) == 0
+    out = capsys.readouterr().out
+    assert sum(line.startswith("stage ") for line in out.splitlines()) == max(2, len(bounds) - 1)
+    ranges = ", ".join(f"{a}-{b - 1}" for a, b in zip(bounds, bounds[1:]))
+    assert f"The stages differ. A: 0-11, 12-37; B: {ranges}" in out.splitlines()
+
+
+@pytest.mark.parametrize("table, bounds", [
+    ("STAGES\nsteps  lr\n0-3    1.0\n4-7    2.0\n", [0, 4, 8]),  # left-aligned, and the last of its block
+    ("STAGES\nwindow  steps  cut\n   1-3    0-3  1-2\n   3-7    4-7  4-7\n\n", [0, 4, 8]),  # other pairs beside them
+    ("STAGES\nlr  steps\n1   0-3\n2   5-7\n", []),  # a step is missing
+    ("STAGES\nlr  steps\n1   2-3\n", []), ("STAGES\nlr  steps\n1   none\n", []), ("STAGES = 3\nseed = 0\n", []),
+    ("STEPS\nsteps\n0-3\n", [])])
+def test_read_bounds(table, bounds):
+    assert runlogs.read_bounds(f"seed = 0\n{table}{'=' * 100}\n") == bounds
+
+
+def drawn(a, b, tmp_path, monkeypatch):
+    """The panels of a plot: by name, the label and the points of each labelled line."""
+    figures, subplots = [], compare.Figure.subplot_mosaic
+
+    def keep(self, *args, **kwargs):
+        figures.append(subplots(self, *args, **kwargs))
+        return figures[-1]
+
+    monkeypatch.setattr(compare.Figure, "subplot_mosaic", keep)
+    compare.plot(a, b, ("A", "B"), tmp_path / "c.png")
+    return {name: {line.get_label(): line.get_xydata() for line in axis.get_lines() if line.get_label()[0] != "_"}
+            for name, axis in figures[0].items()}
+
+
+def test_plot_tells_equal_curves_apart(folders, tmp_path, monkeypatch):
+    """A panel of its own for the difference: the means' at each validation, and 0 for equal sets."""
+    (a, _), (b, _) = (runlogs.read_set(runlogs.Path(folder)) for folder in folders)
+    panels = drawn(a, b, tmp_path, monkeypatch)
+    assert panels["difference"]["validation"] == pytest.approx(np.array([[0, -0.025], [19, -0.025], [38, -0.025]]))
+    assert panels["difference"]["training"][:, 1] == pytest.approx(-0.025)
+    assert panels["step"]["B validation"][:, 1] == pytest.approx(panels["step"]["A validation"][:, 1] - 0.025)
+    panels = drawn(a, a, tmp_path, monkeypatch)
+    assert (panels["difference"]["validation"][:, 1] == 0).all() and len(panels["step"]) == len(panels["time"]) == 4
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_plot_shows_what_it_names(tmp_path, monkeypatch, public):
+    """Runs shorter than the plot's windows are whole curves; without training losses there is no such curve."""
+    (tmp_path / "x.txt").write_text(fake_log(steps=8, public=public))
+    log = runlogs.read_log(tmp_path / "x.txt")
+    panels = drawn([log], [log], tmp_path, monkeypatch)
+    if public:
+        assert set(panels["step"]) == {"A validation", "B validation"} and set(panels["difference"]) == {"validation"}
+    else:
+        assert panels["step"]["A training"][:, 0].tolist() == list(range(1, 9))
+    assert not any(np.isnan(points).any() for panel in panels.values() for points in panel.values())
+
+
+def test_one_set(folders, tmp_path, monkeypatch, capsys):
+    """A single set gets its own columns and a plot without difference."""
+    png = tmp_path / "one.png"
+    assert compare.main([folders[0], f"--out={png}"]) == 0
+    out = capsys.readouterr().out
+    final = next(line.split() for line in out.splitlines() if line.strip().startswith("final"))
+    assert final == ["final", "3.3100", "-", "-"] and "nan" not in out and "B:" not in out and "Intervals" not in out
+    stage = next(line.split() for line in out.splitlines() if line.startswith("stage 2"))
+    assert stage[5:] == ["2000.00", "-", "-", "-"]
+    assert png.read_bytes().startswith(b"\x89PNG")
+    (logs, _) = runlogs.read_set(runlogs.Path(folders[0]))
+    panels = drawn(logs, [], tmp_path, monkeypatch)
+    assert set(panels) == {"step", "time"} and set(panels["time"]) == {"A validation", "A training"}
+
+
 def test_window_means():
     lines = [runlogs.Line(step, step / 10, 100.0 * step) for step in range(1, 7)]
     first, second, empty = compare.window_means(lines, [0, 2, 6, 9])
@@ -83,7 +168,7 @@ def test_window_means():
     assert empty.step == 9 and np.isnan(empty.loss)
 
 
-@pytest.mark.parametrize("name, words", [("missing", "cannot read"), ("empty", "no log of a finished run"),
+@pytest.mark.parametrize("name, words", [("missing", "cannot read"), ("empty", "no log here"),
                                          ("crash.txt", "no log of a finished run")])
 def test_nothing_to_compare(folders, tmp_path, capsys, name, words):
     (tmp_path / "empty").mkdir()

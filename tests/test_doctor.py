@@ -25,9 +25,9 @@ SMALL = replace(DEMO, vocab_size=256, val_tokens=256, val_chunk=256, num_schedul
 GIB = 2**30
 
 
-def examine(name, hp=RECORD, device=GPU, quick=False):
+def examine(name, hp=RECORD, device=GPU):
     check = next(check for check in doctor.CHECKS if check.name == name)
-    return doctor.examine(check, doctor.Case(hp, device, quick))
+    return doctor.examine(check, doctor.Case(hp, device))
 
 
 @pytest.fixture
@@ -198,13 +198,14 @@ def test_disk(fresh, monkeypatch):
 
 
 def test_shards(shards):
-    assert examine("shards", shards).status == examine("shards", shards, quick=True).status == "ok"
+    assert examine("shards", shards).status == examine("run", shards).status == "ok"
     held = 41 * 40
-    assert f"1 train shards of {held:,} tokens" in examine("shards", shards, quick=True).text
+    assert f"1 train shard of {held:,} tokens" in examine("shards", shards).text
+    assert examine("run", shards).text == "the train shards last all 3 steps"
 
 
 def test_shards_missing(fresh):
-    line = examine("shards", quick=True)
+    line = examine("shards")
     assert line.status == "fail" and "data/cached_fineweb10B.py 9" in line.text
 
 
@@ -212,18 +213,18 @@ def test_shards_missing(fresh):
 def test_shards_damaged(shards, tmp_path, name):
     with open(tmp_path / name, "r+b") as file:
         file.truncate(2000)
-    line = examine("shards", shards, quick=True)
+    line = examine("shards", shards)
     assert line.status == "fail" and name in line.text and "delete it" in line.text
 
 
 def test_shards_too_few(shards, make_shard):
     """Too few tokens show in the headers; enough of them, but lost to cuts, only in the walk of the full check."""
-    line = examine("shards", replace(shards, num_scheduled_iterations=30), quick=True)
+    line = examine("shards", replace(shards, num_scheduled_iterations=30))
     assert line.status == "fail" and "--num_scheduled_iterations" in line.remedy
     tokens = sum(t.plan(step, shards).batch_tokens for step in range(3))
     make_shard("train_1.bin", ([255, *range(40)] * 40)[:tokens])
-    assert examine("shards", shards, quick=True).status == "ok"
-    line = examine("shards", shards)
+    assert examine("shards", shards).status == "ok"
+    line = examine("run", shards)
     assert line.status == "fail" and "of 3 steps" in line.text
 
 
@@ -271,9 +272,13 @@ def test_exit_status(shards, tmp_path, monkeypatch, capsys):
             "batch_unit", "block", "train_files", "val_files")
     args = ["--preset=demo", f"--log_dir={tmp_path}", *(f"--{key}={getattr(shards, key)}" for key in keys)]
     assert main(monkeypatch, capsys, *args)[0] == 0
+    missing = f"--resume={tmp_path}/none.pt"
+    assert main(monkeypatch, capsys, "--quick", missing, *args)[0] == 0
+    code, printed = main(monkeypatch, capsys, "--quick", "--quiet", "--check", missing, *args)
+    assert code == 1 and "fail  run" in printed.out and "none.pt" in printed.out and "hub" not in printed.out
     (tmp_path / "val_0.bin").unlink()
     code, printed = main(monkeypatch, capsys, "--quiet", *args)
-    assert code == 1 and "fail  shards" in printed.out and "\nok" not in printed.out
+    assert code == 1 and "fail  shards" in printed.out and "\nok" not in printed.out and "fail  run" not in printed.out
     code, printed = main(monkeypatch, capsys, "--muonlr=1")
     assert code == 2 and printed.err.startswith("error: unknown key --muonlr") and printed.err.count("\n") == 1
 

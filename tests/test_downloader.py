@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import http.server
+import json
 import os
 import re
 import resource
@@ -14,9 +15,13 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
+import cached_fineweb10B as downloader
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 SCRIPT = DATA / "cached_fineweb10B.py"
@@ -43,6 +48,11 @@ class Hub(http.server.ThreadingHTTPServer):
         self.ranges = []
         self.bad_first = {}  # file name: body of its first download
         self.cut_first = set()  # names of files whose first download breaks off halfway
+        self.bad_always = {}  # file name: body of all its downloads
+        self.busy = []  # statuses of the next answers
+        self.retry_after = "0"
+        self.valid_token = None  # any other one is refused
+        self.tokens = []  # that requests came with
         self.stall_first = set()  # names of files whose first download stops halfway and holds the line
         self.stalled, self.release = threading.Event(), threading.Event()
 
@@ -63,12 +73,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
+        self.server.tokens.append(token := self.headers.get("Authorization"))
+        refused = token not in (None, f"Bearer {hub.valid_token}")
+        if refused or hub.busy:
+            self.send_response(401 if refused else hub.busy.pop(0))
+            self.send_header("X-Error-Message", "Invalid credentials in Authorization header")
+            self.send_header("Retry-After", hub.retry_after)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         name = match[2]
         etag, start, first = hashlib.sha256(body).hexdigest(), 0, False
         if with_body:
             hub.bodies[name] += 1
             first = hub.bodies[name] == 1
-            body = hub.bad_first.get(name, body) if first else body
+            body = hub.bad_first.get(name, body) if first else hub.bad_always.get(name, body)
             if range_header := self.headers.get("Range"):
                 hub.ranges.append(range_header)
                 start = int(re.fullmatch(r"bytes=(\d+)-", range_header)[1])
@@ -206,6 +225,109 @@ def test_server_with_a_corrupt_shard(hub, run, tmp_path, bad, words):
     assert hub.bodies == {VAL: 1, TRAIN_1: 2}
 
 
+def test_copy_with_other_content(hub, run, tmp_path):
+    """The right length and header are not enough: the hub tells the content's sha256."""
+    hub.bad_first[TRAIN_1] = shard(7)
+    assert run(hub.server_port, 1).returncode == 0
+    assert shards_in(tmp_path / "out") == expected(hub, VAL, TRAIN_1)
+    assert hub.bodies == {VAL: 1, TRAIN_1: 2}
+    hub.bad_first[TRAIN_2] = hub.bad_always[TRAIN_2] = shard(7)
+    sums = [hashlib.sha256(shard(seed)).hexdigest() for seed in (7, 2)]
+    assert_one_error_line(run(hub.server_port, 2), TRAIN_2, f"its sha256 is {sums[0]}, but should be {sums[1]}")
+    assert shards_in(tmp_path / "out") == expected(hub, VAL, TRAIN_1)
+
+
+def test_shard_that_changed_on_the_disk(hub, run, tmp_path):
+    """It is fetched again; one that was only touched is not, and needs no network."""
+    assert run(hub.server_port, 2).returncode == 0
+    out = tmp_path / "out"
+    os.utime(out / VAL, (1, 1))
+    assert run(closed_port(), 2).returncode == 0
+    notes = json.loads((out / ".cache" / "sha256.json").read_text())
+    assert notes[VAL] == {"sha256": hashlib.sha256(shard(0)).hexdigest(), "stamp": [len(shard(0)), 10**9]}
+    (out / TRAIN_1).write_bytes(shard(1)[:-9] + bytes(9))
+    result = run(closed_port(), 2)
+    assert result.returncode == 1
+    assert "not what was downloaded" in result.stderr and "Connection refused" in result.stderr
+    assert len(shards_in(out)) == 3  # it stays until there is a better one
+    result = run(hub.server_port, 2)
+    assert result.returncode == 0 and result.stderr == (f"{out / TRAIN_1}: not what was downloaded any more, so it is "
+                                                        "fetched again\n")
+    assert shards_in(out) == expected(hub, *NAMES) and hub.bodies == {VAL: 1, TRAIN_1: 2, TRAIN_2: 1}
+
+
+def test_shards_from_elsewhere(hub, run, tmp_path):
+    """They are compared with the hub's, once; one's own are never overwritten; without network all are taken."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for seed, name in enumerate(NAMES[:2]):
+        (out / name).write_bytes(shard(seed))
+    result = run(closed_port(), 1)
+    assert (result.returncode, result.stderr) == (0, "") and not (out / ".cache").exists()
+    assert run(hub.server_port, 1).returncode == 0
+    assert sorted(json.loads((out / ".cache" / "sha256.json").read_text())) == sorted(NAMES[:2])
+    asked = len(hub.tokens)
+    assert run(hub.server_port, 1).returncode == 0 and len(hub.tokens) == asked
+    (out / TRAIN_2).write_bytes(shard(7))
+    assert_one_error_line(run(hub.server_port, 2), TRAIN_2, "delete it", "--train_files")
+    assert (out / TRAIN_2).read_bytes() == shard(7) and not hub.bodies
+
+
+@pytest.mark.parametrize("notes", ["", "[]", '{"a": 1}', f'{{"{VAL}": {{"sha256": "*", "stamp": 0}}}}', None])
+def test_damaged_notes(hub, run, tmp_path, notes):
+    """They are made anew from what the hub says; where they cannot be written it goes on without."""
+    assert run(hub.server_port, 1).returncode == 0
+    path = tmp_path / "out" / ".cache" / "sha256.json"
+    if notes is None:
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_text(notes)
+    result = run(hub.server_port, 1)
+    assert (result.returncode, result.stderr) == (0, "") and hub.bodies == {VAL: 1, TRAIN_1: 1}
+    assert notes is None or sorted(json.loads(path.read_text())) == sorted(NAMES[:2])
+
+
+@pytest.mark.parametrize("valid", [False, True])
+def test_token(hub, run, environment, tmp_path, valid):
+    """A valid token is used, as more is granted to it; what is public is had without one that the hub refuses."""
+    environment["HF_TOKEN"] = "hf_mine"
+    hub.valid_token = "hf_mine" if valid else None
+    result = run(hub.server_port, 1)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert shards_in(tmp_path / "out") == expected(hub, VAL, TRAIN_1)
+    assert hub.tokens[0] == "Bearer hf_mine" and set(hub.tokens[1:]) == {"Bearer hf_mine" if valid else None}
+
+
+def test_refusal(hub, run):
+    """Of a repository that is not public, the line names the token."""
+    hub.busy = [401] * 9
+    assert_one_error_line(run(hub.server_port, 1), VAL, "401", "HF_TOKEN")
+
+
+@pytest.mark.parametrize("status", [429, 503, 500])
+def test_busy_hub(hub, run, tmp_path, status):
+    """It is asked again after as long as it says; if it stays busy, the line says so."""
+    hub.busy, hub.retry_after, started = [status] * 2, "1", time.monotonic()
+    result = run(hub.server_port, 1)
+    assert (result.returncode, result.stderr) == (0, "") and time.monotonic() - started > 2
+    assert shards_in(tmp_path / "out") == expected(hub, VAL, TRAIN_1)
+    hub.busy, hub.retry_after = [status] * 99, "0"
+    assert_one_error_line(run(hub.server_port, 2), TRAIN_2, str(status), "busy", "again later")
+    assert len(hub.busy) == 99 - 1 - 4
+
+
+def test_waits():
+    """As long as the hub asks for, if that is a number and no hour; otherwise as long as planned."""
+    error = RuntimeError("busy")
+    for asked, seconds in (("7", 7), ("0", 0), ("3600", downloader.LONGEST_WAIT), ("Wed, 21 Oct 2026", 2), ("", 2)):
+        error.response = types.SimpleNamespace(status_code=429, headers={"Retry-After": asked})
+        outer = KeyError("x")
+        outer.__cause__ = error
+        assert downloader.wait_for(error, 2) == downloader.wait_for(outer, 2) == seconds
+    assert downloader.wait_for(KeyError("x"), 2) == 2
+
+
 def test_file_that_the_hub_lacks(hub, run, tmp_path):
     del hub.files[f"{REPO}/{TRAIN_2}"]
     assert_one_error_line(run(hub.server_port, 2), f"cannot download {TRAIN_2}", "404")
@@ -237,18 +359,39 @@ def test_connection_that_breaks_halfway_is_resumed(hub, run, tmp_path):
     assert hub.ranges == [f"bytes={10 * 2**20}-"]
 
 
-def test_interrupted_download_leaves_no_partial_shard(hub, command, run, tmp_path):
+def partial(out):
+    return list(out.rglob("*.incomplete"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_download_leaves_no_partial_shard(hub, command, run, tmp_path, number):
     hub.stall_first.add(TRAIN_1)
     out = tmp_path / "out"
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and their children
     with subprocess.Popen(**command(hub.server_port, 1, "--out", out)) as process:
         assert hub.stalled.wait(30)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert errors == "interrupted; run this again to continue (finished shards are kept)\n"
-    assert shards_in(out) == expected(hub, VAL)
+    assert errors == ("interrupted; run this again for the rest (finished shards are kept, an unfinished one begins "
+                      "anew)\n")
+    assert shards_in(out) == expected(hub, VAL) and not partial(out)
     assert run(hub.server_port, 1).returncode == 0
+    assert shards_in(out) == expected(hub, VAL, TRAIN_1)
+
+
+def test_killed_download_is_cleared_away(hub, command, run, tmp_path):
+    """What a killed process leaves is removed by the next complete run; other files of the folder are not touched."""
+    hub.stall_first.add(TRAIN_1)
+    out = tmp_path / "out"
+    with subprocess.Popen(**command(hub.server_port, 1, "--out", out)) as process:
+        assert hub.stalled.wait(30)
+        process.kill()
+    assert len(partial(out)) == 1
+    other = out / ".cache" / "huggingface" / "download" / f"x.{'0' * 64}.incomplete"
+    other.touch()
+    result = run(hub.server_port, 1)
+    assert (result.returncode, result.stderr) == (0, "") and partial(out) == [other]
     assert shards_in(out) == expected(hub, VAL, TRAIN_1)
 
 

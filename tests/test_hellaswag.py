@@ -1,8 +1,12 @@
 """tools/hellaswag.py on hand-written items in the format of the public validation set."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +111,41 @@ def test_bad_data(checkpoint, tmp_path, content, parts, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert exit.value.code == 2 and out == "" and err.splitlines()[-1].startswith("error: ")
     assert all(part in err for part in parts), err
+
+
+def test_without_a_network(tmp_path):
+    """One line after a second or two, in a new process, as the hub's client looks for the network when imported."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        hub = f"http://127.0.0.1:{free.getsockname()[1]}"
+    code = (f"import sys, time; sys.path.insert(0, {str(Path(TOOL).parent)!r}); import hellaswag\n"
+            "start = time.monotonic()\n"
+            "try:\n    hellaswag.read_items(None)\n"
+            "except hellaswag.t.UserError as error:\n    print(time.monotonic() - start, error)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path)})
+    seconds, line = done.stdout.strip().split(" ", 1)
+    assert done.stderr == "" and float(seconds) < 10  # nearly all of it the import of a library; tries took 23 more
+    assert line == (f"cannot read Rowan/hellaswag (nothing answers at {hub}, and there is no earlier copy); give "
+                    "HellaSwag's .jsonl file as --data")
+
+
+@pytest.mark.parametrize("answer, seconds", [(b"HTTP/1.1 404 No\r\nContent-Length: 0\r\n\r\n", None), (None, 0.2)])
+def test_hub_answers(monkeypatch, answer, seconds):
+    """Any answer is one; a line that is silent is given up."""
+    monkeypatch.setattr(h, "HUB_SECONDS", seconds or h.HUB_SECONDS)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def reply():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(answer or b"")
+                time.sleep(2 * (seconds or 0))
+
+        thread = threading.Thread(target=reply)
+        thread.start()
+        assert h.hub_answers(f"http://127.0.0.1:{server.getsockname()[1]}") == bool(answer)
+        thread.join()
 
 
 def test_bad_checkpoint():

@@ -85,7 +85,7 @@ def test_other_failures(check, text, reason):
 
 def test_one_run_is_no_record(check):
     facts = failing(check, fake_log())
-    assert facts["problems"] == ["1 finished runs, the t-test needs 2"] and facts["p"] is None
+    assert facts["problems"] == ["1 finished run, the t-test needs 2"] and facts["p"] is None
 
 
 def test_equal_losses_are_not_judged(check):
@@ -147,6 +147,80 @@ def test_public_logs(check):
     assert (run["gpus"], run["val_files"], run["seed"]) == ("2 x NVIDIA H200", None, None)
     assert facts["environments"] == [["Python 3.12.7 (main)", "PyTorch 2.11.0+cu130 compiled for CUDA 13.0",
                                       "Driver Version: 580.1          CUDA Version: 13.0", "2 x NVIDIA H200"]]
+
+
+def test_public_logs_in_seconds(check, write, capsys):
+    """Also with further fields around the loss, and training losses among them."""
+    same = dict(public=True, seconds=True, fields="bits:1.5 lr:2e-4 ")
+    status, facts = check(*(fake_log(loss, ms, **same) for loss, ms in zip(LOSSES, TIMES)), more=["--target=3.29"])
+    assert status == 0 and [run["failure"] for run in facts["logs"]] == [None] * 3
+    assert facts["loss_mean"] == pytest.approx(3.272) and facts["time_mean_s"] == pytest.approx(1.010)
+    lines = runlogs.read_lines("step:3/4 lr:0.1 val_loss:3.2 tokens:7 train_time:1.5s step_avg:500ms\n"
+                               "step:4/4 train_loss:3.1 lr:0.1 train_time:1600ms\nstep:4/4 val_loss:? train_time:2ms\n")
+    assert lines == [("val", (3, 3.2, 1500), 4), ("train", (4, 3.1, 1600), 4)]
+
+
+def several(write, *texts):
+    """The runs of one file with all these texts."""
+    (path,) = write("".join(texts), prefix="all")
+    return path, runlogs.read_logs(runlogs.Path(path))
+
+
+def test_several_runs_in_one_file(check, write):
+    """Whether the script made them one after the other or whole logs were joined, each is judged alone."""
+    texts = [fake_log(loss, ms, public=True) for loss, ms in zip(LOSSES, TIMES)]
+    bare = [text[text.index("step:0/8") :] for text in texts]
+    for parts in ([texts[0], *bare[1:]], texts):
+        path, logs = several(write, *parts)
+        assert [(log.loss, log.seconds) for log in logs] == [(3.27, 1), (3.274, 1.02), (3.272, 1.01)]
+        assert not any(log.failure for log in logs)
+        assert [str(log.path) for log in logs] == [f"{path} run {i}" for i in (1, 2, 3)]
+        assert {log.source for log in logs} == {SOURCE} and not any(log.changed for log in logs)
+        assert len({log.results for log in logs}) == 3 and all(len(log.train) == 8 for log in logs)
+    assert verify.main([path, "--target=3.29"]) == 0
+    _, logs = several(write, texts[0], fake_log(3.274, public=True, source="other\n"))
+    assert [log.loss for log in logs] == [3.27, 3.274] and logs[1].source.endswith("other\n")
+    _, logs = several(write, fake_log(stop=6, public=True), texts[0])  # a crash, and once more
+    assert [log.failure for log in logs] == ["no final validation line, last step 5 of 8", ""]
+    _, logs = several(write, *runs()[:2])  # two of ours
+    assert [(log.loss, log.config["seed"]) for log in logs] == [(3.27, "0"), (3.274, "1")]
+    with pytest.raises(runlogs.LogError, match="holds 2 runs"):
+        runlogs.read_log(logs[0].path.with_name("all0.txt"))
+
+
+def test_early_stop(check):
+    """A public script that stops on seeing a loss is finished, at the step of that loss; ours never stops so."""
+    early = [text[: text.index("step:5/8")] for text in (fake_log(x, public=True) for x in LOSSES)]
+    status, facts = check(*early, more=["--target=3.7"])
+    assert status == 0 and facts["loss_mean"] == pytest.approx(3.672)
+    assert [(run["stopped_at"], run["steps"]) for run in facts["logs"]] == [(4, 8)] * 3
+    facts = failing(check, *early, fake_log(3.2, public=True))
+    assert "the runs end at different steps: 4, 8" in facts["problems"]
+    text = fake_log(3.271, seed=3)
+    facts = failing(check, *runs(), text[: text.index("step:5/8")])
+    assert facts["logs"][3]["failure"] == "no final validation line, last step 4 of 8"
+    facts = failing(check, *early, fake_log(public=True, stop=1))  # ended after the first validation, at step 0
+    assert facts["logs"][3]["failure"] == "no final validation line, last step 0 of 8"
+
+
+def test_folders(tmp_path, capsys):
+    """A folder stands for its logs, at any depth; what is none is named."""
+    (tmp_path / "old").mkdir()
+    for i, text in enumerate(runs()):
+        (tmp_path / f"{i}.txt").write_text(text)
+        (tmp_path / "old" / f"{i}.txt").write_text(text)
+    new = tmp_path / "new"
+    new.mkdir()
+    for i in range(3):
+        (tmp_path / f"{i}.txt").rename(new / f"{i}.txt")
+    (new / "notes.txt").write_text("no log")
+    assert verify.main([str(new), "--baseline", str(tmp_path / "old"), "--target=3.29", "--json"]) == 0
+    out, err = capsys.readouterr()
+    facts = json.loads(out)
+    assert facts["runs"] == facts["baseline"]["runs"] == 3 and err.count("\n") == 1 and "notes.txt" in err
+    (tmp_path / "empty").mkdir()
+    assert verify.main([str(tmp_path / "empty")]) == 2
+    assert "no log here" in capsys.readouterr().err
 
 
 def test_baseline(check, write):

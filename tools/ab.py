@@ -106,7 +106,7 @@ def one_run(folder: Path, name: str, command: list[str], source: str, out: Path)
 
 def paired(a: list[RunLog], b: list[RunLog]) -> str:
     """Mean differences of the pairs with their 95 % intervals."""
-    lines = [f"paired differences, B - A, {len(a)} pairs (Student's t, two-sided):"]
+    lines = [f"paired differences, B - A, {len(a)} pair{'s' * (len(a) != 1)} (Student's t, two-sided):"]
     for name, key, digits in (("final val loss", "loss", 4), ("training time, s", "seconds", 3)):
         x = mean_interval([getattr(y, key) - getattr(x, key) for x, y in zip(a, b)])
         lines.append(f"  {name:<17} {x.text(digits)}  p = {x.p:.3g}")

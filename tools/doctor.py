@@ -1,7 +1,8 @@
 """Checks before a costly run: a line each, with ok, warn or fail, and what to do about it.
 
     python tools/doctor.py                     # everything, in about a minute
-    python tools/doctor.py --quick --quiet     # what takes seconds, and only warnings and failures: run.sh begins so
+    python tools/doctor.py --quick --quiet     # what takes seconds, and only warnings and failures
+    python tools/doctor.py --quick --quiet --check    # and what train_gpt.py --check does: run.sh begins so
     python tools/doctor.py --train_files='data/mine/fineweb_train_*.bin' --val_files='data/mine/fineweb_val_*.bin'
 
 Every other argument is one of train_gpt.py: the checks are for the run that it would make with them. Exit status: 0 if
@@ -48,11 +49,10 @@ REDUCED = 2**20  # floats that every GPU brings to the all-reduce
 
 
 class Case(NamedTuple):
-    """What is checked: a run, where it would be, and whether only what takes seconds."""
+    """What is checked: a run, and where it would be."""
 
     hp: t.Hyperparameters
     device: torch.device
-    quick: bool
 
 
 class Line(NamedTuple):
@@ -267,14 +267,21 @@ def check_shards(case: Case) -> Line:
     hp = case.hp
     files = t.find_shards(hp.train_files, "train_files")
     held = sum(t.read_header(path) for path in files)
+    shards = f"{len(files)} train shard{'s' * (len(files) != 1)} of {held:,} tokens"
     needed = sum(t.plan(step, hp).batch_tokens for step in range(hp.num_steps))
     if held < needed:
-        return Line("fail", f"{len(files)} train shards of {held:,} tokens; the schedule reads {needed:,}")
+        return Line("fail", f"{shards}; the schedule reads {needed:,}")
     t.read_val_tokens(hp)
-    if case.quick:
-        return Line("ok", f"{len(files)} train shards of {held:,} tokens for {needed:,} or more; val tokens are there")
+    return Line("ok", f"{shards} for {needed:,} or more; val tokens are there")
+
+
+def check_run(case: Case) -> Line:
+    """What train_gpt.py --check looks at: all documents of the schedule, and the checkpoint of --resume."""
+    hp = case.hp
     t.check_data(hp)
-    return Line("ok", f"{len(files)} train shards last all {hp.num_steps} steps; val tokens are there")
+    if hp.resume:
+        t.read_checkpoint(hp.resume, hp)
+    return Line("ok", f"the train shards last all {hp.num_steps} steps{'; the checkpoint fits' if hp.resume else ''}")
 
 
 def check_hub(case: Case) -> Line:
@@ -287,7 +294,7 @@ def check_hub(case: Case) -> Line:
     repo, name = downloader.DATASETS["fineweb10B"][0], missing[0].name
     with downloader.hub_errors(repo, name):
         get_hf_file_metadata(hf_hub_url(repo, name, repo_type="dataset"), timeout=HUB_SECONDS)
-    return Line("ok", f"answers; run.sh will download {len(missing)} shards")
+    return Line("ok", f"answers; run.sh will download {len(missing)} shard{'s' * (len(missing) != 1)}")
 
 
 class Check(NamedTuple):
@@ -311,6 +318,7 @@ CHECKS = (
           slow=True),
     Check("disk", check_disk),
     Check("shards", check_shards, "data/cached_fineweb10B.py downloads more, or lower --num_scheduled_iterations"),
+    Check("run", check_run, slow=True),
     Check("hub", check_hub, slow=True),
 )
 
@@ -331,6 +339,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="leave out NCCL, the hub, and the walk over all documents")
+    parser.add_argument("--check", action="store_true", help="with --quick: that walk, and the checkpoint of --resume")
     parser.add_argument("--quiet", action="store_true", help="print warnings and failures only")
     args, rest = parser.parse_known_args()
     try:
@@ -340,16 +349,18 @@ def main() -> None:
             hp, _ = t.parse_args(["--preset=demo", *rest])  # as run.sh does
     except t.UserError as e:
         parser.exit(2, f"error: {e}\n")
-    case = Case(hp, torch.device("cuda" if cuda and hp.device != "cpu" else "cpu"), args.quick)
-    failed = False
+    case = Case(hp, torch.device("cuda" if cuda and hp.device != "cpu" else "cpu"))
+    failed = set()
     for check in CHECKS:
-        if check.slow and args.quick:
+        walk = check.run is check_run
+        if check.slow and args.quick and not (walk and args.check) or walk and "shards" in failed:  # told by then
             continue
         line = examine(check, case)
-        failed |= line.status == "fail"
+        if line.status == "fail":
+            failed.add(check.name)
         if line.status != "ok" or not args.quiet:
             print(f"{line.status:5} {check.name:10} {line.text}{line.remedy and '; ' + line.remedy}", flush=True)
-    sys.exit(failed)
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,13 @@ taken as it is, without the activity label, as in Andrej Karpathy's llm.c.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import sys
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -21,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from generate import DataError, load_model, pack, t, tokenizer
 
 DATASET = "Rowan/hellaswag"
+HUB_SECONDS = 3  # patience for any answer of the hub
 PACK_TOKENS = 4096  # the logits of a pack are 0.8 GB
 # Smear, bigram id and key offset cross a document's start. Two documents of one full stop before each make the same
 # past for all: the second one knows nothing of what came before the first.
@@ -37,10 +43,32 @@ class Document:
         self.tokens += encode(" " + ending)
 
 
+def hub_answers(url: str) -> bool:
+    """Whether anything answers there; without a network the hub's client would try for half a minute."""
+    answers = []
+
+    def ask() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            try:
+                urllib.request.urlopen(url, timeout=HUB_SECONDS).close()
+            except urllib.error.HTTPError:  # an answer too
+                pass
+            answers.append(True)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_SECONDS)  # to look up a name knows no timeout
+    return bool(answers)
+
+
 def read_items(path: str | None) -> list[dict]:
     """Items with "ctx", four "endings" and the right one's number "label", from a .jsonl file or the hub; UserError."""
+    hub, offline = os.environ.get("HF_ENDPOINT") or "https://huggingface.co", False
     try:
         if path is None:
+            offline = not hub_answers(hub)
+            if offline:
+                os.environ["HF_HUB_OFFLINE"] = "1"  # what the client has in its cache is still good
             from datasets import load_dataset
 
             items = list(load_dataset(DATASET, split="validation"))
@@ -49,6 +77,7 @@ def read_items(path: str | None) -> list[dict]:
                 items = [json.loads(line) for line in file if line.strip()]
     except Exception as error:  # the library lets through those of its storage, HTTP and parsing libraries
         cause = " ".join(f"{type(error).__name__}: {error}".split())
+        cause = f"nothing answers at {hub}, and there is no earlier copy" if offline else cause
         raise t.UserError(f"cannot read {path or DATASET} ({cause}); give HellaSwag's .jsonl file as --data") from None
     for number, item in enumerate(items, 1):
         try:
@@ -110,7 +139,8 @@ def main() -> None:
     except (t.UserError, DataError) as error:
         parser.exit(2, f"error: {error}\n")
     right = np.reshape(losses, (-1, 4)).argmin(axis=1) == [int(item["label"]) for item in items]
-    print(f"accuracy {right.mean():.4f}: {right.sum()} of {len(items)} items, length-normalised; guessing gives 0.25")
+    count = f"{len(items)} item{'s' * (len(items) != 1)}"
+    print(f"accuracy {right.mean():.4f}: {right.sum()} of {count}, length-normalised; guessing gives 0.25")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """Reads the logs of train_gpt.py and of the public speedrun's scripts, and compares two samples of numbers.
 
 A log holds the source of the script, a line of 100 `=`, versions and nvidia-smi, another such line, with us the
-configuration and a third one, then a line a validation and mostly a line a step. Only what follows the last of these
-lines is searched for results: the source may hold text that looks like them.
+configuration and the run's tables and a third one, then a line a validation and mostly a line a step. Only what follows
+the last of these lines is searched for results: the source may hold text that looks like them.
 """
 
+import itertools
 import math
 import re
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,14 +22,19 @@ CONFIDENCE = 0.95
 RULE = re.compile(r"^={100}\n", re.M)
 # A source may hold such a rule too, or end without newline; the rule that ends it is followed by the versions
 END_OF_SOURCE = re.compile(r"={100}\n(?=(?:Running )?Py(?:thon|torch)\b)", re.M | re.I)
-STEP_LINE = re.compile(
-    r"^step:(\d+)/(\d+) (?:(val|train)_loss:(\d+\.?\d*|-?inf|nan) )?train_time:(\d+\.?\d*)ms", re.M)
+# Other fields, name:value, may stand around the loss; public scripts of some tracks give seconds
+STEP_LINE = re.compile(r"^step:(\d+)/(\d+)((?: +\w+:\S+)*?) +train_time:(\d+\.?\d*)(ms|s)(?!\S)", re.M)
+LOSS = re.compile(r"(?<!\S)(val|train)_loss:(\d+\.?\d*|-?inf|nan)(?!\S)")
+MS = {"ms": 1, "s": 1000}
 SETTING = re.compile(r"^(\w[\w ]*) = (.*)$", re.M)
 VERSION = re.compile(r"^(?:Running )?((?:Python|PyTorch|Triton)\b.*?) *$", re.M | re.I)
 DRIVER = re.compile(r"Driver Version: *\S+ +CUDA Version: *\S+")
 GPU = re.compile(r"^\| +\d+ +(\S.*?) +(?:On|Off|N/A) +\|", re.M)
 RANKS = re.compile(r", (\d+) ranks$", re.M)
-STAGES = 3  # equal parts of the scheduled steps
+# The table of stages: a heading, the names of its columns, a row a stage; its steps are written as first-last
+STAGES = re.compile(r"^STAGES\b.*\n(.*(?<!\S)steps(?!\S).*)\n((?:.*\S.*\n)+)", re.M)
+STEPS = re.compile(r"(?<!\S)(\d+)-(\d+)(?!\S)")
+OLD_STAGES = 3  # equal parts of the scheduled steps
 
 
 class LogError(Exception):
@@ -52,6 +58,7 @@ class RunLog:
     versions: tuple[str, ...]  # see read_versions
     gpus: str  # number and name of the devices
     config: dict[str, str]  # values as they are written; empty for logs without configuration
+    bounds: list[int]  # first step of each stage and the number of steps, from the table; empty if there is none
     results: str  # the text after the last rule
     steps: int  # of the whole run; 0 if no line says it
     changed: tuple[str, ...]  # settings, "source" and "versions", as far as a resumption of the run changed them
@@ -59,9 +66,21 @@ class RunLog:
     train: list[Line]
 
     @property
+    def first(self) -> int:
+        """The first step that it tells; -1 if none."""
+        return min((line.step for line in self.val + self.train), default=-1)
+
+    @property
+    def end(self) -> int:
+        """The last step: that of the whole run, or where a public script stopped on seeing a validation loss."""
+        last = max((line.step for line in self.val + self.train), default=0)
+        early = not self.config and last and self.val and self.val[-1].step == last
+        return last if early else self.steps
+
+    @property
     def failure(self) -> str:
         """Why this is not one finished run; empty if it is."""
-        final = [line for line in self.val if line.step == self.steps]
+        final = [line for line in self.val if line.step == self.end]
         if len(final) > 1:
             return f"{len(final)} final validation lines"
         if not final:
@@ -81,11 +100,14 @@ class RunLog:
 
     def stage_bounds(self) -> list[int]:
         """First step of each stage, and the number of steps as the last entry."""
+        if self.bounds:
+            return self.bounds
+        # Logs from before the table, ours and the public ones: thirds of the scheduled steps, then the extension
         try:
             scheduled, extension = (int(self.config[f"num_{k}_iterations"]) for k in ("scheduled", "extension"))
         except (KeyError, ValueError):
             scheduled, extension = self.steps, 0
-        bounds = [round(i * scheduled / STAGES) for i in range(STAGES + 1)]
+        bounds = [round(i * scheduled / OLD_STAGES) for i in range(OLD_STAGES + 1)]
         return bounds + [scheduled + extension] * (extension > 0)
 
     def stage_ms(self) -> list[float]:
@@ -105,10 +127,47 @@ class RunLog:
         return slopes
 
 
-def read_part(text: str) -> tuple[str, dict[str, str], str]:
-    """Environment, configuration and results of what follows a source, up to the end of the log."""
-    environment, *blocks = RULE.split(text)
-    return environment, dict(SETTING.findall(blocks[0])) if len(blocks) > 1 else {}, blocks[-1] if blocks else ""
+class Part(NamedTuple):
+    """What follows a source, up to the source of a resumption or of another run."""
+
+    environment: str
+    config: dict[str, str]
+    bounds: list[int]
+    results: str
+    end: int  # of the results
+
+
+def read_bounds(text: str) -> list[int]:
+    """RunLog.bounds from a text with the table of stages; empty without one, or if its stages leave steps out."""
+    table = STAGES.search(text)
+    if not table:
+        return []
+    place, rows = re.search(r"(?<!\S)steps(?!\S)", table[1]), []
+    for line in table[2].splitlines():
+        # Other columns may hold such pairs too; a name and its values begin or end at the same place
+        pairs = [(min(abs(x.start() - place.start()), abs(x.end() - place.end())), int(x[1]), int(x[2]))
+                 for x in STEPS.finditer(line)]
+        if not pairs:
+            break
+        _, first, last = min(pairs)
+        rows.append((first, last + 1))
+    bounds = [0, *(end for _, end in rows)]
+    whole = [first for first, _ in rows] == bounds[:-1] and bounds == sorted(set(bounds))
+    return bounds if rows and whole else []
+
+
+def read_part(text: str, another: bool) -> Part:
+    """Split the text behind a source at its rules. If another source follows, which may hold rules and anything else,
+    the results end with a rule or their last line of a step."""
+    rules, step = list(RULE.finditer(text)), STEP_LINE.search(text)
+    before = [rule.end() for rule in rules if not step or rule.start() < step.start()] or [len(text)]
+    between, end = text[before[0] : before[-1]], len(text)
+    if another:
+        limit = next((rule.start() for rule in rules if rule.start() > before[-1]), end)
+        end = max((line.end() for line in STEP_LINE.finditer(text, before[-1], limit)), default=before[-1])
+        end = text.find("\n", end) + 1 or end
+    return Part(text[: rules[0].start()] if rules else text, dict(SETTING.findall(between)), read_bounds(between),
+                text[before[-1] : end], end)
 
 
 def read_versions(environment: str) -> tuple[str, ...]:
@@ -116,8 +175,51 @@ def read_versions(environment: str) -> tuple[str, ...]:
     return tuple(VERSION.findall(environment) + DRIVER.findall(environment))
 
 
-def read_log(path: Path) -> RunLog:
-    """Parse a log, of a finished run or not; raises LogError if there is none."""
+def read_lines(results: str) -> list[tuple[str, Line, int]]:
+    """Kind (val or train), line, and number of steps of the whole run, of each line that tells a step."""
+    lines = []
+    for step, total, fields, time, unit in STEP_LINE.findall(results):
+        loss = LOSS.search(fields)
+        if loss or "_loss:" not in fields:  # a loss that is no number is no result
+            kind, value = (loss[1], float(loss[2])) if loss else ("train", math.nan)
+            lines.append((kind, Line(int(step), value, float(time) * MS[unit]), int(total)))
+    return lines
+
+
+def apart(results: str) -> list[str]:
+    """The results of each run, where a script made several and wrote them one after the other."""
+    starts, before = [0], -1
+    for line in STEP_LINE.finditer(results):
+        step = int(line[1])
+        if step < before and step <= 1:  # counted anew
+            starts.append(line.start())
+        before = step
+    return [results[a:b] for a, b in itertools.pairwise([*starts, len(results)])]
+
+
+def make_log(path: Path, source: str, part: Part, results: str) -> RunLog:
+    """The run that a part of a log tells of."""
+    names, ranks = GPU.findall(part.environment), RANKS.search(part.environment)
+    name = "CPU" if part.config.get("device") == "'cpu'" else " / ".join(sorted(set(names))) or "unknown device"
+    lines = read_lines(results)
+    return RunLog(path, source, read_versions(part.environment), f"{ranks[1] if ranks else len(names) or '?'} x {name}",
+                  part.config, part.bounds, results, lines[-1][2] if lines else 0, (),
+                  *([line for kind, line, _ in lines if kind == k] for k in ("val", "train")))
+
+
+def resumed(first: RunLog, later: RunLog) -> RunLog | None:
+    """The whole run, if `later` goes on with `first`; its results are the later ones. None if it is another run."""
+    if later.first in (0, 1) and (not first.failure or not first.config):
+        return None
+    differs = {key: first.config.get(key) != later.config.get(key) for key in first.config.keys() | later.config.keys()}
+    differs |= {"source": first.source != later.source, "versions": first.versions != later.versions}
+    changed = {*first.changed, *(key for key, value in differs.items() if value)}
+    return replace(first, bounds=later.bounds, results=later.results, steps=later.steps,
+                   changed=tuple(sorted(changed)), val=later.val, train=later.train)
+
+
+def read_logs(path: Path) -> list[RunLog]:
+    """Parse a log with one run, finished or not, or with several; raises LogError if there is none."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -126,37 +228,51 @@ def read_log(path: Path) -> RunLog:
     if not ends:
         raise LogError(f"{path} is not a log: no line of 100 '=' with versions below it; name files that a training "
                        "script wrote")
-    source, environment, config, changed = text[: ends[0].start()], *read_part(text[ends[0].end() :])[:2], set()
-    versions = read_versions(environment)
-    for end in ends[1:]:
-        later, settings, _ = read_part(text[end.end() :])
-        differs = {key: config.get(key) != settings.get(key) for key in config.keys() | settings.keys()}
-        differs |= {"source": not text.endswith(source, 0, end.start()), "versions": versions != read_versions(later)}
-        changed |= {key for key, value in differs.items() if value}
-    results = read_part(text[ends[-1].end() :])[2]
-    names, ranks = GPU.findall(environment), RANKS.search(environment)
-    name = "CPU" if config.get("device") == "'cpu'" else " / ".join(sorted(set(names))) or "unknown device"
-    gpus = f"{ranks[1] if ranks else len(names) or '?'} x {name}"
-    kinds, steps = {"val": [], "train": []}, 0
-    for step, total, kind, loss, ms in STEP_LINE.findall(results):
-        kinds[kind or "train"].append(Line(int(step), float(loss or "nan"), float(ms)))
-        steps = int(total)
-    return RunLog(path, source, versions, gpus, config, results, steps, tuple(sorted(changed)), **kinds)
+    first, last, runs = text[: ends[0].start()], 0, []
+    for end, after in itertools.zip_longest(ends, ends[1:]):
+        source = first if text.endswith(first, last, end.start()) else text[last : end.start()]
+        stop = after.start() if after else len(text)
+        again = bool(after) and text.endswith(first, end.end(), stop)
+        part = read_part(text[end.end() : stop - len(first) * again], bool(after) and not again)
+        last = end.end() + part.end
+        for i, results in enumerate(apart(part.results)):
+            log = make_log(path, source, part, results)
+            whole = resumed(runs[-1], log) if runs and i == 0 else None
+            runs[-1:] = [whole] if whole else [*runs[-1:], log]
+    if len(runs) > 1:
+        runs = [replace(log, path=Path(f"{path} run {i}")) for i, log in enumerate(runs, 1)]
+    return runs
 
 
-def read_set(path: Path) -> tuple[list[RunLog], list[RunLog]]:
-    """Finished and failed runs of a log file or of all logs below a directory; raises LogError if none finished.
+def read_log(path: Path) -> RunLog:
+    """Parse a log of one run, finished or not; raises LogError if there is none."""
+    log, *others = read_logs(path)
+    if others:
+        raise LogError(f"{path} holds {len(others) + 1} runs; choose a log of one")
+    return log
+
+
+def read_path(path: Path) -> list[RunLog]:
+    """The runs of a log file or of all logs below a directory; raises LogError if there are none.
 
     Text files of a directory that are no logs are named on stderr.
     """
+    if not path.is_dir():
+        return read_logs(path)
     logs = []
-    for file in sorted(path.rglob("*.txt")) if path.is_dir() else [path]:
+    for file in sorted(path.rglob("*.txt")):
         try:
-            logs.append(read_log(file))
+            logs += read_logs(file)
         except LogError as error:
-            if file == path:
-                raise
             print(f"skipped: {error}", file=sys.stderr)
+    if not logs:
+        raise LogError(f"{path}: no log here; name a log file or a directory with some")
+    return logs
+
+
+def read_set(path: Path) -> tuple[list[RunLog], list[RunLog]]:
+    """Finished and failed runs of read_path; raises LogError if none finished."""
+    logs = read_path(path)
     finished, failed = [x for x in logs if not x.failure], [x for x in logs if x.failure]
     if not finished:
         raise LogError(f"{path}: no log of a finished run; name a log file or a directory with some")

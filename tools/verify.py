@@ -1,12 +1,13 @@
 """Checks whether logs together make a valid record: a mean validation loss below the target, shown by a t-test.
 
     python tools/verify.py logs/*.txt
-    python tools/verify.py records/new/*.txt --baseline records/old/*.txt --json
+    python tools/verify.py records/new --baseline records/old --json
 
-A record is valid if there are at least two runs, all of them finished, with the same source, configuration and
-environment (also after a resumption), none of them a copy or of the same seed as another, all validated on the track's
-number of targets as far as the logs say it, and if p < 0.01 in a one-sided one-sample t-test of the mean final
-validation loss against the target. Exit status: 0 valid, 1 not valid, 2 unreadable input.
+A folder stands for all logs in it, at any depth; a file may hold several runs. A record is valid if there are at least
+two runs, all of them finished and of the same length, with the same source, configuration and environment (also after a
+resumption), none of them a copy or of the same seed as another, all validated on the track's number of targets as far
+as the logs say it, and if p < 0.01 in a one-sided one-sample t-test of the mean final validation loss against the
+target. Exit status: 0 valid, 1 not valid, 2 unreadable input.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from runlogs import LogError, RunLog, difference, mean_interval, read_log
+from runlogs import LogError, RunLog, difference, mean_interval, read_path
 from scipy import stats
 
 TARGET, P_LIMIT, MIN_RUNS = 3.28, 0.01, 2
@@ -46,9 +47,15 @@ def run_facts(log: RunLog) -> dict:
     train, val = (log.config[key].strip("'") if key in log.config else None for key in ("train_files", "val_files"))
     return {
         "log": str(log.path), "val_loss": log.loss if done else None, "train_time_s": log.seconds if done else None,
-        "steps": log.steps, "seed": log.config.get("seed"), "gpus": log.gpus, "source": digest(log.source),
+        "steps": log.steps, "stopped_at": log.end if done and log.end != log.steps else None,
+        "seed": log.config.get("seed"), "gpus": log.gpus, "source": digest(log.source),
         "train_files": train, "val_files": val, "failure": log.failure or None,
     }
+
+
+def runs(n: int, kind: str = "") -> str:
+    """So many runs, in words."""
+    return f"{n} {kind}run{'s' * (n != 1)}"
 
 
 def finite(x: float) -> float | None:
@@ -90,7 +97,7 @@ def problems(logs: list[RunLog], facts: dict, target: float) -> list[str]:
     """Why the logs make no valid record; empty if they do."""
     found = [f"{log.path}: {log.failure}" for log in logs if log.failure]
     if facts["finished"] < MIN_RUNS:
-        found.append(f"{facts['finished']} finished runs, the t-test needs {MIN_RUNS}")
+        found.append(f"{runs(facts['finished'], 'finished ')}, the t-test needs {MIN_RUNS}")
     elif facts["p"] is None:
         found.append("all losses are equal, which a t-test cannot judge")
     elif not facts["p"] < P_LIMIT:
@@ -100,6 +107,9 @@ def problems(logs: list[RunLog], facts: dict, target: float) -> list[str]:
             found.append(f"{log.path}: resumed with another {', '.join(changed)}")
         if log.config.get("val_tokens", str(VAL_TOKENS)) != str(VAL_TOKENS):
             found.append(f"{log.path}: {log.config['val_tokens']} validation targets, not {VAL_TOKENS}")
+    # a loss that is looked at to decide when to stop is no fair sample of losses at that step
+    if len(ends := sorted({log.end for log in logs if not log.failure})) > 1:
+        found.append(f"the runs end at different steps: {', '.join(map(str, ends))}")
     if len({log.source for log in logs}) > 1:
         found.append("the sources differ")
     found += [f"{key} differs" for key in differing(logs)]
@@ -150,23 +160,24 @@ def interval(pair: list[float | None] | None, form: str) -> str:
     return "[" + ", ".join(number(x, form) for x in pair or (None, None)) + "]"
 
 
-def table(runs: list[dict]) -> list[str]:
+def table(rows: list[dict]) -> list[str]:
     """A header and a line for each of run_facts."""
-    width = max(len(r["log"]) for r in runs)
+    width = max(len(r["log"]) for r in rows)
 
     def row(r: dict) -> str:
         data = f"{r['train_files']} {r['val_files']}" if r["val_files"] else "unknown"
         last = f"{data}  FAILED: {r['failure']}" if r["failure"] else data
-        return ROW.format(r["log"], number(r["val_loss"], ".4f"), number(r["train_time_s"], ".3f"), r["steps"],
+        steps = f"{r['stopped_at']}/{r['steps']}" if r["stopped_at"] else r["steps"]
+        return ROW.format(r["log"], number(r["val_loss"], ".4f"), number(r["train_time_s"], ".3f"), steps,
                           r["seed"] or "unknown", r["gpus"], r["source"], last, width=width)
 
     header = ROW.format("log", "val loss", "time s", "steps", "seed", "devices", "source", "data", width=width)
-    return [header, *map(row, runs)]
+    return [header, *map(row, rows)]
 
 
 def summary(s: dict) -> list[str]:
     """The lines of `statistics`, but for the test."""
-    return [f"{s['finished']} of {s['runs']} runs finished",
+    return [f"{s['finished']} of {runs(s['runs'])} finished",
             f"validation loss: mean {number(s['loss_mean'], '.5f')}, standard deviation {number(s['loss_std'], '.5f')}",
             f"time: mean {number(s['time_mean_s'], '.3f')} s, 95 % interval {interval(s['time_95_s'], '.3f')}"]
 
@@ -194,14 +205,15 @@ def text(r: dict) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="logs of all runs of the record")
+    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG",
+                        help="logs of all runs of the record, or folders of them")
     parser.add_argument("--baseline", nargs="+", type=Path, default=[], metavar="LOG",
                         help="logs of an older record to compare with")
     parser.add_argument("--target", type=float, default=TARGET, help="loss to be below (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the same facts as JSON")
     args = parser.parse_args(argv)
     try:
-        logs, baseline = ([read_log(path) for path in paths] for paths in (args.logs, args.baseline))
+        logs, baseline = ([log for path in paths for log in read_path(path)] for paths in (args.logs, args.baseline))
     except LogError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
