@@ -40,16 +40,14 @@ def settings():
 
 def losses(hp, steps=STEPS, roundings=0):
     """Training losses of the first steps, with each weight changed at first by up to so many roundings."""
-    ranks, model = t.Ranks(0, 1, torch.device("cpu")), t.GPT(hp)
-    model.initialize(hp.seed)
+    run = t.Run(hp, t.Ranks(0, 1, torch.device("cpu")))
     generator, eps = torch.Generator().manual_seed(0), torch.finfo(torch.float32).eps
     with torch.no_grad():
-        for p in model.parameters():
+        for p in run.model.parameters():
             p.mul_(1 + eps * torch.randint(-roundings, roundings + 1, p.shape, generator=generator))
-        model.embed.copy_(model.lm_head.T)
-    micro_step = t.MicroStep(model, t.NorMuonAdam(model, hp, ranks), hp, ranks)
-    loader = t.TrainLoader(hp, ranks, range(steps))
-    found = [t.train_step(micro_step, *next(loader), t.plan(step, hp)).item() for step in range(steps)]
+        run.model.embed.copy_(run.model.lm_head.T)
+    loader = t.load_batches(hp, run.ranks, range(steps))
+    found = [run.train_step(*next(loader), t.plan(step, hp)).mean.item() for step in range(steps)]
     loader.close()
     return found
 
