@@ -14,8 +14,8 @@ import train_gpt as t
 CPU = torch.device("cpu")
 ONE = t.Ranks(0, 1, CPU)
 # six steps: 0 and 1 in stage 1, 2 and 3 in stage 2, 4 and 5 in stage 3 with the split at 5, 6 and 7 in the extension
-HP = dataclasses.replace(t.PRESETS["demo"], model_dim=48, head_dim=8, vocab_size=120, batch_unit=64, val_chunk=64, val_tokens=64,
-                         num_scheduled_iterations=6, num_extension_iterations=2, muon_momentum_warmup=3,
+HP = dataclasses.replace(t.PRESETS["demo"], model_dim=48, head_dim=8, vocab_size=120, batch_unit=64, val_chunk=64,
+                         val_tokens=64, num_scheduled_iterations=6, num_extension_iterations=2, muon_momentum_warmup=3,
                          muon_momentum_cooldown=2)
 POLAR = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
          (4.042929935166739, -2.808917465908714, 0.5000178451051316),

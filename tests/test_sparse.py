@@ -17,8 +17,8 @@ import train_gpt as t
 
 R, CPU = 8, torch.device("cpu")
 # eight steps, Adam in the odd ones, embed split off in step 5; 640 bigram rows, 8 to 24 tokens a micro-batch
-HP = dataclasses.replace(t.PRESETS["demo"], model_dim=48, head_dim=8, bigram_ratio=5,
-                         vocab_size=120, batch_unit=64, num_scheduled_iterations=6, num_extension_iterations=2,
+HP = dataclasses.replace(t.PRESETS["demo"], model_dim=48, head_dim=8, bigram_ratio=5, vocab_size=120,
+                         batch_unit=64, num_scheduled_iterations=6, num_extension_iterations=2,
                          muon_momentum_warmup=3, muon_momentum_cooldown=2)
 
 
