@@ -10,7 +10,8 @@ TOLERANCE: other CPUs add in other orders, so each number is off by some roundin
 to one rounding, the losses change by 2e-6 at most, a last digit of float32; --update measures that again and the file
 keeps it. So they do on one CPU without AVX-512, without AVX at all (ATEN_CPU_CAPABILITY=default, MKL_CBWR=COMPATIBLE),
 or with two threads (2026-11-23). Fifty times that leaves room for libraries that none of this stands for, and is still
-a hundredth of what a learning rate of Muon does that is off by 5 %.
+a hundredth of what a learning rate of Muon does that is off by 5 %. Seed 1, as with seed 0 a rounding changes losses
+by 5e-5 from step 13 on.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ import train_gpt as t
 
 ROOT, FILE = Path(t.__file__).parent, Path(__file__).with_name("golden_demo.json")
 SETTINGS = ["--preset=demo", "--model_dim=48", "--head_dim=8", "--batch_unit=128", "--num_scheduled_iterations=16",
-            "--num_extension_iterations=4"]
+            "--num_extension_iterations=4", "--seed=1"]
 STEPS = 20
 TOLERANCE = 1e-4
 
