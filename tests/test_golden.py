@@ -10,8 +10,10 @@ import train_gpt as t
 
 GOLDEN = Path(__file__).parent / "golden"
 MODEL, PARTS = np.load(GOLDEN / "model.npz"), np.load(GOLDEN / "parts.npz")
+SCALARS = "smear_lambda", "backout_lambda", "skip_lambda"
 TOLERANCE = 4e-6  # of max |difference| / max |reference|, in float32
-HP = t.Hyperparameters(
+WINDOWS = t.Windows(16, 48, 256, 0.1)
+HP = t.Recipe(
     vocab_size=512, model_dim=96, head_dim=16, dtype="float32", fp8_head=False, val_chunk=256, batch_unit=2048, block=16
 )
 
@@ -35,7 +37,7 @@ def golden_model():
         "bigram_lambdas": 0.1 * draw(11),
         "embed": 0.5 * draw(512, 96),
         "lm_head": 0.5 * draw(96, 512),
-        "mlp_bank": width * draw(12, 2, 384, 96),
+        "mlp_bank": (width * draw(12, 2, 384, 96))[:11],
         "post_lambdas": 1 + 0.1 * draw(11, 2),
         "qk_bank": width * draw(60, 32, 96),
         "resid_lambdas": 1 + 0.1 * draw(11, 2),
@@ -51,12 +53,14 @@ def golden_model():
     starts = [0, 37, 38, 120, 200]
     tokens[starts] = 511
     assert (tokens == MODEL["tokens"]).all()
+    scalars = weights.pop("scalars")
+    weights |= {"attn_lambdas": scalars[:22].view(11, 2).T} | dict(zip(SCALARS, scalars[22:]))
     model = t.GPT(HP)
     with torch.no_grad():
         for name, weight in weights.items():
             parameter = getattr(model, name)
-            parameter.copy_(weight.view(parameter.shape))
-    batch = t.Packer(HP, t.Ranks(0, 1, torch.device("cpu")))((np.append(tokens, 511), np.array([*starts[1:], 256])))
+            parameter.copy_(weight.reshape(parameter.shape))
+    batch = t.pack(HP, [(np.append(tokens, 511), np.array([*starts[1:], 256]))])
     return model, batch
 
 
@@ -77,13 +81,16 @@ def test_bigram_ids():
 def test_forward_and_gradients():
     model, batch = golden_model()
     set_rotation(model, BASE)
-    loss = model.token_losses(batch, model.lookup(batch), t.Geometry(16, 48, 256, 0.1))
+    loss = model.val_losses(batch, model.lookup(batch), WINDOWS)
     assert error(loss, MODEL["loss_a"]) < TOLERANCE
     loss.sum().backward()
-    for row in t.PARAMS:
-        module = row.name in ("embed", "bigram_embed", "lm_head", "skip_gate", "smear_gate")
-        name = row.name + ".weight" * module
-        grad = getattr(model, row.name).grad.flatten()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    # as they were stored: all scalars as one parameter, two matrices of zeros after mlp_bank
+    grads["scalars"] = torch.cat([grads.pop("attn_lambdas").T.flatten(), *(grads.pop(name) for name in SCALARS)])
+    grads["mlp_bank"] = torch.nn.functional.pad(grads["mlp_bank"], (0, 0, 0, 0, 0, 2))
+    for name, grad in grads.items():
+        name += ".weight" * (name in ("embed", "bigram_embed", "lm_head", "skip_gate", "smear_gate"))
+        grad = grad.flatten()
         assert error(grad.double().norm(), MODEL[f"gradnorm_a/{name}"]) < TOLERANCE, name
         sample = grad[:: max(1, grad.numel() // 16)][:16]
         assert error(sample, MODEL[f"grad16_a/{name}"]) < TOLERANCE, name
@@ -95,8 +102,9 @@ def test_training_loss_matches_validation_loss():
     for training in (False, True):
         model, batch = golden_model()
         set_rotation(model, BASE)
-        inputs = batch, model.lookup(batch), t.Geometry(16, 48, 256, 0.1)
-        loss = model(*inputs, torch.ones(1), 1.0) if training else model.token_losses(*inputs).sum()
+        inputs = batch, model.lookup(batch), WINDOWS
+        one = torch.ones(1) / model.loss_scale
+        loss = model.train_loss(*inputs, one) if training else model.val_losses(*inputs).sum()
         loss.backward()
         grads.append((loss, model.lm_head.grad, model.embed.grad, model.qk_bank.grad))
     for a, b in zip(*grads):
@@ -110,7 +118,7 @@ def test_yarn():
     assert error(scale, MODEL["attn_scale_48_112"]) < TOLERANCE
     model, batch = golden_model()
     set_rotation(model, frequencies)
-    loss = model.token_losses(batch, model.lookup(batch), t.Geometry(32, 112, 256, scale))
+    loss = model.val_losses(batch, model.lookup(batch), t.Windows(32, 112, 256, scale))
     assert error(loss, MODEL["loss_b"]) < TOLERANCE
 
 
@@ -121,31 +129,31 @@ def test_normuon(kind):
     second = (K, rows, 1) if rows >= columns else (K, 1, columns)
     # the direction in float64 throughout, as the golden one; the parameter in float32
     momentum64, second64 = torch.zeros_like(p, dtype=torch.float64), torch.zeros(second, dtype=torch.float64)
-    momentum, second = torch.zeros_like(p), torch.zeros(second)
+    state = dict(momentum=torch.zeros_like(p), second=torch.zeros(second), rate=torch.ones(K, 1, 1))
     mu, beta2 = torch.tensor(0.9, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64)
-    knobs = torch.tensor([0.02, 1.2 * 0.02, 0.9, 0.9])
+    hypers = torch.tensor([0.02, 1.2 * 0.02, 0.9, 0.9])
     for step in range(3):
         g = torch.from_numpy(PARTS[f"opt/{kind}/g{step}"])
         x = t.normuon_direction(g, momentum64, second64, mu, beta2, torch.float64)
         assert error(x, PARTS[f"opt/{kind}/x{step}"]) < TOLERANCE
-        t.normuon_update(p, None, g, momentum, second, torch.ones(K, 1, 1), knobs)
+        t.normuon_update([p], [g], [state], [hypers], [True])
         assert error(p, PARTS[f"opt/{kind}/p{step + 1}"]) < TOLERANCE
 
 
 def test_adam():
     p = torch.from_numpy(PARTS["adam/p0"])
-    first, second = torch.zeros_like(p), torch.zeros_like(p)
+    state = dict(first=torch.zeros_like(p), second=torch.zeros_like(p))
     lr, beta1, beta2 = 0.008 * 75 * 0.5, 0.75, 0.95
     for step in range(1, 4):
-        knobs = torch.tensor([lr, lr**2 * 0.005 * 5, beta1, beta2, 1 - beta1**step, 1 - beta2**step, 1e-10, 0.0])
-        t.adam_update([p], [torch.from_numpy(PARTS[f"adam/g{step - 1}"])], [first], [second], [knobs])
+        hypers = torch.tensor([lr, lr**2 * 0.005 * 5, beta1, beta2, 1 - beta1**step, 1 - beta2**step, 1e-10, 0.0])
+        t.adam_update([p], [torch.from_numpy(PARTS[f"adam/g{step - 1}"])], [state], [hypers], [True])
         assert error(p, PARTS[f"adam/p{step}"]) < TOLERANCE
 
 
 def test_loss():
     logits = torch.from_numpy(PARTS["loss/logits"]).float()
     targets, weights = torch.from_numpy(PARTS["loss/targets"]), torch.from_numpy(PARTS["loss/weights"]).float()
-    loss, grad = t.softcapped_mtp_loss_reference(logits, targets[None], weights, torch.float32, 1.0)
+    loss, grad = t.softcapped_mtp_loss_reference(logits, targets[None], weights, torch.float32, 1.0, *HP.readout[1:])
     assert error(loss, PARTS["loss/value"]) < TOLERANCE
     assert error(grad, PARTS["loss/grad"]) < TOLERANCE
 
@@ -156,7 +164,7 @@ def test_loader(make_shard, world):
     bos, per_shard = 50256, {}
     files = [make_shard(f"train_{i}.bin", PARTS[f"loader/shard{i}"]) for i in (1, 2)]
     shapes = [(4096, 96)] * 3 + [(8192, 256)] * 2
-    plans = [t.plan(0, t.Hyperparameters())._replace(batch_tokens=n, max_doc_len=m) for n, m in shapes]
+    plans = [t.plan(0, HP)._replace(windows=WINDOWS._replace(segment=n // 8, max_doc=m)) for n, m in shapes]
     ours = []
     for step, (documents, segments) in enumerate(t.walk(files, bos, plans)):
         shard = per_shard.setdefault(id(documents), len(per_shard) + 1)

@@ -15,7 +15,7 @@ import train_gpt as t
 BOS = 50256
 CPU = torch.device("cpu")
 FEW = settings(max_examples=25, deadline=None)
-HP = t.Hyperparameters(**t.PRESETS["demo"] | dict(batch_unit=64, micro_tokens=1, block=2))
+HP = dataclasses.replace(t.PRESETS["demo"], batch_unit=64, micro_tokens=1, block=2)
 
 
 def write(path, tokens):
@@ -62,8 +62,8 @@ def slow_walk(streams, plans):
     """For each step (shard number, its 8 segments): what does not fill a step is dropped with its shard."""
     out, shard, first = [], 0, 0
     while len(out) < len(plans) and shard < len(streams):
-        n = plans[len(out)].batch_tokens // 8
-        found = slow_segments(documents_of(streams[shard]), first, n + 1, plans[len(out)].max_doc_len)
+        n = plans[len(out)].windows.segment
+        found = slow_segments(documents_of(streams[shard]), first, n + 1, plans[len(out)].windows.max_doc)
         if found is None:
             shard, first = shard + 1, 0
         else:
@@ -73,20 +73,20 @@ def slow_walk(streams, plans):
 
 
 def plans_of(pairs):
-    base = t.plan(0, t.Hyperparameters())
-    return [base._replace(batch_tokens=tokens, max_doc_len=cut) for tokens, cut in pairs]
+    base = t.plan(0, HP)
+    return [base._replace(windows=base.windows._replace(segment=tokens // 8, max_doc=cut)) for tokens, cut in pairs]
 
 
 @given(seed=st.integers(0, 10**6), documents=st.integers(0, 120), longest=st.integers(1, 40), before=st.integers(0, 9),
        length=st.integers(1, 60), cut=st.integers(1, 50))
 @FEW
-def test_segments(tmp_path_factory, seed, documents, longest, before, length, cut):
+def test_segments(seed, documents, longest, before, length, cut):
     """Slices start at BOS, lie inside one document, are cut, come in order and fill each segment exactly."""
     tokens = stream(seed, documents, longest, before)
     assume(len(tokens))  # a shard without any is refused
-    shard = t.Documents(write(tmp_path_factory.mktemp("s") / "a.bin", tokens), BOS)
+    shard = t.Documents(tokens, BOS)
     truth = documents_of(tokens)
-    assert list(zip(shard.starts, shard.ends)) == truth and (shard.tokens == tokens).all()
+    assert list(zip(shard.starts, shard.ends)) == truth
     first = 0
     while True:
         found, slow = shard.segments(first, length, cut), slow_segments(truth, first, length, cut)
@@ -128,21 +128,17 @@ def test_last_document_counts_and_first_tokens_do_not(tmp_path):
 
 
 def loader(hp, rank, world, steps):
-    made = t.TrainLoader(hp, t.Ranks(rank, world, CPU), range(steps))
-    try:
-        return [next(made)[0] for _ in range(steps)]
-    finally:
-        made.close()
+    return [batches for batches, _ in t.train_batches(hp, t.Ranks(rank, world, CPU), range(steps))]
 
 
 @pytest.fixture
 def small_run(tmp_path):
     """Two shards and a small schedule over them, with the expected slices of each step."""
     streams = [stream(seed, 260, 24, before=2) for seed in (5, 6)]
-    for i, tokens in enumerate(streams):
-        write(tmp_path / f"train_{i}.bin", tokens)
-    hp = HP.__class__(**{**HP.__dict__, "train_files": str(tmp_path / "train_*.bin"), "num_scheduled_iterations": 30,
-                         "num_extension_iterations": 3})
+    for name, tokens in (("other", streams[1]), ("train_2", streams[1]), ("train_10", streams[0])):  # sorted as text
+        write(tmp_path / f"{name}.bin", tokens)
+    hp = dataclasses.replace(HP, train_files=str(tmp_path / "train_*.bin"), num_scheduled_iterations=30,
+                             num_extension_iterations=3)
     steps = 27
     truth = slow_walk(streams, [t.plan(step, hp) for step in range(steps)])
     assert {shard for shard, _ in truth} == {0, 1} and len(truth) == steps
@@ -218,14 +214,12 @@ def numbered(seed, shards, longest):
 
 def items_of(hp, rank, world, done=0):
     """All that a loader gives before its shards or its schedule end."""
-    made, items = t.TrainLoader(hp, t.Ranks(rank, world, CPU), range(hp.num_steps), done), []
+    items = []
     try:
-        while True:
-            items.append(next(made)[0])
+        for batches, _ in t.train_batches(hp, t.Ranks(rank, world, CPU), range(hp.num_steps), done):
+            items.append(batches)
     except t.UserError as error:
         assert "ran out" in str(error)
-    finally:
-        made.close()
     return items
 
 
@@ -260,7 +254,7 @@ def test_every_token_once_and_in_order(tmp_path_factory, seed, shards, longest, 
                 if place != BOS:
                     assert place > last and after in (place + 1, BOS)
                     last = place
-            assert batch.cu_seqlens.diff().max() <= p.max_doc_len
+            assert batch.cu_seqlens.diff().max() <= p.windows.max_doc
     assert all(len(items) == len(runs[1][0]) for items in itertools.chain.from_iterable(runs.values()))
     world = (1, 2, 4, 8)[done % 4]
     resumed = items_of(hp, 0, world, done)
@@ -272,8 +266,8 @@ def test_every_token_once_and_in_order(tmp_path_factory, seed, shards, longest, 
 def test_train_loader_ends_with_an_error(small_run):
     """When the shards run out early the loop gets an error, not a hang."""
     hp, _, _ = small_run
-    made = t.TrainLoader(hp, t.Ranks(0, 1, CPU), [*range(30)] * 9)
-    with pytest.raises(t.UserError):
+    made = t.load_batches(hp, t.Ranks(0, 1, CPU), [*range(30)] * 9)
+    with pytest.raises(t.UserError, match="ran out"):
         for _ in range(270):
             next(made)
     made.close()
@@ -287,7 +281,7 @@ def test_fixed_length_of_cu_seqlens(n, entries):
     tokens = np.full(n + 1, 5, np.uint16)
     tokens[[0, n // 2]] = BOS
     for ends in ([n // 2, n + 1], [n // 2, n]):
-        batch = t.Packer(HP, t.Ranks(0, 1, CPU))((tokens, np.array(ends)))
+        batch = t.pack(HP, [(tokens, np.array(ends))])
         assert batch.cu_seqlens.tolist() == [0, n // 2] + [n] * (entries - 2)
 
 
@@ -299,14 +293,14 @@ def test_many_tiny_documents(capsys, documents, entries):
     ends = np.append(np.arange(1, documents) * 2, n)
     t.warn_once.cache_clear()
     for _ in range(3):
-        batch = t.Packer(hp, t.Ranks(0, 1, CPU))((tokens, ends))
+        batch = t.pack(hp, [(tokens, ends)])
         assert len(batch.cu_seqlens) == entries
         check_cu_seqlens(batch)
     out, err = capsys.readouterr()
     assert out == ""
     warning = f"warning: more than the expected 127 documents in {n} tokens"
     assert err.count("\n") == err.count(warning) == (entries > 128)
-    again = t.Packer(HP, t.Ranks(1, 2, CPU))((tokens, ends))
+    again = t.pack(HP, [(tokens, ends)])
     assert again.cu_seqlens.tolist() == batch.cu_seqlens.tolist()
     assert capsys.readouterr() == ("", "")  # nothing is compiled
 
@@ -315,7 +309,7 @@ def test_many_tiny_documents(capsys, documents, entries):
 @pytest.mark.parametrize("A", [1, 8])
 def test_few_lengths_of_cu_seqlens(mean, A):
     """Whatever length documents have: torch.compile stops a run at the ninth shape of a function."""
-    rng, pack, lengths = np.random.default_rng(mean), t.Packer(HP, t.Ranks(0, 1, CPU)), set()
+    rng, lengths = np.random.default_rng(mean), set()
     for number, stage in enumerate(t.STAGES):
         S = 16384 * stage.batch
         tokens = np.full(S + 1, 5, np.uint16)
@@ -325,7 +319,7 @@ def test_few_lengths_of_cu_seqlens(mean, A):
                 drawn = rng.lognormal(math.log(mean) - 0.5, 1.0, 4 * S // mean).astype(int)
                 ends = np.cumsum(drawn.clip(1, stage.max_doc * 128))
                 segments.append((tokens, np.append(ends[ends < S + 1], S + 1)))
-            lengths.add((number, len(pack(*segments).cu_seqlens)))
+            lengths.add((number, len(t.pack(HP, segments).cu_seqlens)))
     assert len(lengths) <= 8
 
 
@@ -375,9 +369,9 @@ def test_packer_reads_only(seed, n, share):
     ends = np.append(starts[1:], n + 1)
     kept = tokens.copy(), ends.copy()
     tokens.flags.writeable = ends.flags.writeable = False
-    batch = t.Packer(HP, t.Ranks(0, 1, CPU))((tokens, ends))
+    batch = t.pack(HP, [(tokens, ends)])
     assert (batch.tokens.numpy() == tokens[:-1]).all() and (batch.targets.numpy() == tokens[1:]).all()
-    assert batch.bigram_ids.tolist() == slow_bigram(tokens[:-1].tolist(), HP.bigram_rows)
+    assert batch.bigram_ids.tolist() == slow_bigram(tokens[:-1].tolist(), HP.sizes["B"])
     check_cu_seqlens(batch)
     assert sorted(batch.order.tolist()) == list(range(n)) and (batch.tokens[batch.order.long()].diff() >= 0).all()
     for x in batch:
@@ -385,20 +379,21 @@ def test_packer_reads_only(seed, n, share):
     assert (tokens == kept[0]).all() and (ends == kept[1]).all()
 
 
-def val_hp(chunk, chunks, **more):
-    return HP.__class__(**{**HP.__dict__, "val_chunk": chunk, "val_tokens": chunk * chunks, **more})
+def val_hp(path, tokens, chunk, chunks):
+    """A recipe for so many chunks of a shard of these tokens, repeated as often as needed; and what it reads."""
+    hp = dataclasses.replace(HP, val_chunk=chunk, val_tokens=chunk * chunks, val_files=str(path), train_files=str(path))
+    tokens = np.resize(tokens, hp.val_tokens + 1)
+    write(path, tokens)
+    return hp, tokens
 
 
 @given(seed=st.integers(0, 10**6), chunk=st.integers(1, 90), longest=st.integers(1, 200), before=st.integers(0, 50))
 @FEW
-def test_val_stream(seed, chunk, longest, before):
+def test_val_stream(tmp_path_factory, seed, chunk, longest, before):
     """For 1, 2 and 4 ranks the chunks are the stream in order, uncut; documents begin where the input is BOS."""
-    hp = val_hp(chunk, 8)
-    tokens = stream(seed, 400, longest, before)
-    tokens = np.resize(tokens, hp.val_tokens + 1)
-    kept = tokens.copy()
+    hp, tokens = val_hp(tmp_path_factory.mktemp("v") / "val.bin", stream(seed, 400, longest, before), chunk, 8)
     for world in (1, 2, 4):
-        ranks = [list(t.val_batches(hp, t.Ranks(rank, world, CPU), tokens)) for rank in range(world)]
+        ranks = [list(t.Validation(hp, t.Ranks(rank, world, CPU)).batches()) for rank in range(world)]
         chunks = list(itertools.chain.from_iterable(zip(*ranks)))
         assert [len(r) for r in ranks] == [8 // world] * world and {len(b.tokens) for b in chunks} == {chunk}
         assert len({len(b.cu_seqlens) for b in chunks}) == 1
@@ -406,20 +401,18 @@ def test_val_stream(seed, chunk, longest, before):
         assert (np.concatenate([b.targets.numpy() for b in chunks]) == tokens[1:]).all()
         for batch in chunks:
             check_cu_seqlens(batch, begins=False)
-            assert batch.bigram_ids.tolist() == slow_bigram(batch.tokens.tolist(), hp.bigram_rows)
-    assert (tokens == kept).all()
+            assert batch.bigram_ids.tolist() == slow_bigram(batch.tokens.tolist(), hp.sizes["B"])
 
 
 @given(seed=st.integers(0, 10**6), chunk=st.integers(1, 300), longest=st.integers(1, 120), before=st.integers(0, 200))
 @FEW
-def test_longest_document(seed, chunk, longest, before):
+def test_longest_document(tmp_path_factory, seed, chunk, longest, before):
     """No document of any chunk is longer; the bound is a power of two or the chunk itself, and not wasteful."""
-    hp = val_hp(chunk, 4)
-    tokens = np.resize(stream(seed, 100, longest, before), hp.val_tokens + 1)
-    bound = t.longest_document(tokens, hp)
+    hp, tokens = val_hp(tmp_path_factory.mktemp("v") / "val.bin", stream(seed, 100, longest, before), chunk, 4)
+    validation = t.Validation(hp, t.Ranks(0, 1, CPU))
+    bound = validation.max_doc
     assert bound == chunk or math.log2(bound).is_integer()
-    batches = t.val_batches(hp, t.Ranks(0, 1, CPU), tokens)
-    seen = max(batch.cu_seqlens.diff().max().item() for batch in batches)
+    seen = max(batch.cu_seqlens.diff().max().item() for batch in validation.batches())
     whole = max(np.diff([0, *np.flatnonzero(tokens == BOS), len(tokens)]))
     assert seen <= bound <= chunk and bound < 2 * whole
 
@@ -427,25 +420,11 @@ def test_longest_document(seed, chunk, longest, before):
 def test_read_val_tokens(tmp_path):
     """The first val_tokens + 1 tokens of the first val shard, whatever follows."""
     first, second = stream(1, 60, 20), stream(2, 60, 20)
-    for name, tokens in (("val_0.bin", first), ("val_1.bin", second)):
-        write(tmp_path / name, tokens)
-    hp = val_hp(16, 8, val_files=str(tmp_path / "val_*.bin"))
-    assert (t.read_val_tokens(hp) == first[:129]).all()
-    write(tmp_path / "val_0.bin", first[:129])
-    assert (t.read_val_tokens(hp) == first[:129]).all()
+    hp, _ = val_hp(tmp_path / "val_1.bin", second, 16, 8)
+    hp = dataclasses.replace(hp, val_files=str(tmp_path / "val_*.bin"))
+    for tokens in (first, first[:129]):
+        write(tmp_path / "val_0.bin", tokens)
+        assert (t.Validation(hp, t.Ranks(0, 1, CPU)).tokens == first[:129]).all()
     write(tmp_path / "val_0.bin", first[:128])  # no target for the last token
     with pytest.raises(t.UserError, match="val_0.bin.*128 tokens.*129"):
-        t.read_val_tokens(hp)
-
-
-def test_find_shards_is_sorted(tmp_path):
-    for name in ("b_2.bin", "b_10.bin", "b_1.bin", "other.bin"):
-        write(tmp_path / name, [BOS])
-    found = t.find_shards(str(tmp_path / "b_*.bin"), "train_files")
-    assert [path.rsplit("/", 1)[1] for path in found] == ["b_1.bin", "b_10.bin", "b_2.bin"]
-
-
-def test_warmup_steps():
-    """Two steps of each stage, so that every shape meets a step with Adam and one without."""
-    assert t.warmup_steps(t.Hyperparameters()) == [0, 1, 480, 481, 960, 961, 1440, 1441]
-    assert t.warmup_steps(t.Hyperparameters(num_scheduled_iterations=3, num_extension_iterations=0)) == [0, 1, 2]
+        t.check_data(hp)

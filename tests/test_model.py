@@ -8,28 +8,26 @@ import torch
 import train_gpt as t
 
 HP, _ = t.parse_args(["--preset=demo"])
+# parameters whose gradients are rounded to bf16
+ROUNDED = ("post_lambdas", "x0_lambdas", "bigram_lambdas", "resid_lambdas")
 T, ENDS = 96, (0, 29, 60, 96)  # three documents in a pack
-GEOMETRY = t.Geometry(16, 48, 64, HP.attn_scale)
+WINDOWS = t.Windows(16, 48, 64, HP.attn_scale)
 
 
 @pytest.fixture(scope="module", params=["random", "trained"])
 def model(request):
     """A small model in float32, with random weights everywhere or after some steps of the demo."""
-    ranks, model = t.Ranks(0, 1, torch.device("cpu")), t.GPT(HP)
-    model.initialize(0)
-    model.set_stage(0)
+    run = t.Run(HP, t.Ranks(0, 1, torch.device("cpu")))
+    run.model.set_stage(0)
     if request.param == "random":
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            for p in model.parameters():
+            for p in run.model.parameters():
                 p.add_(0.1 * torch.randn(p.shape, generator=generator))
     else:
-        micro_step = t.MicroStep(model, t.NorMuonAdam(model, HP, ranks), HP, ranks)
-        loader = t.TrainLoader(HP, ranks, range(6))
-        for step in range(6):
-            t.train_step(micro_step, *next(loader), t.plan(step, HP))
-        loader.close()
-    return model
+        for step, item in enumerate(t.train_batches(HP, run.ranks, range(6))):
+            run.train_step(*item, t.plan(step, HP))
+    return run.model
 
 
 @pytest.fixture
@@ -40,13 +38,13 @@ def tokens():
 
 
 def batch_of(tokens):
-    batch = t.Packer(HP, t.Ranks(0, 1, torch.device("cpu")))((tokens, np.array(ENDS[1:])))
+    batch = t.pack(HP, [(tokens, np.array(ENDS[1:]))])
     return batch._replace(targets=torch.full_like(batch.targets, 7))  # so that a token counts as input only
 
 
 @torch.no_grad()
 def losses(model, batch):
-    return model.token_losses(batch, model.lookup(batch), GEOMETRY)
+    return model.val_losses(batch, model.lookup(batch), WINDOWS)
 
 
 def other(tokens, position):
@@ -59,11 +57,11 @@ def test_probabilities_sum_to_one(model, tokens):
     """exp(-loss), summed over every possible target, in float64."""
     batch = batch_of(tokens)
     with torch.no_grad():
-        x = model.trunk(batch, model.lookup(batch), GEOMETRY)
-        z = t.softcap(x @ model.lm_head).double()
+        x = model.trunk(batch, model.lookup(batch), WINDOWS, model.ops)
+        z = t.softcap(x @ model.lm_head, *model.cap).double()
     minus_log_p = z.logsumexp(1, keepdim=True) - z  # [T, V]
     torch.testing.assert_close((-minus_log_p).exp().sum(1), torch.ones(T, dtype=torch.float64), rtol=0, atol=1e-9)
-    for target in (0, 7, HP.bos, HP.padded_vocab - 1):
+    for target in (0, 7, HP.bos, HP.sizes["V"] - 1):
         found = losses(model, batch._replace(targets=torch.full_like(batch.targets, target)))
         torch.testing.assert_close(found.double(), minus_log_p[:, target], rtol=1e-5, atol=1e-5)
 
@@ -86,7 +84,7 @@ class Closed:
         self.monkeypatch.setattr(self.model, "smear", lambda e: e)
 
     def key_offset(self):
-        self.monkeypatch.setattr(t.Layer, "key_offset", property(lambda layer: False))
+        self.monkeypatch.setattr(self.model, "hp", t.set_cells(HP, "LAYERS.*.key_offset=false"))
 
     def losses(self, tokens, bigram):
         batch = batch_of(tokens)
@@ -110,7 +108,7 @@ def test_what_crosses_documents(model, tokens, monkeypatch, position, open_way):
     # with bigram ids held, a changed token shows only through its embedding; inside its document it always shows
     assert not torch.equal(before[position : ENDS[2]], after[position : ENDS[2]])
     crosses = open_way == "key offset" or (open_way != "none" and position == ENDS[2] - 1)
-    if open_way == "smear" and not model.scalars[2 * len(t.LAYERS)]:
+    if open_way == "smear" and not model.smear_lambda:
         crosses = False  # its weight begins at zero
     ids = [batch_of(x).bigram_ids[ENDS[2]] for x in (tokens, other(tokens, position))]
     if open_way == "bigram id" and torch.equal(*model.bigram_embed[torch.stack(ids)]):
@@ -126,17 +124,17 @@ def test_joined_segments_train_as_each_alone(model, n, S=24):
         tokens = rng.integers(0, HP.bos, S + 1)
         tokens[[0, 9]] = HP.bos
         parts.append((tokens, np.array([9, S + 1])))
-    pack, parameters = t.Packer(HP, t.Ranks(0, 1, torch.device("cpu"))), tuple(model.parameters())
+    parameters = tuple(model.parameters())
 
     def results(segments, S):
-        batch = pack(*segments)
-        loss = model(batch, model.lookup(batch), GEOMETRY._replace(segment=S), weights, 1.0)
+        batch = t.pack(HP, segments)
+        loss = model.train_loss(batch, model.lookup(batch), WINDOWS._replace(segment=S), weights)
         return loss, *torch.autograd.grad(loss, parameters)
 
     alone = list(zip(*(results([part], S) for part in parts)))
     names = ["loss", *(name for name, _ in model.named_parameters())]
     for name, a, b in zip(names, results(parts, S), alone, strict=True):
-        rounding = 2.0**-8 if name.endswith("_lambdas") else 1e-5  # the gradients of those are rounded to bf16
+        rounding = 2.0**-8 if name in ROUNDED else 1e-5
         assert (a - sum(b)).norm() <= rounding * sum(x.norm() for x in b), name
     # and a boundary is felt: as one long segment, the losses are others
     assert abs(results(parts, n * S)[0] - sum(alone[0])) > 1e-4 * sum(alone[0])

@@ -17,8 +17,8 @@ import train_gpt as t
 
 R, CPU = 8, torch.device("cpu")
 # eight steps, Adam in the odd ones, embed split off in step 5; 640 bigram rows, 8 to 24 tokens a micro-batch
-HP = dataclasses.replace(t.Hyperparameters(**t.PRESETS["demo"]), model_dim=48, head_dim=8, bigram_ratio=5,
-                         vocab_size=120, batch_unit=64, num_scheduled_iterations=6, num_extension_iterations=2,
+HP = dataclasses.replace(t.PRESETS["demo"], model_dim=48, head_dim=8, bigram_ratio=5, vocab_size=120,
+                         batch_unit=64, num_scheduled_iterations=6, num_extension_iterations=2,
                          muon_momentum_warmup=3, muon_momentum_cooldown=2)
 
 
@@ -33,49 +33,44 @@ def with_shard(folder):
 
 
 class RandomGradients:
-    """In a MicroStep's place: positive random gradients of the bigram rows, whatever the weights are.
+    """In Run.micro_step's place: positive random gradients of the bigram rows, whatever the weights are.
 
     As all terms of a sum have one sign, its relative error is that of the additions, which Adam does not magnify.
     """
 
-    def __init__(self, model, optimizer):
-        self.model, self.optimizer = model, optimizer
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
         self.generator = torch.Generator().manual_seed(optimizer.ranks.rank)
-        self.begin = self.end = lambda: None
 
-    def __call__(self, batch, geometry, weights, grad_unit):
+    def __call__(self, batch, windows, weights):
         shape = len(batch.tokens), HP.model_dim
         zero, grad = torch.zeros(shape), 0.5 + torch.rand(shape, generator=self.generator)
         zero, grad = SimpleNamespace(grad=zero), SimpleNamespace(grad=grad)
-        self.optimizer.collect(batch, t.Rows(zero, grad, (zero,) * t.NUM_VALUE_TABLES))
+        self.optimizer.add_table_gradients(batch, t.Embeddings(zero, grad, (zero,) * HP.sizes["E"]))
         return torch.zeros(())
 
 
 def train(hp, rank, sparse):
     """Eight steps of one rank: the bigram table, and the largest relative error of each averaged gradient of it."""
     t.SPARSE_FROM = R if sparse else R + 1
-    ranks = t.Ranks(rank, R, CPU)
-    model = t.GPT(hp, R)
-    model.initialize(0)
-    optimizer, errors = t.NorMuonAdam(model, hp, ranks), []
+    run, errors = t.Run(hp, t.Ranks(rank, R, CPU)), []
+    model, optimizer = run.model, run.optimizer
 
-    def update(group, grads, knobs):
+    def update(group, grads, hypers):
         (row, *_), (g, *_) = group, grads
         if row.name == "bigram_embed":  # other parameters have no gradients
-            exact = optimizer.gradient(row).to(model.bigram_embed.dtype).double()
+            exact = optimizer.grads[row.name].to(model.bigram_embed.dtype).double()
             dist.all_reduce(exact)
             exact = exact.chunk(R)[rank] / R
             assert not g[exact == 0].any() and exact.any()
             errors.append(((g.double() - exact).abs() / exact.clamp_min(1e-30)).max().item())
-            t.NorMuonAdam.update(optimizer, group, grads, knobs)
+            t.NorMuonAdam.update(optimizer, group, grads, hypers)
 
     optimizer.update = update
-    loader, micro_step = t.TrainLoader(hp, ranks, range(8)), RandomGradients(model, optimizer)
-    for step in range(8):
-        batches, touched = next(loader)
+    run.micro_step = RandomGradients(optimizer)
+    for step, (batches, touched) in enumerate(t.train_batches(hp, run.ranks, range(8))):
         assert (touched is not None) == (sparse and step % 2 == 1)
-        t.train_step(micro_step, batches, touched, t.plan(step, hp))
-    loader.close()
+        run.train_step(batches, touched, t.plan(step, hp))
     assert len(errors) == 4
     return model.bigram_embed.detach().float(), torch.tensor(errors)
 
@@ -123,8 +118,8 @@ def test_sparse_exchange_equals_dense_reduction(trained, dtype):
 def test_loader_counts(tmp_path):
     """Rank a sends to b what b receives from a: the rows of b's shard that a's batches read since Adam's last step."""
     hp = with_shard(tmp_path)
-    size, steps = hp.bigram_rows // R, (0, 1, 2, 3, 4, 5, 6, 7, 7, 0, 1)  # in some order, as in the warm-up
-    loaders = [t.TrainLoader(hp, t.Ranks(rank, R, CPU), steps) for rank in range(R)]
+    size, steps = hp.sizes["B"] // R, (0, 1, 2, 3, 4, 5, 6, 7, 7, 0, 1)  # in some order, as in the warm-up
+    loaders = [t.train_batches(hp, t.Ranks(rank, R, CPU), steps) for rank in range(R)]
     read = [set() for _ in range(R)]
     for step in steps:
         items = [next(loader) for loader in loaders]
@@ -141,15 +136,12 @@ def test_loader_counts(tmp_path):
                 assert touched.send_counts[b] == items[b][1].receive_counts[a]
                 assert torch.equal(rows, received[b][a] + b * size)
         read = [set() for _ in range(R)]
-    for loader in loaders:
-        loader.close()
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_fewer_ranks_reduce_densely(tmp_path, world):
-    loader = t.TrainLoader(with_shard(tmp_path), t.Ranks(0, world, CPU), range(2))
-    assert [next(loader)[1] for _ in range(2)] == [None, None]
-    loader.close()
+    items = t.train_batches(with_shard(tmp_path), t.Ranks(0, world, CPU), range(2))
+    assert [touched for _, touched in items] == [None, None]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,8 +19,11 @@ import train_gpt as t
 SCRIPT = Path(t.__file__).resolve()
 HEADER = ("step,batch_tokens,max_doc_len,window_short,window_long,lr_factor,muon_momentum,mtp_0,mtp_1,mtp_2,"
           "update_adam,untie_embed")
-SMALL = t.Hyperparameters(**t.PRESETS["demo"] | dict(
-    model_dim=48, head_dim=8, vocab_size=120, batch_unit=64, val_chunk=64, val_tokens=64))
+ONE = t.Ranks(0, 1, torch.device("cpu"))
+# four steps, one of each stage, Adam in the odd ones, embed and lm_head apart from step 3 on
+SIZES = dict(model_dim=48, head_dim=8, vocab_size=120, batch_unit=64, val_chunk=64, val_tokens=64,
+             num_scheduled_iterations=3, num_extension_iterations=1)
+SMALL = dataclasses.replace(t.PRESETS["demo"], **SIZES)
 
 
 def plan_lines(cwd, *args):
@@ -75,12 +79,12 @@ def test_plan_every_column(tmp_path, scheduled, extension):
 
 def test_plan_landmarks():
     """Hand-computed points of the record's schedule."""
-    hp = t.Hyperparameters()
+    hp = t.Recipe()
     plans = [t.plan(step, hp) for step in range(hp.num_steps)]
     assert sum(p.batch_tokens for p in plans) == 393_216_000
-    changes = [i for i in range(1, 1480) if plans[i].window_long != plans[i - 1].window_long]
+    changes = [i for i in range(1, 1480) if plans[i].windows.long != plans[i - 1].windows.long]
     assert changes == [480, 960, 1440]
-    assert [p.step for p in plans if p.untie_embed] == [961]
+    assert [p.step for p in plans if p.unties] == [961]
     assert [p.lr_factor for p in (plans[0], plans[479], plans[480], plans[576])] == [1.0, 1.0, 1.52, 1.52]
     assert plans[577].lr_factor == pytest.approx(1.52 - 1.37 / 864)
     assert plans[1008].lr_factor == pytest.approx(0.94)  # half way from 1.73 to 0.15
@@ -88,137 +92,52 @@ def test_plan_landmarks():
     assert [plans[i].muon_momentum for i in (0, 150, 300, 1430)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
     assert plans[1479].muon_momentum == pytest.approx(0.852)
     assert [len(plans[i].mtp_weights) for i in (0, 479, 480, 959, 960, 1479)] == [3, 3, 2, 2, 1, 1]
-    assert [p.stage for p in (plans[0], plans[480], plans[960], plans[1440])] == [0, 1, 2, 3]
+    assert [p.index for p in (plans[0], plans[480], plans[960], plans[1440])] == [0, 1, 2, 3]
 
 
 def test_quarter_schedule_landmarks():
-    hp = t.Hyperparameters(num_scheduled_iterations=360, num_extension_iterations=10)
+    hp = t.Recipe(num_scheduled_iterations=360, num_extension_iterations=10)
     plans = [t.plan(step, hp) for step in range(hp.num_steps)]
     assert t.stage_bounds(hp) == [0, 120, 240, 360, 370]
-    assert [i for i in range(1, 370) if plans[i].stage != plans[i - 1].stage] == [120, 240, 360]
+    assert [i for i in range(1, 370) if plans[i].index != plans[i - 1].index] == [120, 240, 360]
     assert plans[144].lr_factor == 1.52 and plans[145].lr_factor < 1.52
-    assert [p.step for p in plans if p.untie_embed] == [241]
+    assert [p.step for p in plans if p.unties] == [241]
 
 
 @pytest.mark.parametrize("scheduled", [3, 4, 5, 7, 10, 11, 90])
 def test_untying_happens_once_on_an_adam_step(scheduled):
     """For any length: one split, at the first odd step that is not before stage 3."""
-    hp = t.Hyperparameters(num_scheduled_iterations=scheduled, num_extension_iterations=4)
+    hp = t.Recipe(num_scheduled_iterations=scheduled, num_extension_iterations=4)
     plans = [t.plan(step, hp) for step in range(hp.num_steps)]
-    first = next(p.step for p in plans if p.stage >= 2 and p.step % 2)
-    assert [p.step for p in plans if p.untie_embed] == [first]
-    assert {p.stage for p in plans} == {0, 1, 2, 3}
+    first = next(p.step for p in plans if p.index >= 2 and p.step % 2)
+    assert [p.step for p in plans if p.unties] == [first]
+    assert {p.index for p in plans} == {0, 1, 2, 3}
 
 
-def test_reduction_and_update_order():
-    """The two orders of communication, and which parameters share an update."""
-    assert [row.name for row in t.PARAMS] == [
-        "qk_bank", "vo_bank", "mlp_bank", "scalars", "smear_gate", "skip_gate", "attn_gate_bank", "ve_gate_bank",
-        "lm_head", "bigram_embed", "post_lambdas", "x0_lambdas", "bigram_lambdas", "resid_lambdas", "value_embeds",
-        "embed"]
-    hp = dataclasses.replace(t.Hyperparameters(), **t.PRESETS["demo"] | dict(vocab_size=64, model_dim=48, head_dim=8))
-    optimizer, groups = t.NorMuonAdam(t.GPT(hp), hp, t.Ranks(0, 1, torch.device("cpu"))), []
-    optimizer.tied = False
-    optimizer.update = lambda group, grads, knobs: groups.append([row.name for row in group])
-    optimizer.step(t.plan(1, hp))
-    assert set(groups[0]) == {"scalars", "smear_gate", "skip_gate", "attn_gate_bank", "ve_gate_bank", "post_lambdas",
-                              "x0_lambdas", "bigram_lambdas", "resid_lambdas"}
-    assert groups[1:] == [["value_embeds"], ["bigram_embed"], ["lm_head"], ["embed"], ["qk_bank"], ["vo_bank"],
-                          ["mlp_bank"]]
-    by_turn = [row.name for row in sorted(t.PARAMS, key=lambda row: row.turn)]
-    assert [name for group in groups[1:] for name in group] == by_turn[9:]
+def test_update_order():
+    """Small parameters are updated together and first, then the others in UPDATE_ORDER."""
+    optimizer, groups = t.NorMuonAdam(t.GPT(SMALL), SMALL, ONE), []
+    optimizer.update = lambda group, grads, hypers: groups.append([row.name for row in group])
+    optimizer.step(t.plan(3, SMALL))
+    assert groups[0] == [row.name for row in t.PARAMS if row.reduce == "replicate"]
+    assert groups[1:] == [[name] for name in t.UPDATE_ORDER]
 
 
-ADAM = {  # betas, lr multiplier, decay multiplier, reduction
-    "scalars": (0.9, 0.99, 5, 0, "replicate"), "smear_gate": (0.9, 0.99, 0.01, 0, "replicate"),
-    "skip_gate": (0.9, 0.99, 0.05, 0, "replicate"), "attn_gate_bank": (0.9, 0.99, 1, 1, "replicate"),
-    "ve_gate_bank": (0.9, 0.99, 1, 1, "replicate"), "lm_head": (0.5, 0.95, 1, 150, "shard"),
-    "embed": (0.5, 0.95, 1, 150, "shard"), "bigram_embed": (0.75, 0.95, 75, 5, "sparse"),
-    "value_embeds": (0.75, 0.95, 75, 5, "shard"), "post_lambdas": (0.9, 0.95, 1, 0, "replicate"),
-    "x0_lambdas": (0.9, 0.95, 1, 0, "replicate"), "bigram_lambdas": (0.9, 0.95, 1, 0, "replicate"),
-    "resid_lambdas": (0.9, 0.95, 5, 0, "replicate"),
-}
-
-
-def test_optimizer_table():
-    ours = {r.name: (*r.betas, r.lr_mul, r.wd_mul, r.reduce) for r in t.PARAMS if r.optimizer == "adam"}
-    assert ours == ADAM
-    banks = [r for r in t.PARAMS if r.optimizer == "normuon"]
-    assert [(r.name, r.lr_mul, r.wd_mul, r.reduce) for r in banks] == [
-        (n, 1, 1, "shard") for n in ("qk_bank", "vo_bank", "mlp_bank")]
-    exact = {r.name for r in t.PARAMS if r.dtype == "float32"}
-    assert exact == {"scalars", "post_lambdas", "x0_lambdas", "bigram_lambdas", "resid_lambdas"}
-
-
-def test_record_constants():
-    """The optimizers' and head's tuned numbers."""
-    hp = t.Hyperparameters()
-    assert (hp.muon_lr, hp.muon_wd, hp.muon_beta2, hp.adam_lr, hp.adam_wd, hp.adam_eps) == (
-        0.023, 1.2, 0.9, 0.008, 0.005, 1e-10)
-    assert (hp.model_dim, hp.num_heads, hp.head_dim, hp.padded_vocab, hp.bigram_rows, hp.mlp_dim, hp.bos) == (
-        768, 6, 128, 50304, 251520, 3072, 50256)
-    assert (hp.val_tokens, hp.val_chunk, hp.val_every, hp.final_val_window) == (10_485_760, 262_144, 250, 20)
-    assert (hp.rope_base, hp.attn_scale, t.CAP, t.CAP_SHIFT, t.CAP_WIDTH) == (1024, 0.1, 23, 5, 7.5)
-    assert (t.X_SCALE, t.W_SCALE, t.GRAD_SCALE) == (100 / 448, 1.6 / 448, 0.75 / 448)
-
-
-@pytest.mark.parametrize("world, heads, matrices", [(1, 60, 20), (4, 60, 20), (8, 64, 24)])
-def test_check_tables_accepts_the_model(world, heads, matrices):
+@pytest.mark.parametrize("world, heads, matrices, mlp", [(1, 60, 20, 22), (4, 60, 20, 24), (8, 64, 24, 24)])
+def test_banks_are_padded(world, heads, matrices, mlp):
     """PARAMS covers the model; banks are padded so that the ranks share them evenly."""
     model = t.GPT(SMALL, world)
-    t.check_tables(dict(model.named_parameters()))
-    assert {row.name for row in t.PARAMS} == {name for name, _ in model.named_parameters()}
-    assert (model.qk_bank.shape[0], model.vo_bank.shape[0], model.mlp_bank.shape[0]) == (heads, matrices, 24)
+    assert [row.name for row in t.PARAMS] == [name for name, _ in model.named_parameters()]
+    assert (model.qk_bank.shape[0], model.vo_bank.shape[0], model.mlp_bank.shape[0]) == (heads, matrices, mlp)
     for row in t.PARAMS:
         if row.reduce != "replicate":
             assert getattr(model, row.name).shape[0] % world == 0
 
 
-@pytest.mark.parametrize("index", [0, 5, len(t.PARAMS) - 1])
-def test_check_tables_rejects_a_broken_table(monkeypatch, index):
-    """A missing row, a doubled row or a shared turn is found before training."""
-    model, rows = t.GPT(SMALL), t.PARAMS
-    shared = rows[index]._replace(turn=rows[index - 1].turn)
-    broken = [rows[:index] + rows[index + 1 :], rows + (rows[index],), rows[:index] + (shared,) + rows[index + 1 :]]
-    for table in broken:
-        monkeypatch.setattr(t, "PARAMS", table)
-        with pytest.raises(AssertionError):
-            t.check_tables(dict(model.named_parameters()))
-
-
-@pytest.mark.parametrize("index, change", [(1, dict(window="shrt")), (7, dict(reads=9)), (6, dict(skip_from=6))])
-def test_check_tables_rejects_a_broken_layer(monkeypatch, index, change):
-    layers = list(t.LAYERS)
-    layers[index] = layers[index]._replace(**change)
-    monkeypatch.setattr(t, "LAYERS", tuple(layers))
-    with pytest.raises(AssertionError, match="LAYERS: "):
-        t.GPT(SMALL)
-
-
-def test_parameter_without_a_row(monkeypatch):
-    monkeypatch.setattr(t, "PARAMS", t.PARAMS[1:])
-    with pytest.raises(AssertionError, match="PARAMS does not match the model"):
-        t.GPT(SMALL)
-
-
-def test_layers():
-    """Which layers are paired, long, fed by value tables, without attention, or read the saved stream."""
-    layers = dict(enumerate(t.LAYERS))
-    assert len(layers) == 11
-    assert {i for i, x in layers.items() if x.paired} == {0, 2, 5, 9}
-    assert {i for i, x in layers.items() if x.window == "long"} == {3, 10}
-    assert {i for i, x in layers.items() if x.key_offset} == {3, 10}
-    assert {i: x.value_table for i, x in layers.items() if x.value_table is not None} == {1: 0, 2: 1, 8: 2, 9: 3, 10: 4}
-    assert {i: x.skip_from for i, x in layers.items() if x.window is None} == {6: 3}
-    assert {i: x.reads for i, x in layers.items() if x.reads is not None} == {8: 7, 9: 7, 10: 7}
-    assert t.BACKOUT_LAYER == 7 and t.NUM_VALUE_TABLES == 5 and t.SCALARS == 25
-    assert t.ATTN_INDEX == {0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 7: 6, 8: 7, 9: 8, 10: 9}
-
-
 def test_initial_weights():
     """Ranges, means and zeros of the initial weights; embed is lm_head transposed; padding stays zero."""
     model = t.GPT(SMALL, 8)
-    model.initialize(3)
+    model.initialize()
     bound = math.sqrt(3) * 0.5 * 48**-0.5
     for weight in (model.qk_bank[:60], model.vo_bank[:20], model.mlp_bank[0:22:2]):
         assert weight.abs().max() <= bound and weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
@@ -231,7 +150,19 @@ def test_initial_weights():
     assert torch.equal(model.embed, model.lm_head.T)
     assert (model.post_lambdas == 1).all() and (model.bigram_lambdas == 0.05).all()
     assert torch.allclose(model.resid_lambdas, torch.tensor(1.1).sqrt())
-    assert model.scalars.tolist() == [0.5, 1.0] * 11 + [0.0, 0.5, -1.5]
+    assert model.attn_lambdas.tolist() == [[0.5] * 11, [1.0] * 11]
+    assert (model.smear_lambda.item(), model.backout_lambda.item(), model.skip_lambda.item()) == (0.0, 0.5, -1.5)
+
+
+def test_initial_values_depend_on_seed_and_name_alone():
+    """A parameter's values are the same with other parameters, not with another seed."""
+    fewer = dataclasses.replace(SMALL, params=SMALL.params[1:])
+    for row in fewer.params:
+        if row.init != "lm_head":
+            values = t.initial_values(row, fewer)
+            assert torch.equal(values, t.initial_values(row, SMALL))
+            drawn = "uniform" in row.init or "normal" in row.init
+            assert torch.equal(values, t.initial_values(row, dataclasses.replace(SMALL, seed=1))) != drawn
 
 
 def parse(*args):
@@ -243,7 +174,7 @@ def test_typed_keys():
     hp = parse("--num_scheduled_iterations=360", "--muon_lr=0.5", "--compile=false", "--run_id=a b", "--fp8_head=1")
     given = (hp.num_scheduled_iterations, hp.muon_lr, hp.compile, hp.run_id, hp.fp8_head)
     assert given == (360, 0.5, False, "a b", True)
-    assert parse() == t.Hyperparameters()
+    assert parse() == t.Recipe()
     demo = parse("--val_every=7", "--preset=demo")
     assert demo.val_every == 7 and demo.model_dim == 96 and demo.dtype == "float32" and not demo.compile
     for key, kind in (("seed", int), ("muon_lr", float), ("compile", bool), ("dtype", str)):
@@ -280,6 +211,268 @@ def test_bad_keys(args, parts):
         parse(*args)
     text = str(caught.value)
     assert "\n" not in text and all(part in text for part in parts), text
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """SMALL with shards for it."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("shards")
+    tokens, header = rng.integers(0, 119, 4000), np.zeros(256, "<i4")
+    tokens[::23] = 119
+    header[:3] = 20240520, 1, len(tokens)
+    (folder / "a.bin").write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+    return dataclasses.replace(SMALL, train_files=str(folder / "a.bin"), val_files=str(folder / "a.bin"))
+
+
+def cells(hp, *texts):
+    for text in texts:
+        hp = t.set_cells(hp, text)
+    t.check_recipe(hp)
+    return hp
+
+
+def one_line(monkeypatch, capsys, hp, *args):
+    """The one line with which a run of these arguments, and of hp as the demo, ends at the start."""
+    monkeypatch.setitem(t.PRESETS, "demo", hp)
+    monkeypatch.setattr(t.dist, "is_initialized", lambda: False)
+    lines = set()
+    for flags in ([], ["--plan"], ["--check"]):
+        monkeypatch.setattr(sys, "argv", ["train_gpt.py", "--preset=demo", *flags, *args])
+        with pytest.raises(SystemExit) as ended:
+            t.main()
+        out, err = capsys.readouterr()
+        assert ended.value.code == 1 and out == "" and err.startswith("error: ") and err.count("\n") == 1, err
+        lines.add(err)
+    line, = lines
+    return line
+
+
+@pytest.mark.parametrize("edits, place, allowed", [
+    ({"PARAMS.lm_head.rule": "adamw"}, None, "normuon, muon or adam"),
+    ({"PARAMS.vo_bank.reduce": "replicated"}, None, "replicate, shard or sparse"),
+    ({"PARAMS.x0_lambdas.dtype": "fp32"}, None, "model or float32"),
+    ({"PARAMS.x0_lambdas.betas": None}, None, "two numbers"),
+    ({"STAGES.0.mtp_end": (1.0, 0.5)}, None, "as many weights as mtp_start has, 3"),
+    ({"STAGES.0.mtp_start": (1.0,) * 4, "STAGES.0.mtp_end": (1.0,) * 4}, "STAGES.0.mtp_start", "1 to 3 weights"),
+    ({"STAGES.2.batch": 1.5}, None, "a whole number"),
+    ({"STAGES.1.batch": 0}, None, "a positive whole number"),
+    ({"STAGES.0.length": 0.5}, "STAGES.*.length", "add up to 1"),
+    ({"LAYERS.1.window": "shrt"}, None, "short, long or none"),
+    ({"LAYERS.9.value_table": 7}, "LAYERS.*.value_table", "0, 1, 2 .. without a gap"),
+    ({"LAYERS.9.value_table": 2}, "LAYERS.*.value_table", "each once"),
+    ({"LAYERS.1.reads": "middle"}, None, "an earlier layer (there is none)"),
+    ({"LAYERS.8.reads": "end"}, None, "an earlier layer (early, middle)"),
+    ({"LAYERS.6.skip_from": "middle"}, None, "an earlier layer (early)"),
+    ({"LAYERS.6.skip_from": "end"}, None, "an earlier layer (early)"),
+    ({"LAYERS.6.reads": "early"}, None, "a layer without attention (window=none) has none"),
+    ({"LAYERS.1.value_table": None, "LAYERS.6.value_table": 0}, "LAYERS.6.value_table", "without attention"),
+    ({"READOUT.minus": "midle"}, None, "early, middle"),
+], ids=str)
+def test_bad_cell(monkeypatch, capsys, edits, place, allowed):
+    """Set by --set or edited in the script, it ends every kind of run with its name and what is allowed."""
+    hp, args = SMALL, []
+    for name, value in edits.items():
+        table, row, column = name.split(".") if name.count(".") == 2 else (*name.split(".")[:1], 0, name.split(".")[1])
+        rows = getattr(hp, table.lower())
+        if table == "READOUT":
+            hp = dataclasses.replace(hp, readout=rows._replace(**{column: value}))
+        else:
+            rows = tuple(x._replace(**{column: value}) if row in (str(i), getattr(x, "name", "")) else x
+                         for i, x in enumerate(rows))
+            hp = dataclasses.replace(hp, **{table.lower(): rows})
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else value
+        args.append(f"--set={name}={text}")
+    for line in (one_line(monkeypatch, capsys, hp), one_line(monkeypatch, capsys, SMALL, *args)):
+        assert (place or name) in line and allowed in line, line
+
+
+def test_set_is_typed():
+    """Cells get their column's type; a row is a number or a name, * any; what comes later counts."""
+    hp = cells(SMALL, "LAYERS.6.skip_from=none", "LAYERS.middle.window=long", "LAYERS.8.reads=None", "STAGES.*.tied=0",
+               "LAYERS.10.value_table=none", "STAGES.0.mtp_end=1, 0.5,0", "PARAMS.*_gate.lr=1e-3", "READOUT.cap=20",
+               "STAGES.1.batch=4", "PARAMS.smear_gate.lr=2", "PARAMS.vo_bank.betas=0.5,0.75")
+    row = {row.name: row for row in hp.params}
+    assert (hp.layers[6].skip_from, hp.layers[8].reads, hp.layers[10].value_table) == (None, None, None)
+    assert hp.layers[7].window == "long" and hp.layers[9] == SMALL.layers[9] and hp.stages[0].mtp_end == (1, 0.5, 0)
+    assert [stage.tied for stage in hp.stages] == [False] * 4 and type(hp.stages[1].batch) is int
+    assert (row["smear_gate"].lr, row["skip_gate"].lr, row["vo_bank"].betas) == (2.0, 0.001, (0.5, 0.75))
+    assert type(hp.readout.cap) is float and hp.stages[1].batch == 4
+
+
+@pytest.mark.parametrize("edits, parts", [
+    (["PARAM.lm_head.rule=adam"], ["LAYERS, READOUT, STAGES, PARAMS"]),
+    (["PARAMS.lm_haed.lr=1"], ["PARAMS has the rows", "lm_head"]),
+    (["LAYERS.11.paired=true"], ["LAYERS has the rows 0, ", ", 10"]),
+    (["STAGES.0.bacth=1"], ["STAGES has the columns", "batch"]),
+    (["STAGES.batch=1"], ["TABLE.row.column"]),
+    (["READOUT.cap=high"], ["READOUT's cap takes a number"]),
+    (["PARAMS.lm_head.lr"], ["TABLE.row.column=value"]),
+    (["STAGES.0.tied=maybe"], ["tied takes true or false"]),
+    (["PARAMS.lm_head.lr=nan"], ["PARAMS.lm_head.lr", "a number"]),
+    (["PARAMS.lm_head.every=3"], ["PARAMS.embed.every", "use lm_head's, 3"]),
+    (["PARAMS.smear_gate.rule=normuon"], ["PARAMS.smear_gate.rule", "use adam"]),
+], ids=str)
+def test_bad_set(monkeypatch, capsys, edits, parts):
+    line = one_line(monkeypatch, capsys, SMALL, *(f"--set={edit}" for edit in edits))
+    assert edits[0].split("=")[0].split(".")[0] in line and all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize("row", t.PARAMS, ids=lambda row: row.name)
+def test_missing_parameter(row):
+    with pytest.raises(t.UserError, match=f"^PARAMS: no row for {row.name}, which GPT reads; add one$"):
+        t.check_recipe(dataclasses.replace(SMALL, params=tuple(x for x in t.PARAMS if x != row)))
+
+
+@pytest.mark.parametrize("table, change, parts", [
+    ("params", lambda rows: rows[:3] + rows[4:], ["PARAMS: no row for attn_lambdas, which GPT reads"]),
+    ("params", lambda rows: rows + rows[:1], ["PARAMS: qk_bank has two rows"]),
+    ("params", lambda rows: rows + (rows[4]._replace(name="spare"),), ["PARAMS.spare: no line of GPT reads self.spare"]),
+    ("stages", lambda rows: rows[:2] + rows[3:], ["STAGES.*.length", "add up to 1"]),
+    ("stages", lambda rows: rows[:3], ["--num_extension_iterations=1", "STAGES has no last row with length none"]),
+    ("stages", lambda rows: rows[:1] + rows[3:] + rows[1:3], ["STAGES.*.length", "only the last row"]),
+])
+def test_bad_rows(monkeypatch, capsys, table, change, parts):
+    """Rows that are missing or too many: the line says which, and on which side."""
+    line = one_line(monkeypatch, capsys, dataclasses.replace(SMALL, **{table: change(getattr(SMALL, table))}))
+    assert all(part in line for part in parts), line
+
+
+def edited(folder, *edits):
+    """A copy of the script in which each old text, which stands there once, is a new one."""
+    text = SCRIPT.read_text()
+    for old, new in edits:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (folder / "edited.py").write_text(text)
+    return str(folder / "edited.py")
+
+
+@pytest.mark.parametrize("edit, parts", [
+    (('"lm_head", "D V", "normal 0.005", **HEAD', '"lm_head", "D V", "normal 0.005", **(HEAD | dict(rule="adamw"))'),
+     ["PARAMS.lm_head.rule='adamw'", "normuon, muon or adam"]),
+    (('    Param("x0_lambdas", "L", "0", **LAMBDA),\n', ""), ["PARAMS: no row for x0_lambdas, which GPT reads"]),
+    (('Layer("short", value_table=2, reads="middle")', 'Layer("short", value_table=2, reads="midle")'),
+     ["LAYERS.8.reads='midle'", "early, middle"]),
+    (("    Stage(1 / 3, 3, 16, 5, 11, 1.73, (1.0,), (1.0,)),\n", ""), ["STAGES.*.length", "add up to 1"]),
+])
+def test_bad_edit_without_assertions(tmp_path, unmeasured, edit, parts):
+    """So do edits of the script itself, in a process that skips assertions."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"PYTHONOPTIMIZE": "1"}
+    done = subprocess.run([sys.executable, edited(tmp_path, edit), "--plan"], env=env, cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert all(part in done.stderr for part in ["error: ", *parts]), done.stderr
+
+
+def trained(hp, steps=4):
+    """A run after some steps, whose losses are finite; and these."""
+    run = t.Run(hp, ONE)
+    items = t.train_batches(hp, ONE, range(steps))
+    losses = [run.train_step(*item, t.plan(step, hp)).mean.item() for step, item in enumerate(items)]
+    assert len(losses) == steps and np.isfinite(losses).all()
+    assert all(p.isfinite().all() for p in run.model.parameters())
+    return run, losses
+
+
+@pytest.fixture(scope="module")
+def base(small):
+    return trained(small)
+
+
+def ignores(*names):
+    """The loss depends on none of these parameters."""
+    def check(run, losses, base):
+        (batch, *_), _ = next(t.train_batches(run.hp, ONE, range(1)))
+
+        @torch.no_grad()
+        def loss():
+            return run.model.val_losses(batch, run.model.lookup(batch), t.plan(0, run.hp).windows)
+
+        before = loss()
+        with torch.no_grad():
+            for name in names:
+                getattr(run.model, name).normal_()
+        return torch.equal(loss(), before)
+    return check
+
+
+def stays(name, value):
+    return lambda run, losses, base: (getattr(run.model, name) == value).all()
+
+
+def differs(run, losses, base):
+    """From the first or second step on: from the run with the technique."""
+    return losses[:3] != base[1][:3]
+
+
+def weights_differ(run, losses, base):
+    return not torch.equal(run.model.lm_head, base[0].model.lm_head)
+
+
+def plans(check):
+    return lambda run, losses, base: all(check(t.plan(step, run.hp), run.hp) for step in range(4))
+
+
+def apart_after_step_1(run, losses, base):
+    model, tied = (trained(hp, 2)[0].model for hp in (run.hp, base[0].hp))
+    return not torch.allclose(model.embed, model.lm_head.T, atol=1e-3) and torch.equal(tied.embed, tied.lm_head.T)
+
+
+def moved_at_once(run, losses, base):
+    """Adam's parameters move in the first step, which is not their turn otherwise."""
+    early, start = trained(run.hp, 1)[0].model, t.initial_values(run.optimizer.row["lm_head"], run.hp)
+    return not torch.equal(early.lm_head, start) and torch.equal(trained(base[0].hp, 1)[0].model.lm_head, start)
+
+
+@pytest.mark.parametrize("edits, check", [
+    (["LAYERS.*.key_offset=false"], differs),
+    (["LAYERS.*.gate=false"], ignores("attn_gate_bank")),
+    (["LAYERS.*.value_gate=false"], ignores("ve_gate_bank")),
+    (["PARAMS.smear_lambda.lr=0"], ignores("smear_gate")),
+    (["PARAMS.backout_lambda.init=0", "PARAMS.backout_lambda.lr=0"], stays("backout_lambda", 0)),
+    (["LAYERS.6.skip_from=none"], ignores("skip_gate", "skip_lambda")),
+    (["PARAMS.x0_lambdas.lr=0"], stays("x0_lambdas", 0)),
+    (["PARAMS.bigram_lambdas.init=0", "PARAMS.bigram_lambdas.lr=0"], ignores("bigram_embed")),
+    (["LAYERS.*.paired=false"], differs),
+    (["STAGES.*.yarn=false"], plans(lambda now, hp: now.windows.scale == hp.attn_scale and torch.equal(
+        t.rotation(hp, now.index)[0], t.rotation(hp, 0)[0]))),
+    (["PARAMS.*.cautious=false"], weights_differ),
+    ([f"PARAMS.{name}.rule=muon" for name in ("qk_bank", "vo_bank", "mlp_bank")],
+     lambda run, *_: all("second" not in run.optimizer.moments[name] for name in ("qk_bank", "vo_bank", "mlp_bank"))),
+    (["READOUT.cap=80", "READOUT.cap_shift=0", "READOUT.cap_width=20"], differs),
+    (["STAGES.*.mtp_start=1", "STAGES.*.mtp_end=1"], plans(lambda now, hp: now.mtp_weights == (1.0,))),
+    (["STAGES.*.tied=true"], lambda run, *_: torch.equal(run.model.embed, run.model.lm_head.T)),
+    (["STAGES.*.tied=false"], apart_after_step_1),
+    (["PARAMS.*.every=1"], moved_at_once),
+    (["PARAMS.vo_bank.init=0"], lambda run, *_: not t.initial_values(run.optimizer.row["vo_bank"], run.hp).any()),
+], ids=lambda x: x[0] if isinstance(x, list) else "")
+def test_switched_off(small, base, edits, check):
+    """Each technique can be switched off by cells, and the run trains on; the check sees that it is off."""
+    run, losses = trained(cells(small, *edits))
+    assert check(run, losses, base)
+
+
+@pytest.mark.parametrize("edits, check", [
+    ([('    Layer("short"),\n', '    Layer("short"),\n' * 2)], lambda x: len(x["qk_bank"]) == 66),
+    ([("    Stage(1 / 3, 2, 16, 3, 7,", "    Stage(1 / 6, 2, 12, 2, 5, 1.2, (1.0, 0.5), (1.0, 0.5), tied=True),\n"
+       "    Stage(1 / 6, 2, 16, 3, 7,")], lambda x: True),
+    ([('"vo_bank", "2*A D D", "uniform", "normuon",', '"vo_bank", "2*A D D", "uniform", "adam", betas=(0.9, 0.95),')],
+     lambda x: x["vo_bank.first"].any() and "vo_bank.momentum" not in x),
+    ([('    Param("smear_gate",', '    Param("x0_scale", "1", "1", **SCALAR),\n    Param("smear_gate",'),
+      ("        gate_in = x0[:, :GATE_INPUTS]\n",
+       "        x0 = x0 * self.x0_scale[0]\n        gate_in = x0[:, :GATE_INPUTS]\n")], lambda x: x["x0_scale"] != 1),
+], ids=["one more layer is a row", "one more stage is a row and a length", "Adam for a bank is its row",
+        "one more parameter is a row and its use"])
+def test_places_of_an_edit(tmp_path, small, unmeasured, edits, check):
+    """What a change of the algorithm takes; the edited script trains, and its checkpoint has what is new."""
+    keys = SIZES | dict(num_scheduled_iterations=6, train_files=small.train_files, val_files=small.val_files,
+                        save_final=True, run_id="new", log_dir=tmp_path)
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run([sys.executable, edited(tmp_path, *edits), "--preset=demo",
+                           *(f"--{key}={value}" for key, value in keys.items())], env=env, cwd=tmp_path,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert check(torch.load(tmp_path / "new_step7.pt", weights_only=True)["tensors"])
 
 
 def test_import_has_no_side_effects(tmp_path):
