@@ -1,6 +1,7 @@
 """Shared set-up: the script importable as a module, a process group of one, small shards."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,13 +46,12 @@ def checkpoint(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("checkpoint")
     data = {f"{kind}_files": f"{ROOT}/data/sample/fineweb_{kind}_*.bin" for kind in ("train", "val")}
-    hp = t.Hyperparameters(**t.PRESETS["demo"] | data | dict(
-        model_dim=48, head_dim=8, batch_unit=128, val_tokens=256, val_chunk=256, val_every=0,
-        num_scheduled_iterations=3, num_extension_iterations=1, save_every=3, save_final=True, run_id="run",
-        log_dir=str(folder)))
+    hp = replace(t.PRESETS["demo"], **data, model_dim=48, head_dim=8, batch_unit=128, val_tokens=256, val_chunk=256,
+                 val_every=0, num_scheduled_iterations=3, num_extension_iterations=1, save_every=3, save_final=True,
+                 run_id="run", log_dir=str(folder))
     ranks = t.Ranks(0, 1, torch.device("cpu"))
     log = t.Log(hp, ranks)
-    t.train(hp, ranks, "reference", "reference", log, None, t.Watch(ranks, log))
+    t.train(t.Run(hp, ranks), log, t.Watch(ranks, log), None)
     log.close()
     return {step: str(folder / f"run_step{step}.pt") for step in (3, 4)}
 
