@@ -184,7 +184,7 @@ BAD = {  # name: words that the error must contain (the cause, the file or key, 
     "not enough val tokens": ["fineweb_val_000000.bin", "1000 tokens", "1025", "--val_tokens"],
     "three ranks": ["3 ranks", "1, 2, 4 or 8"],
     "attention that cannot run": ["--attention=torch", "bfloat16", "--attention=auto"],
-    "kernels that cannot run": ["--kernels=triton", "bfloat16", "--kernels=auto"],
+    "kernels that cannot run": ["--kernels=hopper", "bfloat16", "--kernels=auto"],
     "log_dir is a file": ["occupied", "--log_dir"],
 }
 FULL_LENGTH = 2 * (128 + 256 + 384) + 2 * 384  # tokens of the schedule's 8 steps
@@ -205,7 +205,7 @@ def bad_arguments(name, folder):
     elif name == "attention that cannot run":
         more = ["--attention=torch"]
     elif name == "kernels that cannot run":
-        more = ["--kernels=triton"]
+        more = ["--kernels=hopper"]
     elif name == "missing val data":
         files["val_files"] = f"{folder}/nothing_*.bin"
     elif name == "truncated shard":
