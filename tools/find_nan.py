@@ -72,8 +72,9 @@ def bad_parameters(run: t.Run) -> list[str]:
     return list(dict.fromkeys(itertools.chain(*gathered(names))))
 
 
-def find(hp: t.Recipe, ranks: t.Ranks) -> str:
+def find(asked: t.Recipe, ranks: t.Ranks) -> str:
     """The answer in one line; UserError if there is none."""
+    hp = t.on_every_rank(lambda: t.choose_backends(asked, ranks.device))
     saved = t.on_every_rank(lambda: t.read_checkpoint(hp.resume, hp))
     run = t.Run(hp, ranks, t.choose_ops(hp))
     plain = t.Run(replace(hp, compile=False, graphs=False), ranks, run.model.ops)  # holds the state before each step
@@ -108,7 +109,6 @@ def main() -> None:
     with t.one_line_errors():
         hp, _ = t.parse_args(sys.argv[1:])
         ranks = t.setup_ranks(hp)
-        hp = t.on_every_rank(lambda: t.choose_backends(hp, ranks.device))
         t.on_every_rank(lambda: t.check_data(hp))
         answer = find(hp, ranks)
         if ranks.rank == 0:
