@@ -87,7 +87,7 @@ def find(asked: t.Recipe, ranks: t.Ranks) -> str:
                 kept.tensor.copy_(ours.tensor)
             (batches, touched), now = next(loader), t.plan(step, hp)
             loss = run.train_step(batches, touched, now)
-            bad = bad_parameters(run) + ["the loss"] * any(gathered(not loss.own.isfinite().item()))
+            bad = bad_parameters(run) + ["the loss"] * (not loss.mean.isfinite())
             if bad:
                 break
         else:
