@@ -1,5 +1,6 @@
 """tools/find_nan.py: an injected nan is found by operation, layer, rank and step; what a run prints can be pasted."""
 
+import math
 import os
 import re
 import subprocess
@@ -17,30 +18,15 @@ import train_gpt as t
 
 ROOT = Path(t.__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+ONE = t.Ranks(0, 1, torch.device("cpu"))
 SIZES = dict(model_dim=48, head_dim=8, vocab_size=256, batch_unit=128, val_tokens=512, val_chunk=256, val_every=0,
              num_scheduled_iterations=6, num_extension_iterations=2, run_id="run")
-# The tool with a nan in the fourth step of the named rank
-INJECTED = f"""
-import math, os, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tools")!r}]
-import find_nan
-import train_gpt as t
-
-where, victim = os.environ["FAULT"].split()
-
-def poison(run, batches, touched, now, train_step=t.Run.train_step):
-    bad = now.step == 3 and int(os.environ.get("RANK", 0)) == int(victim)
-    if bad and where == "forward":
-        run.model.resid_lambdas.data[3, 1] = 3e38
-    if bad and where == "update":
-        now = now._replace(lr_factor=1e40)
-    hook = run.model.attn_gate_bank.register_hook(lambda g: g * math.nan if bad and where == "backward" else g)
-    loss = train_step(run, batches, touched, now)
-    hook.remove()
-    return loss
-
-t.Run.train_step = poison
-find_nan.main()
+SCRIPT = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tools")!r}, {str(ROOT / "tests")!r}]
+import test_find_nan as test
+test.t.Run.train_step = test.poisoned("forward", victim=1)
+test.find_nan.main()
 """
 FOUND = {  # by where the nan is made; with the place's first names only, as functions may be cut otherwise
     "forward": r"aten\.mul\.Tensor in .*\bof trunk:\d+.*, layer 3, and reached .*mlp_bank.*, the loss",
@@ -72,51 +58,67 @@ def run(command, **env):
                           text=True, timeout=120)
 
 
-def injected(hp, folder, where, victim, world, **more):
-    """The tool's run with a nan."""
-    (folder / "injected.py").write_text(INJECTED)
-    launcher = [*TORCHRUN, f"--nproc_per_node={world}"] if world > 1 else [sys.executable]
-    return run([*launcher, folder / "injected.py", *arguments(hp, **more)], FAULT=f"{where} {victim}")
+def poisoned(where, victim, train_step=t.Run.train_step):
+    """train_step, with a nan in the fourth step of one rank."""
+    def step(run, batches, touched, now):
+        bad = now.step == 3 and run.ranks.rank == victim
+        if bad and where == "forward":
+            run.model.resid_lambdas.data[3, 1] = 3e38
+        if bad and where == "update":
+            now = now._replace(lr_factor=1e40)
+        hook = run.model.attn_gate_bank.register_hook(lambda g: g * math.nan if bad and where == "backward" else g)
+        loss = train_step(run, batches, touched, now)
+        hook.remove()
+        return loss
+
+    return step
 
 
-@pytest.mark.parametrize("where, victim, world", [
-    ("forward", 0, 1), ("backward", 0, 1), ("update", 0, 1), ("forward", 1, 2)])
-def test_place_of_the_first_nan(hp, tmp_path, where, victim, world):
-    """Operation, layer, rank and step, in one line; nothing is written."""
-    done = injected(hp, tmp_path, where, victim, world, log_dir=str(tmp_path / "logs"))
+@pytest.mark.parametrize("where", FOUND)
+def test_place_of_the_first_nan(hp, monkeypatch, where):
+    """Operation, layer, rank and step, in one line."""
+    monkeypatch.setattr(t.Run, "train_step", poisoned(where, victim=0))
+    found = find_nan.find(hp, ONE)
+    assert re.fullmatch(rf"it began on rank 0 in step 4 with {FOUND[where]}", found), found
+
+
+def test_nan_on_one_of_two_ranks(hp, tmp_path):
+    """That rank is named, once; nothing is written."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = run([*TORCHRUN, "--nproc_per_node=2", tmp_path / "script.py", *arguments(hp, log_dir=tmp_path / "logs")])
     assert done.returncode == 0, done.stderr
-    expected = rf"it began on rank {victim} in step 4 with {FOUND[where]}\n"
+    expected = rf"it began on rank 1 in step 4 with {FOUND['forward']}\n"
     assert re.fullmatch(expected, done.stdout), done.stdout
-    assert os.listdir(tmp_path) == ["injected.py"]
+    assert os.listdir(tmp_path) == ["script.py"]
 
 
-def test_all_finite(hp, tmp_path):
+def test_all_finite(hp):
     """One line that suspects the hardware."""
     done = run([sys.executable, "tools/find_nan.py", *arguments(hp)])
     assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: all is finite in steps 1 to 8: suspect the hardware")
 
 
-def test_from_a_checkpoint(hp, tmp_path):
+def test_from_a_checkpoint(hp, tmp_path, monkeypatch):
     """The steps after it are repeated; one that holds a nan itself is refused."""
     hp = replace(hp, log_dir=str(tmp_path), save_every=3)
-    ranks = t.Ranks(0, 1, torch.device("cpu"))
-    log = t.Log(hp, ranks)
-    t.train(t.Run(hp, ranks), log, t.Watch(ranks, log), None)
+    log = t.Log(hp, ONE)
+    t.train(t.Run(hp, ONE), log, t.Watch(ONE, log), None)
     log.close()
     (tmp_path / "run_step6.pt").unlink()
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     path = tmp_path / "run_step3.pt"
     hp = replace(hp, resume=str(path))
-    (tmp_path / "new").mkdir()
-    done = injected(hp, tmp_path / "new", "forward", 0, 1)
-    assert "began on rank 0 in step 4 with aten.mul.Tensor" in done.stdout and "layer 3" in done.stdout, done.stderr
+    steps, poison = [], poisoned("forward", victim=0)
+    monkeypatch.setattr(t.Run, "train_step", lambda *args: steps.append(args[-1].step) or poison(*args))
+    assert "step 4 with aten.mul.Tensor" in find_nan.find(hp, ONE)
+    assert steps == [3, 3]
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in before} == before
     saved = torch.load(path, weights_only=True)
     saved["tensors"]["vo_bank"][0] = float("nan")
     torch.save(saved, path)
     with pytest.raises(t.UserError, match="run_step3.pt holds nan or inf in vo_bank: begin earlier"):
-        find_nan.find(hp, ranks)
+        find_nan.find(hp, ONE)
 
 
 def test_what_a_run_prints_can_be_pasted(hp):
@@ -143,7 +145,7 @@ def test_nan_of_compiled_code_only(hp, monkeypatch):
 
     monkeypatch.setattr(t.Run, "train_step", poison)
     with pytest.raises(t.UserError, match="step 2 reached qk_bank, but not without torch.compile and graphs"):
-        find_nan.find(hp, t.Ranks(0, 1, torch.device("cpu")))
+        find_nan.find(hp, ONE)
 
 
 def test_nan_in_autograds_own_thread():
