@@ -36,13 +36,15 @@ def test_next_token_distribution(loaded, checkpoint):
     hp = saved["hp"]
     other = t.GPT(hp, 2)  # set up by hand, with validation's windows at the end of a run
     other.load_state_dict(saved["tensors"], strict=False)
-    other.set_stage(len(t.STAGES) - 1)
-    geometry = t.Geometry(6 * hp.block, hp.final_val_window * hp.block, len(tokens), other.scale)
+    last = len(hp.stages) - 1
+    other.set_stage(last)
+    windows = t.Windows(6 * hp.block, hp.final_val_window * hp.block, len(tokens), t.rotation(hp, last)[1])
     batch = g.pack(other, tokens, [len(tokens)])
     batch = batch._replace(targets=torch.tensor([*tokens[1:], 11]))
     with torch.no_grad():
-        losses = other.token_losses(batch, other.lookup(batch), geometry)
-        padding = t.softcap(other.trunk(batch, other.lookup(batch), geometry) @ other.lm_head).softmax(-1)[:, 50257:]
+        losses = other.val_losses(batch, other.lookup(batch), windows)
+        x = other.trunk(batch, other.lookup(batch), windows, t.PLAIN)
+        padding = t.softcap(x @ other.lm_head, *other.cap).softmax(-1)[:, 50257:]
     assert losses.std() > 0.1
     for n in range(1, len(tokens) + 1):
         logits = g.next_logits(*loaded, tokens[:n])
@@ -54,9 +56,9 @@ def test_next_token_distribution(loaded, checkpoint):
 def test_windows_follow_the_checkpoint(checkpoint):
     """During the run those of the next step, at its end those of the last validation."""
     for step, short, long in ((3, 6, 13), (4, 6, 20)):
-        model, geometry = g.load_model(checkpoint[step])
-        assert geometry[:2] == (short * 16, long * 16) and model.stage == 3
-        assert geometry.scale == t.stage_rotation(model.hp, 3)[1]
+        model, windows = g.load_model(checkpoint[step])
+        assert windows[:2] == (short * 16, long * 16) and model.index == 3
+        assert windows.scale == t.rotation(model.hp, 3)[1]
 
 
 def test_long_texts_lose_their_beginning(loaded):

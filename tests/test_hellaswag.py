@@ -27,23 +27,23 @@ def run(*args):
 @pytest.fixture(scope="module")
 def loaded(checkpoint):
     """The model with fp32 rotary tables: those in bf16 are exact to 3 digits only, and differ by place in a pack."""
-    model, geometry = h.load_model(checkpoint[4])
-    angle = torch.outer(torch.arange(len(model.cos)), t.stage_rotation(model.hp, 3)[0])
+    model, windows = h.load_model(checkpoint[4])
+    angle = torch.outer(torch.arange(len(model.cos)), t.rotation(model.hp, 3)[0])
     model.cos, model.sin = angle.cos(), angle.sin()
-    return model, geometry
+    return model, windows
 
 
-def direct(model, geometry, context, ending):
+def direct(model, windows, context, ending):
     """The mean loss of one ending, alone behind three full stops, from the probability of each token."""
     encode = h.tokenizer().encode_ordinary
     before, after = [50256, *encode(context)], encode(" " + ending)
     tokens = [13, 13, 13, *before, *after]
-    ids = t.bigram_ids(np.array(tokens), model.hp.bigram_rows)
+    ids = t.bigram_ids(np.array(tokens), model.sizes["B"])
     batch = t.Batch(torch.tensor(tokens), None, torch.from_numpy(ids), torch.tensor([0, 1, 2, 3, len(tokens)]).int(),
                     torch.tensor(tokens).argsort(stable=True).int())
-    x = model.trunk(batch, model.lookup(batch), geometry._replace(max_len=len(tokens)))
+    x = model.trunk(batch, model.lookup(batch), windows._replace(max_doc=len(tokens)), model.val_ops)
     first = len(tokens) - len(after)
-    p = t.softcap(x[first - 1 : -1] @ model.lm_head).double().softmax(-1)  # of each token of the ending
+    p = t.softcap(x[first - 1 : -1] @ model.lm_head, *model.cap).double().softmax(-1)  # of each token of the ending
     return float(np.mean([-row[token].log().item() for row, token in zip(p, after, strict=True)]))
 
 

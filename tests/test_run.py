@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+import train_gpt as t
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_gpt.py"
 SAMPLE = ROOT / "data" / "sample"
@@ -88,6 +90,31 @@ def test_log_file(bundled):
     # the terminal shows the same lines; without a terminal no progress bar is mixed in
     assert [line for line in done.stdout.splitlines() if line.startswith("step:")] == lines
     assert "\r" not in done.stdout + done.stderr
+
+
+def test_tables_in_the_log(bundled):
+    """LAYERS, STAGES and PARAMS in aligned columns: every cell of the recipe, and the steps of each stage."""
+    hp, _ = t.parse_args(SHORT)
+    text = (bundled[1] / "one.txt").read_text().split("=" * 100)[-2]
+    tables = {}
+    for table in ("LAYERS", "STAGES", "PARAMS"):
+        head, *lines = re.search(rf"^{table}\n(.*?)\n\n", text, re.S | re.M)[1].splitlines()
+        starts = [found.start() for found in re.finditer(r"\S+", head)]
+        assert all(line[a - 2 : a] in ("", "  ") and line[a] != " " for line in lines for a in starts)
+        cells = [[line[a:b].strip() for a, b in zip(starts, [*starts[1:], None])] for line in lines]
+        tables[table] = [dict(zip(head.split(), row)) for row in cells]
+        rows = getattr(hp, table.lower())
+        assert [row["row"] for row in tables[table]] == [str(i) for i in range(len(rows))]
+        for row, expected in zip(tables[table], rows):
+            for column, value in expected._asdict().items():
+                assert row[column].replace(" ", "") == (str(value).replace(" ", "") or "-")
+    assert str(hp.readout) in text
+    for row, first, end in zip(tables["STAGES"], t.stage_bounds(hp), t.stage_bounds(hp)[1:]):
+        assert row["steps"] == f"{first}-{end - 1}"
+        assert int(row["tokens"]) == sum(t.plan(step, hp).batch_tokens for step in range(first, end))
+    with torch.device("meta"):
+        shapes = {name: "x".join(map(str, p.shape)) for name, p in t.GPT(hp).named_parameters()}
+    assert {row["name"]: row["sizes"] for row in tables["PARAMS"]} == shapes
 
 
 def test_training_lowers_the_losses(bundled):
@@ -184,7 +211,7 @@ BAD = {  # name: words that the error must contain (the cause, the file or key, 
     "not enough val tokens": ["fineweb_val_000000.bin", "1000 tokens", "1025", "--val_tokens"],
     "three ranks": ["3 ranks", "1, 2, 4 or 8"],
     "attention that cannot run": ["--attention=torch", "bfloat16", "--attention=auto"],
-    "kernels that cannot run": ["--kernels=triton", "bfloat16", "--kernels=auto"],
+    "kernels that cannot run": ["--kernels=hopper", "bfloat16", "--kernels=auto"],
     "log_dir is a file": ["occupied", "--log_dir"],
 }
 FULL_LENGTH = 2 * (128 + 256 + 384) + 2 * 384  # tokens of the schedule's 8 steps
@@ -205,7 +232,7 @@ def bad_arguments(name, folder):
     elif name == "attention that cannot run":
         more = ["--attention=torch"]
     elif name == "kernels that cannot run":
-        more = ["--kernels=triton"]
+        more = ["--kernels=hopper"]
     elif name == "missing val data":
         files["val_files"] = f"{folder}/nothing_*.bin"
     elif name == "truncated shard":

@@ -10,6 +10,8 @@ nothing failed, 1 if something did, 2 for a bad argument.
 """
 
 import argparse
+import contextlib
+import glob
 import importlib.metadata
 import os
 import platform
@@ -51,7 +53,7 @@ REDUCED = 2**20  # floats that every GPU brings to the all-reduce
 class Case(NamedTuple):
     """What is checked: a run, and where it would be."""
 
-    hp: t.Hyperparameters
+    hp: t.Recipe
     device: torch.device
 
 
@@ -131,31 +133,34 @@ def check_versions(case: Case) -> Line:
     return Line("ok", f"Python {python}, torch {torch.__version__}, CUDA {torch.version.cuda}; the others as pinned")
 
 
-def choice(case: Case, key: str, names: Iterable[str], choose: Callable) -> Line:
-    """What `choose` takes for this run, of the names in order of speed, and which others could be asked for."""
+def choice(case: Case, key: str, names: Iterable[str]) -> Line:
+    """What the run takes of the names in order of speed, and which others could be asked for."""
+    def choose(name: str) -> str:
+        return getattr(t.choose_backends(replace(auto, **{key: name}), case.device), key)
+
+    auto = replace(case.hp, attention="auto", kernels="auto")
     usable = []
     for name in names:
-        try:
-            usable.append(choose(replace(case.hp, **{key: name}), case.device))
-        except t.UserError:
-            pass
-    chosen = choose(case.hp, case.device)
+        with contextlib.suppress(t.UserError):
+            usable.append(choose(name))
+    chosen = choose(getattr(case.hp, key))
     text = f"{chosen} (usable here: {', '.join(usable)})"
     if case.device.type == "cpu" or getattr(case.hp, key) != "auto" or chosen == next(iter(names)):
         return Line("ok", text)
-    return Line("warn", text, "" if t.gpu_generation(case.device) == t.HOPPER else "faster ones need a Hopper GPU")
+    return Line("warn", text, "" if t.gpu_generation(case.device) == t.HOPPER_GPU else "faster ones need a Hopper GPU")
 
 
 def check_attention(case: Case) -> Line:
     """The attention backend is the fastest there is."""
-    return choice(case, "attention", t.ATTENTION_BACKENDS, t.choose_attention)
+    return choice(case, "attention", t.ATTENTION_BACKENDS)
 
 
 def check_kernels(case: Case) -> Line:
     """The kernels are the fastest there are, and can be imported."""
-    if t.choose_kernels(case.hp, case.device) == "quack":
+    line = choice(case, "kernels", ("hopper", "plain"))
+    if line.text.startswith("hopper"):
         t.quack_products()  # a package that is there may still fail to import
-    return choice(case, "kernels", t.KERNELS, t.choose_kernels)
+    return line
 
 
 def fp8_error(device: torch.device) -> float:
@@ -228,25 +233,25 @@ def check_nccl(case: Case) -> Line:
     return Line("ok", f"the sum over {count} GPUs is right, after {time.monotonic() - start:.0f} s")
 
 
-def missing_shards(hp: t.Hyperparameters) -> list[Path]:
+def missing_shards(hp: t.Recipe) -> list[Path]:
     """The shards that run.sh would download; none if the run reads other files."""
-    if hp.train_files != t.Hyperparameters.train_files:
+    if hp.train_files != t.Recipe.train_files:
         return []
     paths = [Path(hp.train_files).with_name(downloader.shard_name("fineweb", i)) for i in range(RUN_SHARDS + 1)]
     return [path for path in paths if not downloader.intact(path)]
 
 
-def checkpoint_bytes(hp: t.Hyperparameters) -> int:
+def checkpoint_bytes(hp: t.Recipe) -> int:
     """The most that one checkpoint takes."""
     one = t.Ranks(0, 1, torch.device("meta"))
     with one.device:
-        return sum(x.nbytes for _, x, _ in t.NorMuonAdam(t.GPT(hp), hp, one).tensors())
+        return sum(state.tensor.nbytes for state in t.NorMuonAdam(t.GPT(hp), hp, one).states())
 
 
 def check_disk(case: Case) -> Line:
     """There is room for the log, for checkpoints, and for shards that are still to come."""
     hp = case.hp
-    saves = sum(t.saves(step, hp) for step in range(1, hp.num_steps + 1))
+    saves = sum(t.checkpoint_due(step, hp) for step in range(1, hp.num_steps + 1))
     needs = [(Path(hp.log_dir), LOG_BYTES + (saves and saves * checkpoint_bytes(hp)), "--log_dir")]
     if missing := missing_shards(hp):
         needs.append((missing[0].parent, len(missing) * SHARD_BYTES, "--train_files"))
@@ -265,13 +270,19 @@ def check_disk(case: Case) -> Line:
 def check_shards(case: Case) -> Line:
     """The shards are intact and last the whole schedule."""
     hp = case.hp
-    files = t.find_shards(hp.train_files, "train_files")
-    held = sum(t.read_header(path) for path in files)
+    files = sorted(glob.glob(hp.train_files))
+    if not files or not glob.glob(hp.val_files):
+        t.check_data(hp)  # says what is missing
+    for path in files:
+        t.check_shard(path, hp.bos, 0)
+    held = sum(Path(path).stat().st_size - 4 * t.HEADER_INTS for path in files) // 2
     shards = f"{len(files)} train shard{'s' * (len(files) != 1)} of {held:,} tokens"
     needed = sum(t.plan(step, hp).batch_tokens for step in range(hp.num_steps))
     if held < needed:
         return Line("fail", f"{shards}; the schedule reads {needed:,}")
-    t.read_val_tokens(hp)
+    val = sorted(glob.glob(hp.val_files))[0]
+    t.require(len(t.check_shard(val, hp.bos, hp.val_tokens + 1)) > hp.val_tokens,
+              f"{val} has fewer than the {hp.val_tokens + 1} tokens of validation; lower --val_tokens")
     return Line("ok", f"{shards} for {needed:,} or more; val tokens are there")
 
 
@@ -279,8 +290,7 @@ def check_run(case: Case) -> Line:
     """What train_gpt.py --check looks at: all documents of the schedule, and the checkpoint of --resume."""
     hp = case.hp
     t.check_data(hp)
-    if hp.resume:
-        t.read_checkpoint(hp.resume, hp)
+    t.read_checkpoint(hp.resume, hp)
     return Line("ok", f"the train shards last all {hp.num_steps} steps{'; the checkpoint fits' if hp.resume else ''}")
 
 
@@ -311,7 +321,7 @@ CHECKS = (
     Check("driver", check_driver, "update the driver, or install a torch for an older CUDA"),
     Check("versions", check_versions, "pip install -r requirements.txt (and requirements-gpu.txt on Hopper)"),
     Check("attention", check_attention, "pip install -r requirements-gpu.txt, or ask for --attention=torch"),
-    Check("kernels", check_kernels, "pip install -r requirements-gpu.txt, or ask for --kernels=triton"),
+    Check("kernels", check_kernels, "pip install -r requirements-gpu.txt, or ask for --kernels=plain"),
     Check("FP8", check_fp8, "--fp8_head=false computes the head in the weights' type, which is slower"),
     Check("NVLink", check_nvlink, "gradients travel slower without NVLink: expect longer steps"),
     Check("NCCL", check_nccl, "run again with NCCL_DEBUG=INFO to see where it stops; a container needs --shm-size=8g",

@@ -24,42 +24,46 @@ from shards import DataError
 import train_gpt as t
 
 
-def load_model(path: str) -> tuple[t.GPT, t.Geometry]:
-    """A checkpoint's model, uncompiled and with reference kernels, and the windows that it would validate with."""
+def load_model(path: str) -> tuple[t.GPT, t.Windows]:
+    """A checkpoint's model, uncompiled and with plain operations, and the windows that it would validate with."""
     saved = t.read_checkpoint(path)
-    hp, step = replace(saved["hp"], attention="auto", compile=False), saved["step"]
+    step = saved["step"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    hp = replace(saved["hp"], attention="auto", kernels="plain", compile=False)
     if hp.vocab_size != tokenizer().n_vocab:
         raise t.UserError(f"{path}: trained on {hp.vocab_size} tokens, GPT-2 has {tokenizer().n_vocab}; choose another")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    hp = t.choose_backends(hp, device)
     with torch.device(device):
         model = t.GPT(hp).requires_grad_(False)
     for name, p in model.named_parameters():
         p.copy_(saved["tensors"][name])
-    model.use(t.choose_attention(hp, device), "reference")
+    model.val_ops = t.choose_ops(hp, training=False)
     last = step == hp.num_steps
-    return model, t.val_geometry(model, t.plan(step - last, hp), last, 0)
+    now = t.plan(step - last, hp)
+    model.set_stage(now.index)
+    long = hp.final_val_window * hp.block if last else now.windows.long
+    return model, now.windows._replace(long=long, segment=0)
 
 
 def pack(model: t.GPT, tokens: list[int], ends: list[int]) -> t.Batch:
     """Tokens [T] and the ends of their documents as a batch; the last target is 0."""
-    packer = t.Packer(model.hp, t.Ranks(0, 1, model.cos.device))
-    return t.Batch(*(x.to(model.cos.device) for x in packer((np.array([*tokens, 0]), np.array(ends)))))
+    return t.to_device(t.pack(model.hp, [(np.array([*tokens, 0], np.uint16), np.array(ends))]), model.cos.device)
 
 
-def next_logits(model: t.GPT, geometry: t.Geometry, tokens: list[int]) -> torch.Tensor:
+def next_logits(model: t.GPT, windows: t.Windows, tokens: list[int]) -> torch.Tensor:
     """Logits [vocab_size], fp32 on the CPU, of the token after these of one document."""
-    tokens = tokens[-min(t.STAGES[-1].max_doc * model.hp.block, len(model.cos) // 2) :]
+    tokens = tokens[-min(model.hp.stages[-1].max_doc * model.hp.block, len(model.cos) // 2) :]
     batch = pack(model, tokens, [len(tokens)])
-    x = model.trunk(batch, model.lookup(batch), geometry._replace(max_len=len(tokens)))
-    return t.softcap(x[-1] @ model.lm_head)[: model.hp.vocab_size].cpu()
+    x = model.trunk(batch, model.lookup(batch), windows._replace(max_doc=len(tokens)), model.val_ops)
+    return t.softcap(x[-1] @ model.lm_head, *model.cap)[: model.hp.vocab_size].cpu()
 
 
-def sample(model: t.GPT, geometry: t.Geometry, tokens: list[int], count: int, temperature: float, top_k: int,
+def sample(model: t.GPT, windows: t.Windows, tokens: list[int], count: int, temperature: float, top_k: int,
            seed: int) -> Iterator[int]:
     """Up to `count` tokens that follow; temperature 0 takes the likeliest, top_k 0 draws from all."""
     generator, V = torch.Generator().manual_seed(seed), model.hp.vocab_size
     for _ in range(count):
-        values, ids = next_logits(model, geometry, tokens).topk(min(top_k or V, V) if temperature else 1)
+        values, ids = next_logits(model, windows, tokens).topk(min(top_k or V, V) if temperature else 1)
         drawn = torch.multinomial((values / (temperature or 1)).softmax(0), 1, generator=generator)
         tokens = [*tokens, ids[drawn].item()]
         if tokens[-1] == model.hp.bos:
@@ -81,13 +85,13 @@ def main() -> None:
     if args.tokens < 1 or not 0 <= args.temperature < float("inf") or args.top_k < 0:
         parser.error("--tokens must be positive, --temperature and --top_k must not be negative")
     try:
-        model, geometry = load_model(args.checkpoint)
+        model, windows = load_model(args.checkpoint)
     except (t.UserError, DataError) as error:
         parser.exit(2, f"error: {error}\n")
     tokens = [model.hp.bos, *tokenizer().encode_ordinary(args.prompt)]
     characters = codecs.getincrementaldecoder("utf-8")("replace")  # one may come as several tokens
     print(args.prompt, end="", flush=True)
-    for token in sample(model, geometry, tokens, args.tokens, args.temperature, args.top_k, args.seed):
+    for token in sample(model, windows, tokens, args.tokens, args.temperature, args.top_k, args.seed):
         print(characters.decode(tokenizer().decode_single_token_bytes(token)), end="", flush=True)
     print(characters.decode(b"", final=True))
 

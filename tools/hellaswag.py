@@ -106,7 +106,7 @@ def packs(documents: Iterable[Document], limit: int) -> Iterator[list[Document]]
     yield group
 
 
-def score(model: t.GPT, geometry: t.Geometry, group: list[Document]) -> list[float]:
+def score(model: t.GPT, windows: t.Windows, group: list[Document]) -> list[float]:
     """The mean loss of each document's ending, all scored in one pack."""
     tokens, ends, spans = [FILLER], [1], []  # one more, as the first bigram id of a pack is its own
     for document in group:
@@ -116,7 +116,7 @@ def score(model: t.GPT, geometry: t.Geometry, group: list[Document]) -> list[flo
         spans.append((start + document.first - 1, len(tokens) - 1))  # a position's loss is that of the token after it
     batch = pack(model, tokens, ends)
     longest = max(len(document.tokens) for document in group)
-    losses = model.token_losses(batch, model.lookup(batch), geometry._replace(max_len=longest))
+    losses = model.val_losses(batch, model.lookup(batch), windows._replace(max_doc=longest))
     return [losses[a:b].mean().item() for a, b in spans]
 
 
@@ -128,13 +128,13 @@ def main() -> None:
     parser.add_argument("--data", metavar="FILE", help=f"HellaSwag as .jsonl (default: {DATASET} from the hub)")
     args = parser.parse_args()
     try:
-        model, geometry = load_model(args.checkpoint)
+        model, windows = load_model(args.checkpoint)
         items = read_items(args.data)
         documents = [Document(item["ctx"], ending) for item in items for ending in item["endings"]]
         losses = []
         with tqdm(total=len(documents), unit="ending", disable=None) as progress:
             for group in packs(documents, min(PACK_TOKENS, len(model.cos) // 2)):
-                losses += score(model, geometry, group)
+                losses += score(model, windows, group)
                 progress.update(len(group))
     except (t.UserError, DataError) as error:
         parser.exit(2, f"error: {error}\n")
