@@ -76,7 +76,7 @@ def rounding(cap):
     return 8 * cap * EPS
 
 
-def exact_loss(logits, targets, weights, grad_scale, cap, shift, width):
+def exact_loss(logits, targets, weights, grad_scale, *capping):
     """Loss and gradient of softcapped_mtp_loss in float64, by autograd, and the bound of the gradient's error, segment
     by segment.
 
@@ -85,7 +85,8 @@ def exact_loss(logits, targets, weights, grad_scale, cap, shift, width):
     """
     if len(targets) > 1:
         parts = zip(logits.chunk(len(targets)), targets.split(1))
-        return [torch.cat(x) for x in zip(*(exact_loss(*part, weights, grad_scale, cap, shift, width) for part in parts))]
+        return [torch.cat(x) for x in zip(*(exact_loss(*part, weights, grad_scale, *capping) for part in parts))]
+    cap, shift, width = capping
     x, T, targets = logits.double().requires_grad_(), targets.size(1), targets[0]
     z = cap * torch.sigmoid((x + shift) / width)
     hits, parts = torch.zeros_like(z), z.new_zeros(T)

@@ -17,7 +17,8 @@ SIZES = {
 def run_ungated(ops, x, qkv, ve, angles):
     """Attention inputs without gates."""
     tables, weights = (angles.detach().cos(), angles.detach().sin()), t.AttentionWeights(qkv, None, None)
-    *results, gate = ops.attention_inputs(ops.normed(ops.stream(x)), weights, ve, *tables, t.Layer("short", value_table=0))
+    layer = t.Layer("short", gate=False, value_table=0, value_gate=False)
+    *results, gate = ops.attention_inputs(ops.normed(ops.stream(x)), weights, ve, *tables, layer)
     assert gate is None
     return tuple(results)
 
