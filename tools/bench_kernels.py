@@ -11,7 +11,6 @@ import argparse
 import itertools
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -151,20 +150,19 @@ def main() -> int:
     if t.triton is None or not torch.cuda.is_available() or t.gpu_generation(torch.device(DEVICE)) != t.HOPPER_GPU:
         print("bench_kernels: needs Triton and a Hopper NVIDIA GPU", file=sys.stderr)
         return 1
-    began, results = time.monotonic(), []
     torch.manual_seed(0)
     bandwidth, rate = ceilings()
     about = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {t.triton.__version__}"
     print(f"{about}: copies {bandwidth / 1e9:.2f} TB/s, bf16 products {rate / 1e9:.0f} TFLOP/s")
     print(LINE.format("operation", "sizes", "ours ms", "20 % - 80 %", "compiled", "eager", "roofline", "ratio"))
+    results = []
     for name, make in rows(args.tokens):
         results.append(attempt(name, measure, make, bandwidth, rate))
         torch._dynamo.reset()
         torch.cuda.empty_cache()
-    print(f"{time.monotonic() - began:.0f} s")
     if args.json:
-        ceiling = {"bytes_per_s": bandwidth * 1e3, "flop_per_s": rate * 1e3}
-        args.json.write_text(json.dumps({"about": about, **ceiling, "rows": results}, indent=1) + "\n")
+        text = dict(about=about, bytes_per_s=bandwidth * 1e3, flop_per_s=rate * 1e3, rows=results)
+        args.json.write_text(json.dumps(text, indent=1) + "\n")
     return 0
 
 
