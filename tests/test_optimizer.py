@@ -180,6 +180,19 @@ def test_learning_rates_of_a_shard(world):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_reduction_takes_all_replicated_gradients(dtype):
+    """Also of a table, should its row say so."""
+    hp = dataclasses.replace(HP, dtype=dtype)
+    for name in ("bigram_embed", "value_embeds", "vo_bank"):
+        hp = t.set_cells(hp, f"PARAMS.{name}.reduce=replicate")
+    optimizer = t.NorMuonAdam(t.GPT(hp), hp, ONE)
+    for flat in optimizer.flat.values():
+        flat.fill_(1)
+    assert {name for name, grad in optimizer.grads.items() if grad.all()} == {
+        row.name for row in hp.params if row.reduce == "replicate"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_reset_brings_back_the_start(dtype, monkeypatch):
     """After steps past the split, reset gives the same state and the same further steps as a new optimizer."""
     monkeypatch.setattr(t, "polar_express", lambda x: x / (x.float().norm() + 1e-6).to(x.dtype))  # for speed

@@ -266,6 +266,10 @@ def one_line(monkeypatch, capsys, hp, *args):
     ({"LAYERS.6.skip_from": "end"}, None, "an earlier layer (early)"),
     ({"LAYERS.6.reads": "early"}, None, "a layer without attention (window=none) has none"),
     ({"LAYERS.1.value_table": None, "LAYERS.6.value_table": 0}, "LAYERS.6.value_table", "without attention"),
+    ({"PARAMS.x0_lambdas.betas": (0.5, 0.9, 0.9)}, None, "two numbers"),
+    ({"PARAMS.x0_lambdas.shape": "2* L"}, None, "'' is no positive number and none of L, A, E"),
+    ({"PARAMS.x0_lambdas.shape": "Q"}, None, "'Q' is no positive number and none of L, A, E"),
+    ({"PARAMS.embed.init": "normal 0.1"}, None, "use lm_head"),
     ({"READOUT.minus": "midle"}, None, "early, middle"),
 ], ids=str)
 def test_bad_cell(monkeypatch, capsys, edits, place, allowed):
@@ -326,7 +330,10 @@ def test_missing_parameter(row):
 @pytest.mark.parametrize("table, change, parts", [
     ("params", lambda rows: rows[:3] + rows[4:], ["PARAMS: no row for attn_lambdas, which GPT reads"]),
     ("params", lambda rows: rows + rows[:1], ["PARAMS: qk_bank has two rows"]),
-    ("params", lambda rows: rows + (rows[4]._replace(name="spare"),), ["PARAMS.spare: no line of GPT reads self.spare"]),
+    ("params", lambda rows: (*rows, rows[4]._replace(name="spare")), ["PARAMS.spare: no line of GPT reads self.spare"]),
+    ("params", lambda rows: (), ["PARAMS"]),
+    ("stages", lambda rows: (), ["STAGES"]),
+    ("layers", lambda rows: (), ["LAYERS.*.window"]),
     ("stages", lambda rows: rows[:2] + rows[3:], ["STAGES.*.length", "add up to 1"]),
     ("stages", lambda rows: rows[:3], ["--num_extension_iterations=1", "STAGES has no last row with length none"]),
     ("stages", lambda rows: rows[:1] + rows[3:] + rows[1:3], ["STAGES.*.length", "only the last row"]),
@@ -426,6 +433,7 @@ def moved_at_once(run, losses, base):
 
 @pytest.mark.parametrize("edits, check", [
     (["LAYERS.*.key_offset=false"], differs),
+    (["LAYERS.*.value_table=none"], lambda run, *_: len(run.model.value_embeds) == 0),
     (["LAYERS.*.gate=false"], ignores("attn_gate_bank")),
     (["LAYERS.*.value_gate=false"], ignores("ve_gate_bank")),
     (["PARAMS.smear_lambda.lr=0"], ignores("smear_gate")),
