@@ -148,6 +148,13 @@ def test_nan_of_compiled_code_only(hp, monkeypatch):
         find_nan.find(hp, ONE)
 
 
+def test_operation_without_a_result():
+    """What it changes is looked at."""
+    with find_nan.FirstBad() as found:
+        torch._foreach_log_([torch.ones(1), -torch.ones(1)])
+    assert found.place.startswith("aten._foreach_log_.default")
+
+
 def test_nan_in_autograds_own_thread():
     """On a GPU the backward pass runs in a thread that has no frames of the script."""
     with find_nan.FirstBad() as found:

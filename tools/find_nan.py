@@ -41,7 +41,8 @@ class FirstBad(TorchDispatchMode):
         # new memory holds anything, and so does what a collective has not yet filled
         if self.place or func.namespace not in ("aten", "speedrun") or "empty" in str(func):
             return result
-        tensors = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point()]
+        changed = args if result is None else result  # operations without a result change an argument
+        tensors = [x for x in tree_leaves(changed) if isinstance(x, Tensor) and x.is_floating_point()]
         wide = [x.float() if x.itemsize == 1 else x for x in tensors]
         self.count += 1
         if any((x.isnan() | (x == math.inf)).any() for x in wide):
