@@ -13,7 +13,6 @@ import itertools
 import math
 import sys
 import traceback
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -106,7 +105,6 @@ def find(asked: t.Recipe, ranks: t.Ranks) -> str:
 
 def main() -> None:
     """Run the command line."""
-    warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor")
     with t.one_line_errors():
         hp, _ = t.parse_args(sys.argv[1:])
         ranks = t.setup_ranks(hp)
