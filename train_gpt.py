@@ -1587,8 +1587,7 @@ def gates_arguments(gate_in: Tensor, r: Tensor | None, ve_first: Tensor | None, 
         triton.next_power_of_2(w.size(1)))
 
 
-@op(shapes=lambda gate_in, _r, _ve_first, w, w_value: tuple(
-    w.new_empty(n, len(w), dtype=torch.float32) for n in (len(gate_in), 0 if w_value is None else len(gate_in))))
+@op(lambda *inputs: tuple(y.float() for y in gates_reference(*inputs)))
 def gates(gate_in: Tensor, r: Tensor | None, ve_first: Tensor | None, w: Tensor,
           w_value: Tensor | None) -> tuple[Tensor, Tensor]:
     T, H = len(gate_in), len(w)
@@ -1615,12 +1614,9 @@ def gates_backward(gate_in: Tensor, r: Tensor | None, ve_first: Tensor | None, w
     return dgate_in, dve_first, dw
 
 
-@op(shapes=lambda y, c: None, mutates="y")
-def add_columns(y: Tensor, c: Tensor) -> None:
+def add_columns_reference(y: Tensor, c: Tensor) -> None:
     """y[:, :k] += c for y [m, n], c [m, k], in place: TorchInductor would pad c and read y twice."""
-    (m, n), k, rows = y.shape, c.size(1), 64
-    assert y.is_contiguous() and c.stride(1) == 1
-    add_columns_kernel[(triton.cdiv(m, rows),)](y, c, m, n, c.stride(0), k, rows, triton.next_power_of_2(k))
+    y[:, : c.size(1)] += c
 
 
 @jit
@@ -1629,6 +1625,13 @@ def add_columns_kernel(y, c, m, n, stride, COLUMNS: tl.constexpr, ROWS: tl.const
     mask, to = (rows < m)[:, None] & (columns < COLUMNS)[None, :], y + rows[:, None] * n + columns[None, :]
     more = tl.load(c + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     tl.store(to, (tl.load(to, mask=mask, other=0.0).to(tl.float32) + more).to(y.dtype.element_ty), mask=mask)
+
+
+@op(add_columns_reference, mutates="y")
+def add_columns(y: Tensor, c: Tensor) -> None:
+    (m, n), k, rows = y.shape, c.size(1), 64
+    assert y.is_contiguous() and c.stride(1) == 1
+    add_columns_kernel[(triton.cdiv(m, rows),)](y, c, m, n, c.stride(0), k, rows, triton.next_power_of_2(k))
 
 
 class FirstColumns(torch.autograd.Function):
@@ -1795,6 +1798,14 @@ class NormedLinear(torch.autograd.Function):
         return (dx, None, dw, None if ve_first is None else dve_first, dw_gate, None if w_value is None else dw_value)
 
 
+def injections_backward_reference(x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor,
+                                  grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x0, bigram, and of s0 and s1 in parts [parts, 2, n] fp32, from those of s0[i] x0 + s1[i] bigram."""
+    dx0, dbigram = (sum(a * g for a, g in zip(s.unbind(), grads)).to(x0.dtype) for s in (s0, s1))
+    ds = [torch.stack([(g.float() * x.float()).sum() for g in grads]) for x in (x0, bigram)]
+    return dx0, dbigram, torch.stack(ds)[None]
+
+
 @jit
 def injections_kernel(x0, bigram, s0, s1, grads, dx0, dbigram, ds, T, D: tl.constexpr, N: tl.constexpr, PROGRAMS,
                       ROWS: tl.constexpr, COLUMNS: tl.constexpr):
@@ -1830,12 +1841,11 @@ def injections_kernel(x0, bigram, s0, s1, grads, dx0, dbigram, ds, T, D: tl.cons
 INJECTION_ROWS, INJECTION_COLUMNS = 2, 256  # what is summed fits the registers
 
 
-@op(shapes=lambda x0, bigram, s0, s1, grads: (
+@op(injections_backward_reference, shapes=lambda x0, bigram, s0, s1, grads: (
     torch.empty_like(x0), torch.empty_like(bigram),
     s0.new_empty(multiprocessors(x0.device) * -(-x0.size(1) // INJECTION_COLUMNS), 2, len(grads))))
 def injections_backward(x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor,
                         grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x0, of bigram, and of s0 and s1 in parts [parts, 2, n] fp32."""
     (T, D), n, dx0, dbigram = x0.shape, len(grads), torch.empty_like(x0), torch.empty_like(bigram)
     programs, chunks = multiprocessors(x0.device), triton.cdiv(D, INJECTION_COLUMNS)
     ds = s0.new_empty(programs * chunks, 2, n)
@@ -2877,8 +2887,10 @@ def check_recipe(hp: Recipe) -> None:
         choices, least, above = (f.metadata[limit] for limit in ("choices", "least", "above"))
         require(fits(value, TYPES[Recipe][name]), f"--{name}={value} must be {in_words(TYPES[Recipe][name])}")
         require(not choices or value in choices, f"--{name}={value}: use {', '.join(choices)}")
-        require(least is None or value >= least, f"--{name}={value} must not be below {least}")
-        require(above is None or value > above, f"--{name}={value} must be above {above}")
+        words = (f"not be below {least}", f"be above {above}")
+        words = ("not be negative", "be positive") if 0 in (least, above) else words
+        require(least is None or value >= least, f"--{name}={value} must {words[0]}")
+        require(above is None or value > above, f"--{name}={value} must {words[1]}")
     for place, column, value, kind in cells(hp):
         require(fits(value, kind), f"{place}={value!r}: use {in_words(kind)}")
         least = LEAST.get(column)
@@ -3056,13 +3068,16 @@ def set_cells(hp: Recipe, text: str) -> Recipe:
     types = TYPES[TABLES[table]]
     require(column in types, f"--set {text}: {table} has the columns {', '.join(types)}")
     kind = types[column]
-    if kind is not str and value.lower() in ("none", "true", "false"):
-        value = {"none": None, "true": True, "false": False}[value.lower()]
+    words = {"none": None, "true": True, "false": False} | ({"0": False, "1": True} if kind is bool else {})
+    if kind is not str and value.lower() in words:
+        value = words[value.lower()]
     elif str not in options(kind):
-        with contextlib.suppress(ValueError, SyntaxError):  # else a word
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):  # else a word
             value = ast.literal_eval(value)
-            if typing.get_origin(options(kind)[0]) is tuple and type(value) in (int, float):
-                value = (value,)
+            if typing.get_origin(options(kind)[0]) is tuple:
+                value = tuple(map(float, value if type(value) is tuple else (value,)))
+            elif float in options(kind):
+                value = float(value)
     if table == "READOUT":
         return replace(hp, readout=hp.readout._replace(**{column: value}))
     rows = list(getattr(hp, table.lower()))

@@ -1,5 +1,7 @@
 """Every operation and kernel against float64, in fp32 by Triton's interpreter on a CPU."""
 
+import itertools
+
 import kernel_tools as k
 import pytest
 import torch
@@ -14,16 +16,14 @@ SIZES = {
 }
 
 
-def run_ungated(ops, x, qkv, ve, angles):
-    """Attention inputs without gates."""
-    tables, weights = (angles.detach().cos(), angles.detach().sin()), t.AttentionWeights(qkv, None, None)
-    layer = t.Layer("short", gate=False, value_table=0, value_gate=False)
-    *results, gate = ops.attention_inputs(ops.normed(ops.stream(x)), weights, ve, *tables, layer)
-    assert gate is None
-    return tuple(results)
+def run_ungated(ops, x, qkv, gate, ve, angles):
+    """Attention inputs whose value embedding has no gate."""
+    tables, weights = (angles.detach().cos(), angles.detach().sin()), t.AttentionWeights(qkv, gate, None)
+    layer = t.Layer("short", value_table=0, value_gate=False)
+    return ops.attention_inputs(ops.normed(ops.stream(x)), weights, ve, *tables, layer)
 
 
-CASES = t.CASES | {"ungated": t.Case("attention_inputs", run_ungated, "T D, 3*D D, T D, T 8")}
+CASES = t.CASES | {"ungated": t.Case("attention_inputs", run_ungated, "T D, 3*D D, H G, T D, T 8")}
 
 
 @k.needs_interpreter
@@ -92,6 +92,40 @@ class TestInterpreted(k.Interpreted):
         for a, b, c in zip(ours, exact, sizes, strict=True):
             within(a, b, c, d + 8)
 
+    @pytest.mark.parametrize("scaled,of", itertools.product((False, True), ("heads", "values", "mixed")))
+    @pytest.mark.parametrize("T,H,n", [(37, 6, 12), (300, 2, 16), (1, 2, 6)])
+    def test_gates(self, T, H, n, scaled, of):
+        """Gates of heads and values, and all gradients, of views of wider tensors."""
+        gate_in, ve_first, *w = (torch.randn(m, 2 * n)[:, :n] for m in (T, T, H, H))
+        w_gate, w_value = (x.contiguous() for x in w)
+        r = k.row_factors(T, not scaled)
+        ve_first, w_value = ve_first[:, : n // 2] if of == "mixed" else None, w_value if of != "heads" else None
+        inputs = [gate_in, r, ve_first, w_gate, w_value]
+        dgates = [torch.randn(T, H), torch.randn(T, H) if of != "heads" else None]
+        exact = [x.double().requires_grad_() if i != 1 else x.double() for i, x in enumerate(inputs) if x is not None]
+        exact = [exact.pop(0) if x is not None else None for x in inputs]
+        results = t.gates_reference(*exact)[: 2 if of != "heads" else 1]
+        leaves = [x for i, x in enumerate(exact) if x is not None and i != 1]
+        plain = [*results, *torch.autograd.grad(results, leaves, [x.double() for x in dgates if x is not None])]
+        gates = t.gates(*inputs)
+        dgate_in, dve_first, dw = t.gates_backward(*inputs, *gates, *dgates)
+        dw = dw.sum(0).split(H)
+        ours = [*gates[: len(results)], dgate_in, *([dve_first] if of == "mixed" else []), *dw]
+        for a, b in zip(ours, plain, strict=True):
+            torch.testing.assert_close(a.double(), b.detach(), rtol=0,
+                                       atol=(T + n + 8) * EPS * max(b.abs().max().item(), 1))
+        torch.library.opcheck(t.gates, tuple(inputs))
+        torch.library.opcheck(t.gates_backward, (*inputs, *gates, *dgates))
+
+    @pytest.mark.parametrize("T,width,k", [(130, 20, 12), (64, 16, 16), (1, 5, 1)])
+    def test_add_columns(self, T, width, k):
+        y, c = torch.randn(T, width), torch.randn(T, 2 * k)[:, :k]
+        exact, size = y.double(), y.double().abs()
+        t.add_columns_reference(exact, c.double())
+        t.add_columns_reference(size, c.double().abs())
+        t.add_columns(y, c)
+        within(y, exact, size, 1)
+
     @pytest.mark.parametrize("n,S,V,count,cap", [
         (1, 5, 48, 3, k.CAP), (1, 4, 77, 2, (30.0, 0.5, 12.0)), (1, 3, 16, 1, (15.0, -2.0, 4.0)), (1, 2, 130, 2, k.CAP),
         (1, 3, 33, 3, k.CAP), (1, 2, 5001, 2, (30.0, 0.0, 7.5)), (3, 4, 48, 3, k.CAP), (2, 1, 20, 2, k.CAP)])
@@ -129,11 +163,11 @@ class TestInterpreted(k.Interpreted):
         """Schemas and shapes that torch.compile relies on; without a value embedding its gradients are empty."""
         check = torch.library.opcheck
         a, b, c, r, scale = torch.randn(8, 4), torch.randn(4, 12), torch.rand(8, 12), torch.rand(8), torch.tensor(0.5)
-        for more in ((), (r,)):
-            check(t.product, (a, b, *more))
-        check(t.product_root, (a, b, c, r))
-        check(t.product_norm_grad, (a, b, c, c + 1, scale, r))
-        check(t.product_sum, (a, b, [c, c + 1], [scale, scale]))
+        for kind, operands in (("none", []), ("relu_square", [r]), ("sum1", [c, scale]), ("root", [c, r]),
+                               ("sum3", [c, scale, c + 1, scale, c + 2, scale]), ("norm_grad", [c, c + 1, scale, r])):
+            check(t.product, (kind, a, b, operands))
+        check(t.add_columns, (c.clone(), c[:, :5]))
+        check(t.injections_backward, (c, c + 1, torch.rand(3), torch.rand(3), [c, c - 1, c - 2]))
         check(t.softcapped_mtp_loss, (torch.randn(3, 16), torch.tensor([[1, 2, 3]]), torch.ones(2), FP32, 0.5, *k.CAP))
         for mix in (False, True):
             qkv, *inputs, grads = k.qkv_inputs(5, 2, 16, mix)
