@@ -218,7 +218,7 @@ class Recipe:
     """A whole run: every --key=value, and the tables. The defaults are record #80, all of them tuned."""
 
     # data
-    train_files: str = key("data/fineweb10B/fineweb_train_*.bin", "train shards")
+    train_files: str = key("data/fineweb10B/fineweb_train_*.bin", "train shards", free=True)
     val_files: str = key("data/fineweb10B/fineweb_val_*.bin", "validation shards; the first one counts", free=True)
     val_tokens: int = key(10_485_760, "targets that are scored", above=0, free=True)
     val_chunk: int = key(262_144, "tokens that one rank scores in one pack", above=0, free=True)
@@ -568,7 +568,8 @@ def pack(hp: Recipe, segments: list[tuple[np.ndarray, np.ndarray]], documents: i
     while entries < max(documents, len(ends)) + 1:
         entries *= 4
     if entries > expected and hp.compile:
-        warn_once(f"more than {expected - 1} documents in {T} tokens: compiled anew for lists of {entries}")
+        warn_once(f"more than the expected {expected - 1} documents in {T} tokens: compiled anew for lists of "
+                  f"{entries}")
     cu_seqlens = np.full(entries, T, dtype=np.int32)
     cu_seqlens[0] = 0
     cu_seqlens[1 : len(ends) + 1] = ends
@@ -1219,7 +1220,8 @@ class NorMuonAdam:
         """Factors of the rate [K, 1, 1] for this rank's matrices of a bank: larger for tall ones; odd_lr."""
         p = self.shard(row)
         K, rows, columns = p.shape
-        number = self.ranks.rank * K + torch.arange(K, device=p.device)
+        first = 0 if row.reduce == "replicate" else self.ranks.rank * K
+        number = first + torch.arange(K, device=p.device)
         odd = torch.where(number % 2 == 1, row.odd_lr, 1.0)
         return math.sqrt(max(1, rows / columns)) * odd[:, None, None]
 
@@ -2825,7 +2827,7 @@ def one_line_errors() -> Iterator[None]:
     except UserError as e:
         if dist.is_initialized():
             dist.destroy_process_group()
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if os.environ.get("LOCAL_RANK", "0") in ("0", ""):
             print(f"error: {e}", file=sys.stderr)
         sys.exit(1)
 
@@ -2903,7 +2905,7 @@ def check_recipe(hp: Recipe) -> None:
 
 def check_sizes(hp: Recipe) -> None:
     """Keys that depend on each other."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    _, world, _ = launched_ranks()
     require(world > 0 and SEGMENTS % world == 0, f"{world} ranks cannot share {SEGMENTS} segments: use 1, 2, 4 or 8")
     require(hp.seed < 2**64, f"--seed={hp.seed} must have at most 64 bits")
     require(hp.cooldown_start < 1, f"--cooldown_start={hp.cooldown_start} must be below 1")
@@ -3146,11 +3148,19 @@ def check_data(hp: Recipe) -> None:
         require(any((read_shard(path) == hp.bos).any() for path in files),
                 f"--train_files={hp.train_files}: no document begins in them, as no token is {hp.bos}; use the "
                 "--vocab_size that they were made for, or make them again")
+        cut = max(now.windows.max_doc for now in plans)
+        shards = (read_shard(path) for path in files)
+        lengths = np.concatenate([np.diff([*np.flatnonzero(x == hp.bos), len(x)]) for x in shards])
+        require(2 * np.minimum(lengths, cut).sum() >= lengths.sum(),
+                f"--train_files={hp.train_files}: {(lengths > cut).sum()} of {len(lengths)} documents are cut to {cut} "
+                f"tokens and the rest is skipped, so they last {done} of {len(plans)} steps; make the shards again with "
+                "shorter documents (data/fineweb.py --max_chars), or raise max_doc in STAGES")
         used, missing = (sum(now.batch_tokens for now in part) for part in (plans[:done], plans[done:]))
         # what a shard yields after cuts, or all of it if none lasted a step
         shards = math.ceil(missing / ((used or sum(sizes)) / len(files)))
-        raise UserError(f"--train_files={hp.train_files}: {len(files)} shards last {done} of {len(plans)} steps; add "
-                        f"about {shards} more of this size, or lower --num_scheduled_iterations")
+        raise UserError(f"--train_files={hp.train_files}: {len(files)} shard{'s' * (len(files) != 1)} last {done} of "
+                        f"{len(plans)} steps; add about {shards} more of this size, or lower "
+                        "--num_scheduled_iterations")
 
 
 # --- Ranks
@@ -3163,11 +3173,23 @@ class Ranks(NamedTuple):
     device: torch.device
 
 
+def launched_ranks() -> tuple[int, int, int]:
+    """This process's number, how many there are, and its number on this machine, as torchrun says; alone 0, 1, 0."""
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
+    given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if "RANK" not in given and given.get("WORLD_SIZE", "1") == "1":
+        return 0, 1, 0
+    require(len(given) == len(names) and all(given[name].isdigit() for name in names if name != "MASTER_ADDR"),
+            f"the environment has {', '.join(f'{k}={v}' for k, v in given.items())}, where torchrun sets "
+            f"{', '.join(names)}: start with torchrun, or unset these")
+    return tuple(int(given[name]) for name in names[:3])
+
+
 def setup_ranks(hp: Recipe) -> Ranks:
     """Join the process group that torchrun announces in the environment, or make a group of one."""
     # PyTorch 2.13 renames two collectives; the old names work in all versions that this script supports
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor")
-    rank, world, local = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = launched_ranks()
     cuda = hp.device == "cuda" or (hp.device == "auto" and torch.cuda.is_available())
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     require(not cuda or here <= torch.cuda.device_count(),
@@ -3180,7 +3202,7 @@ def setup_ranks(hp: Recipe) -> Ranks:
         reuse_cpu_memory()
     # gloo carries Python objects and errors, NCCL the tensors of a GPU run
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    if "RANK" in os.environ:
+    if os.environ.get("RANK"):
         dist.init_process_group(backend, device_id=device if cuda else None)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -3188,7 +3210,7 @@ def setup_ranks(hp: Recipe) -> Ranks:
 
 
 def reuse_cpu_memory() -> None:
-    """Let glibc keep freed memory: handing big blocks back and faulting them in anew made the demo 1.9 times slower."""
+    """Let glibc keep freed memory: to hand it back and fault it in anew made the demo 1.9 times slower."""
     libc, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = ctypes.CDLL(None), -1, -3
     if hasattr(libc, "mallopt"):  # other C libraries have none
         libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
@@ -3308,11 +3330,9 @@ class Replay:
 # --- Log
 
 class Log:
-    """logs/<run id>.txt and the terminal, on rank 0; on other ranks nothing happens.
+    """logs/<run id>.txt, which begins with this script's source, and the terminal; on ranks but 0 nothing happens.
 
-    The file begins with the source of this script, so that a log says by itself what was run; --resume appends to it.
-    If it cannot be written at first, that is an error; later, training goes on with one warning.
-    """
+    If the file cannot be written at first, that is an error; later, training goes on with one warning."""
 
     def __init__(self, hp: Recipe, ranks: Ranks):
         self.file = self.bar = self.path = self.lost = None
@@ -3320,8 +3340,8 @@ class Log:
             self.path = path = Path(hp.log_dir, (hp.run_id or time.strftime("%Y%m%d-%H%M%S")) + ".txt")
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self.file = open(path, "a" if hp.resume else "x", buffering=1)
-                print(Path(__file__).read_text() + "=" * 100, file=self.file)
+                self.file = open(path, "a" if hp.resume else "x", buffering=1, encoding="utf-8")
+                print(Path(__file__).read_text(encoding="utf-8") + "=" * 100, file=self.file)
             except FileExistsError:
                 raise UserError(f"{path} is another run's log; choose another --run_id or --log_dir") from None
             except OSError as e:
@@ -3383,7 +3403,7 @@ def log_environment(log: Log, hp: Recipe, ranks: Ranks) -> None:
 
 
 def tables_text(hp: Recipe) -> Iterator[str]:
-    """The recipe's tables in aligned columns, with what follows from each row."""
+    """The tables in aligned columns, with what follows from each row."""
     bounds = stage_bounds(hp)
     more = {
         "LAYERS": [{}] * len(hp.layers),
@@ -3478,11 +3498,8 @@ STALLED = 45  # looks without progress while the clock runs
 
 class Watch:
     """The context of a run: on every rank a thread ends the process soon after a rank died, hangs or raised, and agrees
-    with the others on a step before which all stop.
-
-    It publishes its rank's state in torchrun's store and reads the others', without the device: the training clock
-    shall not pay. NCCL's own watchdog waits for minutes, and cannot name what hangs.
-    """
+    with the others on a step before which all stop. It uses torchrun's store, not the device: the training clock shall
+    not pay. NCCL's own watchdog waits for minutes, and cannot name what hangs."""
 
     def __init__(self, ranks: Ranks, log: Log):
         self.rank, self.world, self.log = ranks.rank, ranks.world, log
@@ -3502,7 +3519,7 @@ class Watch:
         heard = [signal.SIGINT, signal.SIGTERM]
         heard += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)  # which nohup asks for
         self.handlers = {n: signal.signal(n, self.on_signal) for n in heard}
-        self.leaving, self.thread = threading.Event(), threading.Thread(target=self.work, daemon=True)
+        self.leaving, self.thread = threading.Event(), threading.Thread(target=self.watch_loop, daemon=True)
         self.thread.start()
         return self
 
@@ -3535,16 +3552,16 @@ class Watch:
                  "why": self.why, "error": self.error, "log": str(self.log.path)}
         self.store.set(self.keys[self.rank], json.dumps(state))
 
-    def work(self) -> None:
+    def watch_loop(self) -> None:
         while not self.leaving.wait(LOOK_EVERY):
             try:
                 self.publish()
                 states = [json.loads(text) for text in self.store.multi_get(self.keys)]
             except RuntimeError:
-                self.end(f"error: rank {self.rank} cannot reach the launcher of the run: killed or cut off")
-            self.look(states)
+                self.end_process(f"error: rank {self.rank} cannot reach the launcher of the run: killed or cut off")
+            self.judge(states)
 
-    def look(self, states: list[dict]) -> None:
+    def judge(self, states: list[dict]) -> None:
         """Judge the states of all ranks, LOOK_EVERY after the last ones."""
         old, self.states, steps = self.states, states, [s["step"] for s in states]
         self.quiet = [n + 1 if a == b else 0 for n, a, b in zip(self.quiet, old, states)]
@@ -3554,20 +3571,20 @@ class Watch:
         self.failing += bool(errors)
         if silence >= (SILENT if self.step >= 0 or self.wish or errors else SILENT_COMPILING):
             lost = self.quiet.index(silence)
-            self.end(f"error: rank {lost} gave no sign of life for {silence * LOOK_EVERY:.0f} s, last in step "
+            self.end_process(f"error: rank {lost} gave no sign of life for {silence * LOOK_EVERY:.0f} s, last in step "
                      f"{steps[lost] + 1} at {states[lost]['at']}: killed, out of memory, stopped or cut off")
         if errors and (self.world == 1 or self.failing > 2 and silence < 2):  # else it may follow from a rank's death
-            self.end(errors[0])
+            self.end_process(errors[0])
         if self.stalled >= STALLED:
             places = ", ".join(f"rank {rank} in step {s['step'] + 1} at {s['at']}" for rank, s in enumerate(states))
-            self.end(f"error: no rank finished a step for {STALLED * LOOK_EVERY:.0f} s, a rank hangs: {places}")
+            self.end_process(f"error: no rank finished a step for {STALLED * LOOK_EVERY:.0f} s, a rank hangs: {places}")
         if self.stop_from is None and (why := self.wish or next((s["why"] for s in states if s["why"]), "")):
             self.why, self.stop_from = why, self.step
         stops = [s["stop"] for s in states]
         if None not in stops:
             self.why = states[0]["why"]
             if min(stops) < 0:
-                self.end(f"interrupted by {self.why} before the first step", 128 + signal.Signals[self.why])
+                self.end_process(f"interrupted by {self.why} before the first step", 128 + signal.Signals[self.why])
             self.stop_before = max(stops) + 2  # a rank may have begun the step after the one that it published
 
     def stops(self, step: int) -> bool:
@@ -3577,7 +3594,7 @@ class Watch:
             time.sleep(0.01)
         return step == self.stop_before
 
-    def end(self, text: str, status: int = 1) -> None:
+    def end_process(self, text: str, status: int = 1) -> None:
         """End this process; the first rank alive writes the reason to stderr and to the end of the log."""
         if self.rank == next((rank for rank, looks in enumerate(self.quiet) if looks < 2), self.rank):
             with contextlib.suppress(OSError):  # no log is no reason to stay
@@ -3601,10 +3618,25 @@ def checkpoint_due(step: int, hp: Recipe) -> bool:
 
 
 def run_identity(hp: Recipe) -> dict:
-    """What the weights of a run follow from, besides the contents of its shards; and the free keys."""
+    """What the weights of a run follow from; and the free keys."""
     tables = {table: [list(row) for row in getattr(hp, table.lower())] for table in TABLES if table != "READOUT"}
     shapes = {row.name: param_shape(row, hp) for row in hp.params}  # without padding
-    return {name: getattr(hp, name) for name in KEYS} | tables | {"READOUT": list(hp.readout), "shapes": shapes}
+    data = data_fingerprint(sorted(glob.glob(hp.train_files)))
+    return {name: getattr(hp, name) for name in KEYS} | tables | {
+        "READOUT": list(hp.readout), "shapes": shapes, "the contents of --train_files": data}
+
+
+def data_fingerprint(files: list[str]) -> str:
+    """What identifies shards wherever they lie: their sizes and 64 samples of each."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = os.path.getsize(path)
+        digest.update(f"{size} ".encode())
+        with open(path, "rb") as file:
+            for i in range(64):
+                file.seek(size * i // 64)
+                digest.update(file.read(4096))
+    return digest.hexdigest()
 
 
 def recipe_of(saved: dict) -> Recipe:
@@ -3656,8 +3688,9 @@ def read_checkpoint(path: str, hp: Recipe | None = None) -> dict | None:
                 saved["tensors"][name].shape != shape for name, shape in old["shapes"].items()):
             raise ValueError("wrong step or shapes")
         if not hp:
-            hp = recipe_of(old)
-            check_recipe(hp)
+            saved["hp"] = recipe_of(old)
+            check_recipe(saved["hp"])
+            return saved
         saved["hp"] = hp
     except Exception as e:  # zipfile and torch raise many kinds
         cause = " ".join(f"{type(e).__name__}: {e}".split())

@@ -246,8 +246,8 @@ def test_bad_files(straight, how):
         assert path in str(error.value) and "intact checkpoint" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_other_settings(straight):
-    """What changes the weights is refused by name; the rest is not."""
+def test_other_settings(straight, tmp_path):
+    """What changes the weights is refused by name; the rest is not, nor are the same shards elsewhere."""
     hp, folder = straight
     path, other = str(folder / "run_step4.pt"), dict(seed=1, muon_lr=0.5, model_dim=96, head_dim=16)
     with pytest.raises(t.UserError) as error:
@@ -257,6 +257,13 @@ def test_other_settings(straight):
     assert "val_every" not in str(error.value) and "num_heads" not in str(error.value)
     free = dict(val_every=1, log_dir="x", save_every=9, kernels="auto", attention="reference", final_val_window=7)
     assert t.read_checkpoint(path, dataclasses.replace(hp, **free))["hp"].log_dir == "x"
+    moved = tmp_path / "moved" / "fineweb_train_000001.bin"
+    moved.parent.mkdir()
+    moved.write_bytes(Path(hp.train_files).read_bytes())
+    assert t.read_checkpoint(path, dataclasses.replace(hp, train_files=str(moved)))["step"] == 4
+    moved.write_bytes(Path(hp.train_files).read_bytes()[:-1000] + 1000 * b"\1")
+    with pytest.raises(t.UserError, match="same: the contents of --train_files$"):
+        t.read_checkpoint(path, dataclasses.replace(hp, train_files=str(moved)))
     for cell in ("LAYERS.0.paired=false", "READOUT.cap=22", "STAGES.1.lr=1", "PARAMS.embed.wd=1"):
         with pytest.raises(t.UserError, match=f"same: {cell.split('.')[0]}$"):
             t.read_checkpoint(path, t.set_cells(hp, cell))

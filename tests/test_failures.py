@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import verify
+import runlogs
 
 import train_gpt as t
 
@@ -179,7 +179,7 @@ def test_interrupted(runs, base, name, number):
         assert t.read_checkpoint(str(run.folder / f"run_step{step}.pt"), base)["step"] == step
     else:
         assert run.files == ["run.txt"] and found[2] == "nothing saved; --save_final=true would have"
-    failure = verify.read_log(run.path).failure
+    failure = runlogs.read_log(run.path).failure
     assert failure == f"no final validation line, last step {step} of 100"
 
 
@@ -296,7 +296,7 @@ def test_log_lost_in_training(base, tmp_path, monkeypatch, capsys, loss):
     assert re.findall("(.*loss:[0-9.]+) ", done.out) == expected and "final: val_loss" in done.out
     assert (tmp_path / "logs").exists() == (loss == "full disk")
     if loss == "full disk":
-        assert "no final validation line" in verify.read_log(tmp_path / "logs" / "run.txt").failure
+        assert "no final validation line" in runlogs.read_log(tmp_path / "logs" / "run.txt").failure
 
 
 def test_log_that_cannot_be_written_at_first(base, tmp_path):

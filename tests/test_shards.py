@@ -68,7 +68,7 @@ def test_mutations(tmp_path):
         except s.DataError as error:
             assert truth is None and str(path) in str(error)
         try:
-            read = t.read_shard(str(path), BOS)
+            read = t.check_shard(str(path), BOS)
             assert read.dtype == np.uint16 and read.tolist() == truth and max(truth) <= BOS
             seen["read"] += 1
         except t.UserError as error:
@@ -83,7 +83,7 @@ def test_shard_without_tokens(tmp_path):
     path = tmp_path / "train.bin"
     path.write_bytes(shard([]))
     with pytest.raises(t.UserError, match="train.bin: the header says 0 tokens"):
-        t.read_header(str(path))
+        t.check_shard(str(path), BOS)
     with pytest.raises(s.DataError, match="train.bin: 1,024 bytes, but 0 tokens"):
         s.verify_shard(path)
 
@@ -91,4 +91,4 @@ def test_shard_without_tokens(tmp_path):
 def test_what_is_no_file(tmp_path):
     """A folder in a shard's place costs one line too."""
     with pytest.raises(t.UserError, match=f"{tmp_path}: .*again"):
-        t.read_shard(str(tmp_path), BOS)
+        t.check_shard(str(tmp_path), BOS)
