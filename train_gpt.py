@@ -3153,8 +3153,8 @@ def check_data(hp: Recipe) -> None:
         lengths = np.concatenate([np.diff([*np.flatnonzero(x == hp.bos), len(x)]) for x in shards])
         require(2 * np.minimum(lengths, cut).sum() >= lengths.sum(),
                 f"--train_files={hp.train_files}: {(lengths > cut).sum()} of {len(lengths)} documents are cut to {cut} "
-                f"tokens and the rest is skipped, so they last {done} of {len(plans)} steps; make the shards again with "
-                "shorter documents (data/fineweb.py --max_chars), or raise max_doc in STAGES")
+                f"tokens and the rest is skipped, so they last {done} of {len(plans)} steps; make the shards again "
+                "with shorter ones (data/fineweb.py --max_chars), or raise max_doc in STAGES")
         used, missing = (sum(now.batch_tokens for now in part) for part in (plans[:done], plans[done:]))
         # what a shard yields after cuts, or all of it if none lasted a step
         shards = math.ceil(missing / ((used or sum(sizes)) / len(files)))
@@ -3627,14 +3627,14 @@ def run_identity(hp: Recipe) -> dict:
 
 
 def data_fingerprint(files: list[str]) -> str:
-    """What identifies shards wherever they lie: their sizes and 64 samples of each."""
+    """What identifies shards wherever they lie: their sizes and 256 samples of each."""
     digest = hashlib.sha256()
     for path in files:
         size = os.path.getsize(path)
         digest.update(f"{size} ".encode())
         with open(path, "rb") as file:
-            for i in range(64):
-                file.seek(size * i // 64)
+            for i in range(256):
+                file.seek(size * i // 256)
                 digest.update(file.read(4096))
     return digest.hexdigest()
 

@@ -14,6 +14,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 torch.set_num_threads(1)  # threads that wait for each other take ten times as long on a busy machine
 
 
+# Files that take longest, which begin first, so that two processes end at about the same time
+SLOW = ("test_run.py", "test_failures.py", "test_tables.py", "test_kernels.py", "test_checkpoint.py", "test_fineweb.py",
+        "test_optimizer.py", "test_loader.py", "test_kernels_model.py", "test_find_nan.py", "test_model.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def process_group():
     """The group of one rank that a run without torchrun makes, and its use of memory."""

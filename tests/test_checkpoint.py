@@ -261,7 +261,7 @@ def test_other_settings(straight, tmp_path):
     moved.parent.mkdir()
     moved.write_bytes(Path(hp.train_files).read_bytes())
     assert t.read_checkpoint(path, dataclasses.replace(hp, train_files=str(moved)))["step"] == 4
-    moved.write_bytes(Path(hp.train_files).read_bytes()[:-1000] + 1000 * b"\1")
+    moved.write_bytes(Path(hp.train_files).read_bytes()[:-99_000] + 99_000 * b"\1")
     with pytest.raises(t.UserError, match="same: the contents of --train_files$"):
         t.read_checkpoint(path, dataclasses.replace(hp, train_files=str(moved)))
     for cell in ("LAYERS.0.paired=false", "READOUT.cap=22", "STAGES.1.lr=1", "PARAMS.embed.wd=1"):

@@ -16,8 +16,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 import runlogs
+import torch
 
 import train_gpt as t
 
@@ -194,7 +194,7 @@ def watch(monkeypatch):
     """Rank 0 of two, which notes the end instead of ending."""
     watch = t.Watch(t.Ranks(0, 2, CPU), SimpleNamespace(path=None))
     watch.ended = []
-    monkeypatch.setattr(watch, "end", lambda text, status=1: watch.ended.append((text, status)))
+    monkeypatch.setattr(watch, "end_process", lambda text, status=1: watch.ended.append((text, status)))
     watch.step = 7
     return watch
 
@@ -202,12 +202,12 @@ def watch(monkeypatch):
 def test_slow_is_not_dead(watch):
     """Compiling, validating and a long step short of the limit end nothing; nor does the sleep of this process."""
     for beat in range(1000):
-        watch.look(states({}, {}, beat=beat, timed=False))
+        watch.judge(states({}, {}, beat=beat, timed=False))
     for beat in range(t.STALLED - 1):
-        watch.look(states({}, {}, beat=beat))
-    watch.look(states({"step": 8}, {}, beat=0))
+        watch.judge(states({}, {}, beat=beat))
+    watch.judge(states({"step": 8}, {}, beat=0))
     for beat in range(t.SILENT - 1):
-        watch.look(states({"beat": beat}, {"beat": 0}, timed=False))
+        watch.judge(states({"beat": beat}, {"beat": 0}, timed=False))
     assert watch.ended == []
 
 
@@ -224,10 +224,10 @@ def test_new_shape_compiles():
 def test_compiler_may_keep_threads_waiting(watch):
     watch.step = -1
     for beat in range(t.SILENT + 3):
-        watch.look(states({"beat": beat}, {"beat": 0}, timed=False))
+        watch.judge(states({"beat": beat}, {"beat": 0}, timed=False))
     assert watch.ended == []
     for beat in range(t.SILENT_COMPILING):
-        watch.look(states({"beat": -beat}, {"beat": 0}, timed=False))
+        watch.judge(states({"beat": -beat}, {"beat": 0}, timed=False))
     assert "rank 1 gave no sign of life" in watch.ended[0][0]
 
 
@@ -235,26 +235,26 @@ def test_death_is_told_rather_than_what_follows_from_it(watch):
     """A dead rank makes the others' collectives raise: their errors are not the cause."""
     for beat in range(t.SILENT + 1):
         assert not watch.ended
-        watch.look(states({"beat": beat, "error": "error: connection closed"}, {"beat": 0}, timed=False))
+        watch.judge(states({"beat": beat, "error": "error: connection closed"}, {"beat": 0}, timed=False))
     assert len(watch.ended) == 1 and "rank 1 gave no sign of life" in watch.ended[0][0]
 
 
 def test_ranks_agree_on_a_step(watch):
     """A rank that got no signal stops where the others do, after every step that any of them may have begun."""
     assert not watch.stops(7)
-    watch.look(states({}, {"step": 8}))
+    watch.judge(states({}, {"step": 8}))
     assert watch.stop_from is None
-    watch.look(states({}, {"step": 8, "stop": 8, "why": "SIGTERM"}))
+    watch.judge(states({}, {"step": 8, "stop": 8, "why": "SIGTERM"}))
     assert (watch.stop_from, watch.why, watch.stop_before) == (7, "SIGTERM", None)
-    watch.look(states({"stop": 7}, {"step": 9, "stop": 8}, why="SIGTERM"))
+    watch.judge(states({"stop": 7}, {"step": 9, "stop": 8}, why="SIGTERM"))
     assert not watch.stops(8) and not watch.stops(9) and watch.stops(10) and watch.ended == []
 
 
 def test_interrupt_while_compiling(watch):
     watch.step, watch.wish = -1, "SIGINT"
-    watch.look(states({}, {}, timed=False))
+    watch.judge(states({}, {}, timed=False))
     assert watch.stop_from == -1 and not watch.ended
-    watch.look(states({"beat": 1}, {"beat": 1}, timed=False, why="SIGINT", stop=-1))
+    watch.judge(states({"beat": 1}, {"beat": 1}, timed=False, why="SIGINT", stop=-1))
     assert watch.ended == [("interrupted by SIGINT before the first step", 130)]
 
 
@@ -335,7 +335,7 @@ def test_end_without_a_terminal(base, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, name, open("/dev/full", "w", buffering=1))
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
-    watch.end("error: why", 3)
+    watch.end_process("error: why", 3)
     assert ended == [3] and (tmp_path / "run.txt").read_text().endswith("error: why\n")
 
 

@@ -27,7 +27,8 @@ TRAIN_LINE = re.compile(r"^step:(\d+)/8 train_loss:\d+\.\d{4} train_time:\d+ms s
 
 
 def environment(**more):
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    launched = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
+    clean = {k: v for k, v in os.environ.items() if k not in launched}
     return clean | {"OMP_NUM_THREADS": "1"} | more
 
 
@@ -329,8 +330,8 @@ def test_source_and_locale(tmp_path):
     source = SCRIPT.read_text(encoding="utf-8") + "# größer\n"
     script.write_text(source, encoding="utf-8")
     ascii_only = environment(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
-    args = [*SHORT, f"--train_files={SAMPLE}/fineweb_train_*.bin", f"--val_files={SAMPLE}/fineweb_val_*.bin", "--run_id=a"]
-    done = subprocess.run([sys.executable, str(script), *args], env=ascii_only, cwd=tmp_path, timeout=120,
+    files = [f"--{kind}_files={SAMPLE}/fineweb_{kind}_*.bin" for kind in ("train", "val")]
+    done = subprocess.run([sys.executable, str(script), *SHORT, *files, "--run_id=a"], env=ascii_only, cwd=tmp_path, timeout=120,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "logs" / "a.txt").read_text(encoding="utf-8").startswith(source)
