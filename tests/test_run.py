@@ -331,8 +331,8 @@ def test_source_and_locale(tmp_path):
     script.write_text(source, encoding="utf-8")
     ascii_only = environment(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
     files = [f"--{kind}_files={SAMPLE}/fineweb_{kind}_*.bin" for kind in ("train", "val")]
-    done = subprocess.run([sys.executable, str(script), *SHORT, *files, "--run_id=a"], env=ascii_only, cwd=tmp_path, timeout=120,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(script), *SHORT, *files, "--run_id=a"], env=ascii_only, cwd=tmp_path,
+                          timeout=120, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "logs" / "a.txt").read_text(encoding="utf-8").startswith(source)
 
