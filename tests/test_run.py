@@ -331,7 +331,9 @@ def test_source_and_locale(tmp_path):
     script.write_text(source, encoding="utf-8")
     ascii_only = environment(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
     files = [f"--{kind}_files={SAMPLE}/fineweb_{kind}_*.bin" for kind in ("train", "val")]
-    done = subprocess.run([sys.executable, str(script), *SHORT, *files, "--run_id=a"], env=ascii_only, cwd=tmp_path,
+    steps = ["--num_scheduled_iterations=3", "--num_extension_iterations=0", "--val_every=0"]
+    args = [sys.executable, str(script), *SHORT, *steps, *files, "--run_id=a"]
+    done = subprocess.run(args, env=ascii_only, cwd=tmp_path,
                           timeout=120, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "logs" / "a.txt").read_text(encoding="utf-8").startswith(source)
