@@ -23,8 +23,7 @@ Map. The algorithm, as a token meets it:
     1 this text    2 configuration: tables, Recipe, plan()    3 what flows
     4 data         5 model    6 optimizer    7 the run: train_step, evaluate, train, main
 The engine room, which decides nothing about the result:
-    8 kernels, each under its reference    9 attention
-    10 keeping a run: errors, checks, command line, log, watch, checkpoints
+    8 kernels, each under its reference    9 attention    10 keeping a run: errors, log, checkpoints
 """
 
 from __future__ import annotations
@@ -302,8 +301,9 @@ class Recipe:
 
 def small(recipe: Recipe) -> Recipe:
     """The same recipe at a size that two CPU cores train in two minutes."""
+    sample = Path(__file__).with_name("data") / "sample"
     return replace(
-        recipe, train_files="data/sample/fineweb_train_*.bin", val_files="data/sample/fineweb_val_*.bin",
+        recipe, train_files=f"{sample}/fineweb_train_*.bin", val_files=f"{sample}/fineweb_val_*.bin",
         val_tokens=8192, val_chunk=1024, num_scheduled_iterations=60, num_extension_iterations=4, val_every=20,
         batch_unit=512, micro_tokens=512, block=16, model_dim=96, head_dim=16, bigram_ratio=1, muon_momentum_warmup=30,
         muon_momentum_cooldown=8, dtype="float32", fp8_head=False, compile=False, device="cpu")
@@ -1432,8 +1432,9 @@ def main() -> None:
         if args.plan:
             print_plan(hp)
         elif args.check:
-            check_data(hp)
+            found = check_data(hp)
             read_checkpoint(hp.resume, hp)
+            print(found)
         else:
             ranks = setup_ranks(hp)
             hp = on_every_rank(lambda: choose_backends(hp, ranks.device))
@@ -3130,8 +3131,8 @@ def check_shard(path: str, bos: int, count: int = -1) -> np.ndarray:
     return tokens
 
 
-def check_data(hp: Recipe) -> None:
-    """Walk the whole schedule over the shards without training; raises UserError for whatever would stop a run."""
+def check_data(hp: Recipe) -> str:
+    """Walk the whole schedule over the shards without training, and say so; UserError for what would stop a run."""
     for key in ("val_files", "train_files"):
         require(glob.glob(getattr(hp, key)),
                 f"no file matches --{key}={getattr(hp, key)}: run `python data/cached_fineweb10B.py 9` to download "
@@ -3161,6 +3162,7 @@ def check_data(hp: Recipe) -> None:
         raise UserError(f"--train_files={hp.train_files}: {len(files)} shard{'s' * (len(files) != 1)} last {done} of "
                         f"{len(plans)} steps; add about {shards} more of this size, or lower "
                         "--num_scheduled_iterations")
+    return f"{len(files)} train shard{'s' * (len(files) != 1)} last all {len(plans)} steps; validation has its tokens"
 
 
 # --- Ranks
@@ -3191,6 +3193,8 @@ def setup_ranks(hp: Recipe) -> Ranks:
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor")
     rank, world, local = launched_ranks()
     cuda = hp.device == "cuda" or (hp.device == "auto" and torch.cuda.is_available())
+    require(cuda or hp.device == "cpu",
+            "no NVIDIA GPU that PyTorch can use here; --preset=demo trains a small model on the CPU")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     require(not cuda or here <= torch.cuda.device_count(),
             f"{here} processes need a GPU each, but {torch.cuda.device_count()} are visible: start fewer processes, or "
@@ -3340,6 +3344,8 @@ class Log:
             self.path = path = Path(hp.log_dir, (hp.run_id or time.strftime("%Y%m%d-%H%M%S")) + ".txt")
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
+                if hp.resume and path.is_file() and "\nfinal: val_loss" in path.read_text(encoding="utf-8"):
+                    raise FileExistsError
                 self.file = open(path, "a" if hp.resume else "x", buffering=1, encoding="utf-8")
                 print(Path(__file__).read_text(encoding="utf-8") + "=" * 100, file=self.file)
             except FileExistsError:
@@ -3679,6 +3685,7 @@ def read_checkpoint(path: str, hp: Recipe | None = None) -> dict | None:
     """What save_checkpoint wrote, on the CPU, with "hp"; UserError unless it is intact and a run of hp can use it."""
     if not path:
         return None
+    require(os.path.exists(path), f"{path}: there is no such checkpoint; choose another")
     try:
         if zipfile.ZipFile(path).testzip():  # torch.load ignores checksums
             raise ValueError("wrong checksum")

@@ -243,7 +243,8 @@ def test_bad_files(straight, how):
     for given in (hp, None):
         with pytest.raises(t.UserError) as error:
             t.read_checkpoint(path, given)
-        assert path in str(error.value) and "intact checkpoint" in str(error.value) and "\n" not in str(error.value)
+        text = "no such checkpoint" if how == "missing" else "intact checkpoint"
+        assert path in str(error.value) and text in str(error.value) and "\n" not in str(error.value)
 
 
 def test_other_settings(straight, tmp_path):
@@ -292,6 +293,13 @@ def test_refused_before_anything_is_written(two_ranks):
     check = launch(hp, 1, check=True, resume=path, seed=1)
     assert check.returncode == 1 and check.stderr == lines[0] + "\n" and check.stdout == ""
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_log_of_a_finished_run(straight):
+    """A resumed run does not go on in a log that has ended."""
+    hp, folder = straight
+    with pytest.raises(t.UserError, match="run.txt is another run's log; choose another --run_id"):
+        t.Log(dataclasses.replace(hp, run_id="run", log_dir=str(folder), resume="x.pt"), ONE)
 
 
 def test_disk_that_takes_no_more(base, tmp_path, monkeypatch):

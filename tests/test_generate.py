@@ -116,7 +116,7 @@ def test_streams_characters(checkpoint, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("args, parts", [
-    (["nowhere.pt"], ["nowhere.pt", "No such file", "choose another"]),
+    (["nowhere.pt"], ["nowhere.pt", "no such checkpoint", "choose another"]),
     ([TOOL], ["generate.py", "zip", "choose another"]),
     ([], ["checkpoint", "required"]),
     (["x.pt", "--tokens=0"], ["--tokens", "positive"]),

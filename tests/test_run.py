@@ -217,6 +217,8 @@ BAD = {  # name: words that the error must contain (the cause, the file or key, 
     "attention that cannot run": ["--attention=torch", "bfloat16", "--attention=auto"],
     "kernels that cannot run": ["--kernels=hopper", "bfloat16", "--kernels=auto"],
     "log_dir is a file": ["occupied", "--log_dir"],
+    "no GPU": ["no NVIDIA GPU", "--preset=demo"],
+    "no such checkpoint": ["nothing.pt", "no such checkpoint"],
 }
 FULL_LENGTH = 2 * (128 + 256 + 384) + 2 * 384  # tokens of the schedule's 8 steps
 
@@ -264,6 +266,10 @@ def bad_arguments(name, folder):
         write(val, tokens[:1000])
     elif name == "three ranks":
         env = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    elif name == "no GPU":
+        more = ["--device=auto"]
+    elif name == "no such checkpoint":
+        more = ["--resume=nothing.pt"]
     elif name == "half a launch":
         env = {"RANK": "0"}
     elif name == "two ranks, said by WORLD_SIZE alone":
@@ -350,9 +356,10 @@ def test_data_error_under_torchrun(tmp_path):
 
 
 def test_check_reads_everything_and_writes_nothing(tmp_path):
-    """--check accepts the bundled data silently and finds a bad shard."""
-    good = run("--check", *SHORT, f"--log_dir={tmp_path}/logs", timeout=60)
-    assert (good.returncode, good.stdout, good.stderr) == (0, "", "")
+    """--check accepts the bundled data in a line, from any folder, and finds a bad shard."""
+    good = run("--check", *SHORT, f"--log_dir={tmp_path}/logs", timeout=60, cwd=tmp_path)
+    found = "1 train shard last all 8 steps; validation has its tokens\n"
+    assert (good.returncode, good.stdout, good.stderr) == (0, found, "")
     args, _ = bad_arguments("token above 50256", tmp_path)
     bad = run("--check", *args, timeout=60)
     assert bad.returncode != 0 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
