@@ -49,6 +49,19 @@ def make_shard(tmp_path):
 
 
 @pytest.fixture(scope="session")
+def byte_files(tmp_path_factory):
+    """The bundled shards with a vocabulary of 256, so that runs take little more than their start; keys of a recipe."""
+    folder, files = tmp_path_factory.mktemp("bytes"), {}
+    for kind, number in (("train", 1), ("val", 0)):
+        path = folder / f"fineweb_{kind}_{number:06}.bin"
+        raw = np.fromfile(ROOT / "data" / "sample" / path.name, "<u2")
+        raw[512:] = np.where(raw[512:] == 50256, 255, raw[512:] % 255)
+        raw.tofile(path)
+        files[f"{kind}_files"] = str(path)
+    return files
+
+
+@pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """Checkpoints of a small model with GPT-2's vocabulary, after 3 of 4 steps and at the end, by number of steps."""
     import train_gpt as t

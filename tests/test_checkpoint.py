@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -25,16 +24,8 @@ N = 8
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """The recipe of a run on the bundled text, as a vocabulary of 256."""
-    folder, files = tmp_path_factory.mktemp("data"), {}
-    for key, name in (("train_files", "fineweb_train_000001.bin"), ("val_files", "fineweb_val_000000.bin")):
-        raw = (ROOT / "data" / "sample" / name).read_bytes()
-        tokens = np.frombuffer(raw, "<u2", offset=1024)
-        tokens = np.where(tokens == 50256, 255, tokens % 255).astype("<u2")
-        (folder / name).write_bytes(raw[:1024] + tokens.tobytes())
-        files[key] = str(folder / name)
-    return dataclasses.replace(t.PRESETS["demo"], **SIZES, **files, log_dir=str(folder))
+def base(byte_files, tmp_path_factory):
+    return dataclasses.replace(t.PRESETS["demo"], **SIZES, **byte_files, log_dir=str(tmp_path_factory.mktemp("logs")))
 
 
 def train(hp, **more):

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import runlogs
 import torch
@@ -58,15 +57,8 @@ t.main()
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """The recipe of a run on the bundled text, as a vocabulary of 256."""
-    folder, files = tmp_path_factory.mktemp("data"), {}
-    for key, name in (("train_files", "fineweb_train_000001.bin"), ("val_files", "fineweb_val_000000.bin")):
-        raw = np.fromfile(ROOT / "data" / "sample" / name, "<u2")
-        raw[512:] = np.where(raw[512:] == 50256, 255, raw[512:] % 255)
-        raw.tofile(folder / name)
-        files[key] = str(folder / name)
-    return dataclasses.replace(t.PRESETS["demo"], **SIZES, **files)
+def base(byte_files):
+    return dataclasses.replace(t.PRESETS["demo"], **SIZES, **byte_files)
 
 
 def processes(marker):

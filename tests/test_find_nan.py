@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import find_nan
-import numpy as np
 import pytest
 import torch
 
@@ -36,15 +35,9 @@ FOUND = {  # by where the nan is made; with the place's first names only, as fun
 
 
 @pytest.fixture(scope="module")
-def hp(tmp_path_factory):
-    """The recipe of a run on the bundled text, as a vocabulary of 256."""
-    folder, files = tmp_path_factory.mktemp("data"), {}
-    for key, name in (("train_files", "fineweb_train_000001.bin"), ("val_files", "fineweb_val_000000.bin")):
-        raw = np.fromfile(ROOT / "data" / "sample" / name, "<u2")
-        raw[512:] = np.where(raw[512:] == 50256, 255, raw[512:] % 255)
-        raw.tofile(folder / name)
-        files[key] = str(folder / name)
-    return replace(t.PRESETS["demo"], **SIZES, **files, log_dir=str(folder / "it's a folder"))
+def hp(byte_files, tmp_path_factory):
+    logs = tmp_path_factory.mktemp("logs") / "it's a folder"
+    return replace(t.PRESETS["demo"], **SIZES, **byte_files, log_dir=str(logs))
 
 
 def arguments(hp, **more):
