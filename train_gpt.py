@@ -651,7 +651,7 @@ class Validation:
             inside = self.starts[(self.starts > start) & (self.starts < start + chunk)]
             ends = np.append(inside, start + chunk) - start
             batch = pack(self.hp, [(self.tokens[start : start + chunk + 1], ends)], self.documents)
-            yield to_device(pinned(batch, self.ranks.device), self.ranks.device)
+            yield send(batch, self.ranks.device)
 
 
 def load_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int], done: int = 0) -> Ahead:
@@ -1065,11 +1065,12 @@ class Rule(NamedTuple):
     state: Callable  # a rank's part of a parameter -> what its updates keep
     hypers: Callable  # Param, Plan, Recipe -> the scalars of one update, at most 8
     update: Callable  # see adam_update
+    bank: bool = False  # for banks [K, rows, columns] only, at rates by matrix
 
 
 RULES = {
-    "normuon": Rule(normuon_state, normuon_hypers, normuon_update),
-    "muon": Rule(muon_state, normuon_hypers, normuon_update),
+    "normuon": Rule(normuon_state, normuon_hypers, normuon_update, bank=True),
+    "muon": Rule(muon_state, normuon_hypers, normuon_update, bank=True),
     "adam": Rule(adam_state, adam_hypers, adam_update),
 }
 
@@ -1097,7 +1098,7 @@ class NorMuonAdam:
         self.rules = {name: rule._replace(update=maybe_compiled(rule.update, hp)) for name, rule in RULES.items()}
         self.grads = self.make_gradients()
         self.moments = {row.name: self.rules[row.rule].state(self.shard(row)) for row in hp.params}
-        self.rates = {row.name: {"rate": self.matrix_rates(row)} for row in hp.params if row.rule != "adam"}
+        self.rates = {row.name: {"rate": self.matrix_rates(row)} for row in hp.params if RULES[row.rule].bank}
         self.reset()
 
     @torch.no_grad()
@@ -1148,8 +1149,7 @@ class NorMuonAdam:
         for row, line in zip(rows, table):
             values = self.rules[row.rule].hypers(row, now, self.hp)
             line[: len(values)] = torch.tensor(values)
-        table = to_device(pinned(table, self.ranks.device), self.ranks.device)
-        return {row.name: line for row, line in zip(rows, table)}
+        return {row.name: line for row, line in zip(rows, send(table, self.ranks.device))}
 
     def launch_reductions(self, rows: list[Param],
                           touched: TouchedRows | None) -> dict[str, tuple[Tensor, dist.Work | None]]:
@@ -1315,9 +1315,8 @@ class Run:
 
     def train_step(self, batches: list[Batch], touched: TouchedRows | None, now: Plan) -> StepLoss:
         """One optimizer step on this rank's batches."""
-        device = self.ranks.device
         self.model.set_stage(now.index)
-        mtp_weights = to_device(pinned(torch.tensor(now.mtp_weights), device), device)
+        mtp_weights = send(torch.tensor(now.mtp_weights), self.ranks.device)
 
         total = 0.0
         for batch in batches:
@@ -1443,7 +1442,7 @@ def main() -> None:
             log = on_every_rank(lambda: Log(hp, ranks))
             with Watch(ranks, log) as watch:
                 log_environment(log, hp, ranks)
-                run = Run(hp, ranks, choose_ops(hp), choose_ops(hp, training=False))
+                run = Run(hp, ranks, choose_ops(hp))
                 status = train(run, log, watch, saved)
             log.close()
             dist.destroy_process_group()
@@ -1470,8 +1469,8 @@ def hopper_fits(hp: Recipe, device: torch.device) -> bool:
             and hp.head_dim.bit_count() == 1 and importlib.util.find_spec("quack") is not None)
 
 
-def choose_ops(hp: Recipe, training: bool = True) -> Ops:
-    """The operations of training or validation, for hp.kernels and hp.attention as choose_backends left them."""
+def choose_ops(hp: Recipe) -> Ops:
+    """The operations for hp.kernels and hp.attention as choose_backends left them."""
     ops = HOPPER if hp.kernels == "hopper" else PLAIN
     return ops._replace(attention=ATTENTION_BACKENDS[hp.attention]())
 
@@ -2961,11 +2960,11 @@ def check_params(hp: Recipe) -> None:
                 number = [float(x) for x in number]
             require(fits(tuple(number), tuple[float]) or part.strip() == "uniform" or part == "lm_head" != row.name,
                     f"{place}.init={row.init!r}: use a number, uniform, or normal and a deviation")
-        adam = row.rule == "adam"
-        require(not adam or (row.betas and 0 <= min(row.betas) and max(row.betas) < 1),
+        bank = RULES[row.rule].bank
+        require(row.rule != "adam" or (row.betas and 0 <= min(row.betas) and max(row.betas) < 1),
                 f"{place}.betas={row.betas}: Adam needs two numbers from 0 to below 1")
-        require(adam or len(axes) == 3, f"{place}.rule={row.rule!r}: use adam, as this is no bank [K, rows, columns]")
-        require(not adam or row.odd_lr == 1, f"{place}.odd_lr={row.odd_lr}: use 1 with adam")
+        require(not bank or len(axes) == 3, f"{place}.rule={row.rule!r}: use adam: this is no bank [K, rows, columns]")
+        require(bank or row.odd_lr == 1, f"{place}.odd_lr={row.odd_lr}: use 1 with {row.rule}")
         require(row.reduce != "sparse" or row.name == "bigram_embed",
                 f"{place}.reduce='sparse': use shard or replicate, as only bigram_embed's rows are known beforehand")
         require(row.reduce == "replicate" or row.name in UPDATE_ORDER,
@@ -3131,8 +3130,8 @@ def check_shard(path: str, bos: int, count: int = -1) -> np.ndarray:
     return tokens
 
 
-def check_data(hp: Recipe) -> str:
-    """Walk the whole schedule over the shards without training, and say so; UserError for what would stop a run."""
+def check_files(hp: Recipe) -> list[str]:
+    """The train shards; UserError if these or the validation shard are missing, damaged or too short."""
     for key in ("val_files", "train_files"):
         require(glob.glob(getattr(hp, key)),
                 f"no file matches --{key}={getattr(hp, key)}: run `python data/cached_fineweb10B.py 9` to download "
@@ -3142,7 +3141,14 @@ def check_data(hp: Recipe) -> str:
     require(found > hp.val_tokens,
             f"{path}: {found} tokens, but validation needs {hp.val_tokens + 1}; lower --val_tokens")
     files = sorted(glob.glob(hp.train_files))
-    sizes = [len(check_shard(path, hp.bos, 0)) or os.path.getsize(path) // 2 for path in files]
+    for path in files:
+        check_shard(path, hp.bos, 0)
+    return files
+
+
+def check_data(hp: Recipe) -> str:
+    """Walk the whole schedule over the shards without training, and say so; UserError for what would stop a run."""
+    files = check_files(hp)
     plans = [plan(step, hp) for step in range(hp.num_steps)]
     done = sum(1 for _ in walk(files, hp.bos, plans, partial(check_shard, bos=hp.bos)))
     if done < len(plans):
@@ -3158,7 +3164,7 @@ def check_data(hp: Recipe) -> str:
                 "with shorter ones (data/fineweb.py --max_chars), or raise max_doc in STAGES")
         used, missing = (sum(now.batch_tokens for now in part) for part in (plans[:done], plans[done:]))
         # what a shard yields after cuts, or all of it if none lasted a step
-        shards = math.ceil(missing / ((used or sum(sizes)) / len(files)))
+        shards = math.ceil(missing / ((used or sum(map(os.path.getsize, files)) // 2) / len(files)))
         raise UserError(f"--train_files={hp.train_files}: {len(files)} shard{'s' * (len(files) != 1)} last {done} of "
                         f"{len(plans)} steps; add about {shards} more of this size, or lower "
                         "--num_scheduled_iterations")
@@ -3287,6 +3293,11 @@ class Ahead:
 def pinned(item: object, device: torch.device) -> object:
     """The tensors of nested tuples in memory that a GPU copies from without the CPU."""
     return tree_map(lambda x: x.pin_memory() if isinstance(x, Tensor) and device.type == "cuda" else x, item)
+
+
+def send(item: object, device: torch.device) -> object:
+    """The tensors of nested tuples, from the CPU, on the device, without waiting for the copy."""
+    return to_device(pinned(item, device), device)
 
 
 def to_device(item: object, device: torch.device) -> object:

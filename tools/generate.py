@@ -37,7 +37,7 @@ def load_model(path: str) -> tuple[t.GPT, t.Windows]:
         model = t.GPT(hp).requires_grad_(False)
     for name, p in model.named_parameters():
         p.copy_(saved["tensors"][name])
-    model.val_ops = t.choose_ops(hp, training=False)
+    model.val_ops = t.choose_ops(hp)
     last = step == hp.num_steps
     now = t.plan(step - last, hp)
     model.set_stage(now.index)
