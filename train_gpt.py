@@ -468,7 +468,7 @@ class Ops(NamedTuple):
     injections: Callable  # x0, bigram [T, D], their lambdas [A] -> A of Injection
     linear_sum: Callable  # y, o, x, resid [T], Injection -> Stream: y o^T + resid x + injected
     mlp: Callable  # x, up, down, resid [T] -> Stream: relu(norm(x) up^T)^2 down + resid x
-    head_loss: Callable  # x [T, D], w [D, V], targets, weights, cap, fp8, loss_scale -> loss
+    head_loss: Callable  # x [T, D], w [D, V], targets [T, k], weights, cap, fp8, loss_scale -> loss
     add_rows: Callable  # rows [T, D], ids [T], table, order -> None: table[ids] += rows
 
 
@@ -682,6 +682,11 @@ def softcap(logits: Tensor, cap: float, shift: float, width: float) -> Tensor:
     return cap * torch.sigmoid((logits.float() + shift) / width)
 
 
+def next_targets(targets: Tensor, k: int) -> Tensor:
+    """What each position predicts [n S, k]: its target and the next of its segment, for targets [n, S]; -1: none."""
+    return F.pad(targets, (0, k - 1), value=-1).unfold(1, k, 1).flatten(0, 1).contiguous()
+
+
 def yarn(frequencies: Tensor, scale: float, old: int, new: int) -> tuple[Tensor, float]:
     """Frequencies and softmax scale after the long window grows from old to new tokens (YaRN, arXiv 2309.00071)."""
     rotations = old * frequencies / (2 * math.pi)
@@ -881,6 +886,7 @@ class GPT(nn.Module):
         """The loss, summed over positions and times loss_scale; mtp_weights [k] of the next k tokens."""
         x = self.trunk(batch, rows, windows, self.ops)
         targets = batch.targets.unflatten(0, (-1, windows.segment or len(batch.targets)))  # [n, S]
+        targets = next_targets(targets, len(mtp_weights))
         return self.ops.head_loss(x, self.lm_head, targets, self.loss_scale * mtp_weights, self.cap,
                                   self.hp.fp8_head, self.loss_scale)
 
@@ -2098,7 +2104,7 @@ class AttentionInputs(torch.autograd.Function):
 
 def softcapped_mtp_loss_reference(
     logits: Tensor,  # [T, V]
-    targets: Tensor,  # [n, S], of n segments
+    targets: Tensor,  # [T, k], -1: none
     weights: Tensor,  # [k] fp32
     grad_dtype: torch.dtype,
     grad_scale: float,
@@ -2108,8 +2114,8 @@ def softcapped_mtp_loss_reference(
 ) -> tuple[Tensor, Tensor]:
     """Multi-token cross entropy on soft-capped logits [T] fp32, and d sum(loss) / d logits / grad_scale [T, V].
 
-    Position i of a segment predicts its targets i, i+1 .. i+k-1 with these weights, as far as they exist. Capped logits
-    lie in (0, cap), so the softmax needs no pass for its maximum: cap itself is the shift.
+    A position predicts its targets with these weights, as far as it has them. Capped logits lie in (0, cap), so the
+    softmax needs no pass for its maximum: cap itself is the shift.
     """
     V = logits.size(1)
     u = torch.sigmoid((logits.float() + shift) / width)  # [T, V]; z = cap * u
@@ -2119,7 +2125,7 @@ def softcapped_mtp_loss_reference(
     column = torch.arange(V, device=logits.device)
     loss, hits, mass = torch.zeros_like(lse), 0.0, torch.zeros_like(lse)
     for k in range(len(weights)):
-        target = F.pad(targets[:, k:], (0, min(k, targets.size(1))), value=-1).flatten()  # [T]; -1 matches no column
+        target = targets[:, k]  # [T]; -1 matches no column
         weight = torch.where(target >= 0, weights[k], 0.0)
         z = cap * u.gather(1, target.clamp_min(0)[:, None])[:, 0]
         loss = loss + weight * (lse - z)
@@ -2163,7 +2169,7 @@ def unpacked(x, PACK: tl.constexpr):
 
 
 @jit
-def mtp_loss_kernel(logits, weights, total, grad, T, S, V: tl.constexpr, scale, HALF: tl.constexpr,
+def mtp_loss_kernel(logits, targets, weights, total, grad, T, V: tl.constexpr, scale, HALF: tl.constexpr,
                     SHIFT: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, FAST: tl.constexpr, PACK: tl.constexpr,
                     PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr):
     """Sums of exp(z - CAP) of each row, and the gradient but for the targets' own columns, which target_kernel writes.
@@ -2195,7 +2201,7 @@ def mtp_loss_kernel(logits, weights, total, grad, T, S, V: tl.constexpr, scale, 
             fresh += (packed(e - e * (t * t), PACK),)
         mass, row_total = 0.0, tl.sum(sums)
         for j in tl.static_range(K):
-            mass += tl.where(row % S + j < S, tl.load(weights + j), 0.0)
+            mass += tl.where(tl.load(targets + row * K + j) >= 0, tl.load(weights + j), 0.0)
         tl.store(total + row, row_total)
         kept, slope, before = fresh, 0.25 * scale * mass / row_total, row
     for i in tl.static_range(BLOCKS):
@@ -2204,22 +2210,21 @@ def mtp_loss_kernel(logits, weights, total, grad, T, S, V: tl.constexpr, scale, 
 
 
 @jit
-def target_kernel(logits, targets, weights, total, loss, grad, T, S, V, scale, CAP: tl.constexpr, HALF: tl.constexpr,
+def target_kernel(logits, targets, weights, total, loss, grad, T, V, scale, CAP: tl.constexpr, HALF: tl.constexpr,
                   SHIFT: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr):
     """Each row's loss, and the targets' own columns of the gradient."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside, left, at = row < T, S - row % S, row.to(tl.int64) * V  # left: positions in the segment from this one on
-    left = tl.where(inside, left, 0)
+    inside, at = row < T, row.to(tl.int64) * V
     sums = tl.load(total + row, mask=inside, other=1.0)
     mass, row_loss, lse = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32), tl.log(sums) + CAP
     for j in tl.static_range(K):
-        mass += tl.where(j < left, tl.load(weights + j), 0.0)
+        mass += tl.where(tl.load(targets + row * K + j, mask=inside, other=-1) >= 0, tl.load(weights + j), 0.0)
     for j in tl.static_range(K):
-        seen = j < left
-        target, hits = tl.load(targets + row + j, mask=seen, other=0), tl.zeros([ROWS], tl.float32)
+        target, hits = tl.load(targets + row * K + j, mask=inside, other=-1), tl.zeros([ROWS], tl.float32)
         for i in tl.static_range(K):  # a token can be several of the targets
-            same = (i < left) & (tl.load(targets + row + i, mask=i < left, other=-1) == target)
+            same = tl.load(targets + row * K + i, mask=inside, other=-1) == target
             hits += tl.where(same, tl.load(weights + i), 0.0)
+        seen = target >= 0
         t, e = capped(tl.load(logits + at + target, mask=seen, other=0.0).to(tl.float32), HALF, SHIFT, WIDTH, False)
         row_loss += tl.where(seen, tl.load(weights + j), 0.0) * (lse - 0.5 * CAP - 0.5 * CAP * t)
         g = 0.25 * scale * (mass / sums * e - hits) * (1.0 - t * t)
@@ -2238,13 +2243,13 @@ def softcapped_mtp_loss(logits: Tensor, targets: Tensor, weights: Tensor, grad_d
     fast = grad_dtype.itemsize == 1 and logits.is_cuda  # e5m2 has two bits of mantissa: the errors are lost in it
     pack, total, scale = logits.dtype == torch.bfloat16, torch.empty_like(loss), cap / width / grad_scale
     assert grad_dtype == torch.float32 if not pack else V % 2 == 0 and grad_dtype.itemsize < 4  # kept as bf16 pairs
-    assert targets.numel() == T and targets.is_contiguous()
-    programs, S = min(T, multiprocessors(logits.device)), targets.size(1)
+    assert targets.shape == (T, K) and targets.is_contiguous()
+    programs = min(T, multiprocessors(logits.device))
     mtp_loss_kernel[(programs,)](
-        logits.view(torch.int32) if pack else logits, weights, total, grad, T, S, V, scale, half, shift, width,
+        logits.view(torch.int32) if pack else logits, targets, weights, total, grad, T, V, scale, half, shift, width,
         K, fast, pack, programs, LOSS_BLOCK, LOSS_BLOCK // 2 if pack else LOSS_BLOCK, num_warps=16)
-    target_kernel[(triton.cdiv(T, LOSS_ROWS),)](logits, targets, weights, total, loss, grad, T, S, V, scale, cap,
-                                                half, shift, width, K, LOSS_ROWS, num_warps=2)
+    target_kernel[(triton.cdiv(T, LOSS_ROWS),)](logits, targets, weights, total, loss, grad, T, V, scale, cap, half,
+                                                shift, width, K, LOSS_ROWS, num_warps=2)
     return loss, grad
 
 # --- Transposes
@@ -2293,10 +2298,15 @@ def quick_fp8_product(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     quack_products()["scaled"][1](a, b, y, epi_args={"scale": scale})
     return y
 
-class HeadLoss(torch.autograd.Function):
-    """sum over positions of softcapped_mtp_loss(x w): head product, loss and gradient without keeping the logits.
 
-    x [T, D], w [D, V], targets [n, S], weights [k] -> 0-dim fp32. With fp8, the products run as e4m3 x e4m3 forward and
+PLAIN_HEAD_ROWS = 4096  # tokens whose logits the plain head holds at a time: 0.8 GB for each fp32 copy
+
+
+class HeadLoss(torch.autograd.Function):
+    """sum over positions of softcapped_mtp_loss(x w): product, loss and both gradients, `rows` tokens at a time, so
+    that no logits are kept.
+
+    x [T, D], w [D, V], targets [T, k], weights [k] -> 0-dim fp32. With fp8, the products run as e4m3 x e4m3 forward and
     e4m3 x e5m2 backward with fixed scales; loss_scale, which the weights hold, is the gradients'. fast: by kernels.
     """
 
@@ -2304,33 +2314,38 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, fp8: bool, loss_scale: float, fast: bool,
                 *cap: float):
         loss_of = softcapped_mtp_loss if fast else softcapped_mtp_loss_reference
+        rows = len(x) if fast else PLAIN_HEAD_ROWS
         if fp8:
-            x8 = (x / X_SCALE).to(torch.float8_e4m3fn)
             w8 = (w.float() / W_SCALE).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-            scale = x.new_full((), X_SCALE * W_SCALE, dtype=torch.float32)
+            w8_columns = w8.T.contiguous().T
             multiply = quick_fp8_product if fast else quick_fp8_product_reference
-            logits = multiply(x8, w8.T.contiguous().T, scale)  # [T, V]
+            turn = transposed if fast else lambda y: y.T.contiguous()
             grad_scale = GRAD_SCALE * loss_scale
-            loss, grad = loss_of(logits, targets, weights, torch.float8_e5m2, grad_scale, *cap)
-            ctx.save_for_backward(x8, w8, grad)
-            ctx.grad_scale = grad_scale
-        else:
-            loss, grad = loss_of(x @ w, targets, weights, x.dtype, 1.0, *cap)
-            ctx.save_for_backward(x, w, grad)
-        ctx.fp8, ctx.fast, ctx.dtypes = fp8, fast, (x.dtype, w.dtype)
-        return loss.sum()
+            logits_scale, dx_scale, dw_scale = (
+                x.new_full((), value, dtype=torch.float32)
+                for value in (X_SCALE * W_SCALE, grad_scale * W_SCALE, grad_scale * X_SCALE))
+
+        total, dx, dw = 0.0, [], None
+        for x, targets in zip(x.split(rows), targets.split(rows)):  # noqa: B020 - a chunk of each
+            if fp8:
+                x8 = (x / X_SCALE).to(torch.float8_e4m3fn)
+                logits = multiply(x8, w8_columns, logits_scale)  # [rows, V]
+                loss, grad = loss_of(logits, targets, weights, torch.float8_e5m2, grad_scale, *cap)
+                dx.append(fp8_product(grad, w8.T, dx_scale, x.dtype))
+                part = fp8_product(turn(x8), turn(grad).T, dw_scale, w.dtype)
+            else:
+                loss, grad = loss_of(x @ w, targets, weights, x.dtype, 1.0, *cap)
+                dx.append(grad @ w.T)
+                part = x.T @ grad
+            total = total + loss.sum()
+            dw = part if dw is None else dw.float() + part
+        ctx.save_for_backward(torch.cat(dx), dw.to(w.dtype))
+        return total
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor):
-        x, w, grad = ctx.saved_tensors
-        if ctx.fp8:
-            s = grad_loss.float() * ctx.grad_scale
-            dx = fp8_product(grad, w.T, s * W_SCALE, ctx.dtypes[0])
-            x, turned = (transposed(y) if ctx.fast else y.T.contiguous() for y in (x, grad))  # [D, T], [V, T]
-            dw = fp8_product(x, turned.T, s * X_SCALE, ctx.dtypes[1])
-        else:
-            dx, dw = grad_loss * (grad @ w.T), grad_loss * (x.T @ grad)
-        return dx.to(ctx.dtypes[0]), dw.to(ctx.dtypes[1]), *[None] * 8
+        dx, dw = ctx.saved_tensors
+        return grad_loss * dx, grad_loss * dw, *[None] * 8
 
 
 # --- Gradients of embedding tables
@@ -2731,7 +2746,7 @@ def run_mlp(ops: Ops, x: Tensor, up: Tensor, down: Tensor, lambdas: Tensor) -> T
 
 
 def run_head_loss(fp8: bool, ops: Ops, x: Tensor, w: Tensor) -> Tensor:
-    targets = (torch.arange(len(x), device=x.device) * 7 % 50).view(2, -1)
+    targets = torch.arange(2 * len(x), device=x.device).view(-1, 2) * 7 % 50
     weights = torch.tensor([0.125, 0.0625], device=x.device)
     return ops.head_loss(norm(x), w, targets, weights, (23.0, 5.0, 7.5), fp8, 0.125)
 

@@ -136,7 +136,7 @@ class TestInterpreted(k.Interpreted):
         weights = torch.tensor([1.0, 0.5, 0.25][:count])
         exact, exact_grad, bound = k.exact_loss(logits, targets, weights, 0.03, *cap)
         for f in (t.softcapped_mtp_loss, t.softcapped_mtp_loss_reference):
-            loss, grad = f(logits, targets, weights, FP32, 0.03, *cap)
+            loss, grad = f(logits, t.next_targets(targets, count), weights, FP32, 0.03, *cap)
             assert (loss - exact).abs().max() <= weights.sum() * k.rounding(cap[0])
             assert ((grad - exact_grad).abs() <= bound).all()
 
@@ -168,7 +168,7 @@ class TestInterpreted(k.Interpreted):
             check(t.product, (kind, a, b, operands))
         check(t.add_columns, (c.clone(), c[:, :5]))
         check(t.injections_backward, (c, c + 1, torch.rand(3), torch.rand(3), [c, c - 1, c - 2]))
-        check(t.softcapped_mtp_loss, (torch.randn(3, 16), torch.tensor([[1, 2, 3]]), torch.ones(2), FP32, 0.5, *k.CAP))
+        check(t.softcapped_mtp_loss, (torch.randn(3, 16), torch.tensor([[1, 2], [2, 3], [3, -1]]), torch.ones(2), FP32, 0.5, *k.CAP))
         for mix in (False, True):
             qkv, *inputs, grads = k.qkv_inputs(5, 2, 16, mix)
             inputs = [qkv, k.row_factors(5, mix), *inputs, *k.rotation(5, 16, False)]

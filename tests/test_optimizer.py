@@ -332,19 +332,21 @@ def test_mtp_loss(weights, T, V):
     reference = direct_loss(exact, targets, weights)
     reference.sum().backward()
     for scale in (1.0, 0.037):
-        loss, grad = t.softcapped_mtp_loss_reference(logits, targets[None], torch.tensor(weights), torch.float32, scale,
-                                                     *CAP)
+        loss, grad = t.softcapped_mtp_loss_reference(
+            logits, t.next_targets(targets[None], len(weights)), torch.tensor(weights), torch.float32, scale, *CAP)
         assert loss.shape == (T,) and loss.dtype == torch.float32
         assert close(loss, reference.detach(), 1e-6) and close(grad * scale, exact.grad, 2e-6)
-    coarse = t.softcapped_mtp_loss_reference(logits.bfloat16(), targets[None], torch.tensor(weights), torch.bfloat16,
-                                             1.0, *CAP)[1]
+    coarse = t.softcapped_mtp_loss_reference(
+        logits.bfloat16(), t.next_targets(targets[None], len(weights)), torch.tensor(weights), torch.bfloat16, 1.0,
+        *CAP)[1]
     assert coarse.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("weights", [[0.25], [0.5, 0.2], [1.0, 0.5, 0.25]])
 @pytest.mark.parametrize("T, D, V", [(2, 3, 7), (33, 17, 65)])
-def test_head_loss_gradients(weights, T, D, V):
-    """x and w get the float64 gradients of the summed loss, times the incoming gradient."""
+def test_head_loss_gradients(weights, T, D, V, monkeypatch):
+    """x and w get the float64 gradients of the summed loss, times the incoming gradient; also in chunks of rows."""
+    monkeypatch.setattr(t, "PLAIN_HEAD_ROWS", 8)
     generator = torch.Generator().manual_seed(1)
     x, w = torch.randn(T, D, generator=generator), torch.randn(D, V, generator=generator)
     targets = torch.randint(V, (T,), generator=generator)
@@ -352,7 +354,8 @@ def test_head_loss_gradients(weights, T, D, V):
     for make, factor in ((torch.Tensor.float, -2.5), (torch.Tensor.double, 1.0)):
         a, b = make(x).clone().requires_grad_(), make(w).clone().requires_grad_()
         if a.dtype == torch.float32:
-            loss = t.PLAIN.head_loss(a, b, targets[None], torch.tensor(weights), CAP, False, 0.125)
+            found = t.next_targets(targets[None], len(weights))
+            loss = t.PLAIN.head_loss(a, b, found, torch.tensor(weights), CAP, False, 0.125)
         else:
             loss = direct_loss(a @ b, targets, weights).sum()
         assert loss.shape == ()
@@ -374,7 +377,8 @@ def test_head_loss_fp8(unit, factor, dtype):
     targets = torch.randint(V, (T,), generator=generator)
     weights = torch.tensor([1.0, 0.5, 0.25]) * unit
     try:
-        loss = t.PLAIN.head_loss(x, w, targets[None], weights, CAP, True, unit)
+        found = t.next_targets(targets[None], 3)
+        loss = t.PLAIN.head_loss(x, w, found, weights, CAP, True, unit)
         (factor * loss).backward()
     except (RuntimeError, NotImplementedError) as e:
         pytest.skip(f"this torch has no FP8 product on the CPU: {e}")
@@ -414,7 +418,7 @@ def test_head_loss_fp8_clamps_large_weights():
     x, w = torch.randn(16, 16, generator=generator), 0.1 * torch.randn(16, 32, generator=generator)
     w[3, 5], w[4, 6] = 5.0, -9.0
     clamped = w.clamp(-1.6, 1.6)
-    targets, weights = torch.arange(16)[None], torch.ones(1)
+    targets, weights = torch.arange(16)[:, None], torch.ones(1)
     a, b = (t.PLAIN.head_loss(x, weight, targets, weights, CAP, True, 1.0) for weight in (w, clamped))
     assert a.isfinite() and a == b
 
