@@ -256,7 +256,8 @@ class Recipe:
     fp8_head: bool = key(True, "the training head's products in FP8")
     compile: bool = key(True, "torch.compile; plain eager PyTorch if false", free=True)
     graphs: bool = key(True, "replay micro-steps as CUDA graphs, on a GPU if compiled", free=True)
-    micro_tokens: int = key(65_536, "join a rank's segments up to this", above=0, free=True)
+    micro_tokens: int | Literal["auto"] = key("auto", "join a rank's segments up to this; auto: by the GPU's memory",
+                                              above=0, free=True)
     attention: str = key("auto", "backend", choices=("auto", "fa4", "fa3", "torch", "reference"), free=True)
     kernels: str = key("auto", "operations", choices=("auto", "hopper", "plain"), free=True)
     device: str = key("auto", "where to run", choices=("auto", "cuda", "cpu"), free=True)
@@ -278,6 +279,18 @@ class Recipe:
     @property
     def bos(self) -> int:
         return self.vocab_size - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """That a run trains on."""
+        bounds = itertools.pairwise(stage_bounds(self))
+        return sum((end - first) * stage.batch * self.batch_unit for (first, end), stage in zip(bounds, self.stages))
+
+    @property
+    def token_flops(self) -> int:
+        """Of one token's products with weights: 2 for each weight forward, 4 backward. Attention's are not counted."""
+        L, A, D, F, V = (self.sizes[letter] for letter in "LADFV")
+        return 6 * (A * 4 * D * D + L * 2 * D * F + D * V)
 
     @property
     def attn_layers(self) -> list[int]:
@@ -759,11 +772,11 @@ class GPT(nn.Module):
         self.register_buffer("attn_layers", torch.tensor(hp.attn_layers), persistent=False)
 
     @torch.no_grad()
-    def initialize(self) -> None:
-        """Set all weights. They are drawn on the CPU, so a seed means the same weights everywhere."""
+    def initialize(self, hp: Recipe) -> None:
+        """Set all weights by the seed of hp. They are drawn on the CPU, so a seed means the same weights everywhere."""
         for row in self.hp.params:
             p = getattr(self, row.name)
-            values = self.lm_head.mT if row.init == "lm_head" else initial_values(row, self.hp)
+            values = self.lm_head.mT if row.init == "lm_head" else initial_values(row, hp)
             p.zero_()[: len(values)].copy_(values)
             dist.broadcast(p, 0)  # in case ranks have processors that draw differently
 
@@ -1313,11 +1326,18 @@ class Run:
             self.model = GPT(hp, ranks.world)
         self.model.ops = ops or PLAIN
         self.model.val_ops = val_ops or self.model.ops
-        self.model.initialize()
+        self.model.initialize(hp)
         self.optimizer = NorMuonAdam(self.model, hp, ranks)
         self.loss_of = maybe_compiled(self.model.train_loss, hp)
         self.val_losses_of = maybe_compiled(self.model.val_losses, hp)
         self.micro_step = Replay(self.add_gradients, hp.graphs and hp.compile and ranks.device.type == "cuda")
+        self.ready = False
+
+    def restart(self, hp: Recipe) -> None:
+        """Weights and optimizer as a run of hp begins with, which differs from the last one's in seed and names only."""
+        self.hp = self.optimizer.hp = hp  # not the model's, which its compiled functions are bound to
+        self.model.initialize(hp)
+        self.optimizer.reset()
 
     def train_step(self, batches: list[Batch], touched: TouchedRows | None, now: Plan) -> StepLoss:
         """One optimizer step on this rank's batches."""
@@ -1361,8 +1381,16 @@ class Run:
         dist.all_reduce(total)
         return (total[0] / total[1]).item()
 
+    def prepare(self, validation: Validation, log: Log) -> None:
+        """Before the first training: compile, and compare the operations."""
+        if self.hp.compile:
+            self.warm_up(validation, log)
+            self.restart(self.hp)
+        check_ops(self.model.ops, self.ranks.device)
+        self.ready = True
+
     def warm_up(self, validation: Validation, log: Log) -> None:
-        """Compile everything by real steps on real batches, then put weights and optimizer back to their beginning.
+        """Compile everything by real steps on real batches, which change the weights.
 
         The first two steps of each stage have every shape of training, and every update."""
         bounds = stage_bounds(self.hp)
@@ -1376,8 +1404,6 @@ class Run:
                     self.evaluate(validation, now, chunks=1)
                 log(f"warm-up: step {step} after {time.perf_counter() - started:.0f} s")
         self.evaluate(validation, now, last=True, chunks=1)
-        self.model.initialize()
-        self.optimizer.reset()
 
 
 def train(run: Run, log: Log, watch: Watch, saved: dict | None) -> int:
@@ -1385,9 +1411,8 @@ def train(run: Run, log: Log, watch: Watch, saved: dict | None) -> int:
     hp = run.hp
     N = hp.num_steps
     validation = Validation(hp, run.ranks)
-    if hp.compile:
-        run.warm_up(validation, log)
-    check_ops(run.model.ops, run.ranks.device)
+    if not run.ready:
+        run.prepare(validation, log)
 
     clock = watch.clock = Clock(run.ranks.device)
     watch.micro_step = run.micro_step
@@ -1426,7 +1451,7 @@ def train(run: Run, log: Log, watch: Watch, saved: dict | None) -> int:
         loss = run.train_step(*next(loader), now)
         reports.add(step + 1, loss, now.batch_tokens)
     loader.close()
-    log.result(val_loss, N, clock.ms(), run.ranks)
+    log.result(val_loss, hp, clock.ms(), run.ranks)
     return 0
 
 
@@ -1445,13 +1470,22 @@ def main() -> None:
             hp = on_every_rank(lambda: choose_backends(hp, ranks.device))
             on_every_rank(lambda: check_data(hp))
             saved = on_every_rank(lambda: read_checkpoint(hp.resume, hp))
-            log = on_every_rank(lambda: Log(hp, ranks))
-            with Watch(ranks, log) as watch:
-                log_environment(log, hp, ranks)
-                run = Run(hp, ranks, choose_ops(hp))
-                status = train(run, log, watch, saved)
-            log.close()
+            run, logs = None, []
+            for hp in trials(hp, args.trials):
+                log = on_every_rank(lambda: Log(hp, ranks))
+                with Watch(ranks, log) as watch:
+                    log_environment(log, hp, ranks)
+                    if run:
+                        run.restart(hp)
+                    run = run or Run(hp, ranks, choose_ops(hp))
+                    status = train(run, log, watch, saved)
+                log.close()
+                logs.append(log.path)
+                if status:
+                    break
             dist.destroy_process_group()
+            if len(logs) > 1 and ranks.rank == 0:
+                subprocess.run([sys.executable, Path(__file__).with_name("tools") / "verify.py", *logs])
             sys.exit(status)
 
 # ==== 8. Kernels: what PLAIN and HOPPER are made of, each kernel under its reference of the same signature ====
@@ -2907,7 +2941,7 @@ def check_recipe(hp: Recipe) -> None:
         words = (f"not be below {least}", f"be above {above}")
         words = ("not be negative", "be positive") if 0 in (least, above) else words
         require(least is None or value >= least, f"--{name}={value} must {words[0]}")
-        require(above is None or value > above, f"--{name}={value} must {words[1]}")
+        require(above is None or value == "auto" or value > above, f"--{name}={value} must {words[1]}")
     for place, column, value, kind in cells(hp):
         require(fits(value, kind), f"{place}={value!r}: use {in_words(kind)}")
         least = LEAST.get(column)
@@ -3027,12 +3061,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; python train_gpt.py --help lists every key")
 
 
-def boolean(text: str) -> bool:
-    """For argparse: true, false, 1 or 0; raises ValueError."""
-    try:
-        return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
-    except KeyError:
-        raise ValueError(text) from None
+def typed(text: str, kind: object) -> object:
+    """The value that a text gives a key or a cell of this type; the text itself if it gives none, for check_recipe."""
+    words = {"none": None, "true": True, "false": False} | ({"0": False, "1": True} if kind is bool else {})
+    if str in options(kind):
+        return None if kind is not str and text.lower() == "none" else text
+    if text.lower() in words:
+        return words[text.lower()]
+    with contextlib.suppress(ValueError, SyntaxError, TypeError):
+        value = ast.literal_eval(text)
+        if typing.get_origin(options(kind)[0]) is tuple:
+            return tuple(map(float, value if type(value) is tuple else (value,)))
+        return float(value) if float in options(kind) else value
+    return text
 
 
 def parse_args(argv: list[str]) -> tuple[Recipe, argparse.Namespace]:
@@ -3042,14 +3083,14 @@ def parse_args(argv: list[str]) -> tuple[Recipe, argparse.Namespace]:
     parser.add_argument("--set", action="append", default=[])
     for flag in ("--plan", "--check"):
         parser.add_argument(flag, action="store_true")
+    parser.add_argument("--trials", type=int, default=1)
     parser.add_argument("-h", "--help", action="store_true")
     for name in KEYS:
-        kind = TYPES[Recipe][name]
-        parser.add_argument(f"--{name}", type=boolean if kind is bool else kind, default=argparse.SUPPRESS)
+        parser.add_argument(f"--{name}", type=partial(typed, kind=TYPES[Recipe][name]), default=argparse.SUPPRESS)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         key = unknown[0].split("=")[0]
-        keys = ["--preset", "--set", "--plan", "--check", *(f"--{name}" for name in KEYS)]
+        keys = ["--preset", "--set", "--plan", "--check", "--trials", *(f"--{name}" for name in KEYS)]
         close = difflib.get_close_matches(key, keys, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else "python train_gpt.py --help lists every key"
         raise UserError(f"unknown key {key}; {hint}")
@@ -3060,13 +3101,23 @@ def parse_args(argv: list[str]) -> tuple[Recipe, argparse.Namespace]:
     for text in args.set:
         hp = set_cells(hp, text)
     check_recipe(hp)
+    require(args.trials > 0, f"--trials={args.trials} must be positive")
+    require(args.trials == 1 or not hp.resume, "--resume goes on with one run: use it without --trials")
     return hp, args
+
+
+def trials(hp: Recipe, count: int) -> list[Recipe]:
+    """hp alone, or so many times with the next seeds and names."""
+    name = hp.run_id or time.strftime("%Y%m%d-%H%M%S")
+    seeds = range(hp.seed, hp.seed + count)
+    return [replace(hp, seed=seed, run_id=f"{name}_seed{seed}" if count > 1 else name) for seed in seeds]
 
 
 def help_text(preset: str) -> str:
     """Every key with its meaning, choices and value in the preset, from where it is declared; and how to set cells."""
     lines = [__doc__.split("\n\n")[0].strip(), "", f"--preset={preset}: one of {', '.join(PRESETS)}",
              "--plan: print the schedule as CSV and exit", "--check: check the arguments and the data, and exit",
+             "--trials=N: N runs, of this seed, the next .., one after the other, and what verify.py says of them",
              "--set TABLE.row.column=value: set a cell; a row is a number or a name, with * as in file names"]
     lines += [f"    {table}: {', '.join(kind._fields)}" for table, kind in TABLES.items()]
     lines += ["", f"Every --key=value, with its value in {preset}:"]
@@ -3084,17 +3135,7 @@ def set_cells(hp: Recipe, text: str) -> Recipe:
             f"--set {text}: use TABLE.row.column=value, with a table of {', '.join(TABLES)} (READOUT has no rows)")
     types = TYPES[TABLES[table]]
     require(column in types, f"--set {text}: {table} has the columns {', '.join(types)}")
-    kind = types[column]
-    words = {"none": None, "true": True, "false": False} | ({"0": False, "1": True} if kind is bool else {})
-    if kind is not str and value.lower() in words:
-        value = words[value.lower()]
-    elif str not in options(kind):
-        with contextlib.suppress(ValueError, SyntaxError, TypeError):  # else a word
-            value = ast.literal_eval(value)
-            if typing.get_origin(options(kind)[0]) is tuple:
-                value = tuple(map(float, value if type(value) is tuple else (value,)))
-            elif float in options(kind):
-                value = float(value)
+    value = typed(value, types[column])
     if table == "READOUT":
         return replace(hp, readout=hp.readout._replace(**{column: value}))
     rows = list(getattr(hp, table.lower()))
@@ -3367,7 +3408,7 @@ class Log:
     def __init__(self, hp: Recipe, ranks: Ranks):
         self.file = self.bar = self.path = self.lost = None
         if ranks.rank == 0:
-            self.path = path = Path(hp.log_dir, (hp.run_id or time.strftime("%Y%m%d-%H%M%S")) + ".txt")
+            self.path = path = Path(hp.log_dir, hp.run_id + ".txt")
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if hp.resume and path.is_file() and "\nfinal: val_loss" in path.read_text(encoding="utf-8"):
@@ -3413,10 +3454,11 @@ class Log:
         if self.lost:
             print(self.lost, file=sys.stderr)
 
-    def result(self, val_loss: float, N: int, ms: float, ranks: Ranks) -> None:
+    def result(self, val_loss: float, hp: Recipe, ms: float, ranks: Ranks) -> None:
         cuda = ranks.device.type == "cuda"
-        self(f"final: val_loss {val_loss:.4f} after {N} steps, {ms / 1000:.1f} s of training on {ranks.world} x "
-             f"{torch.cuda.get_device_name() if cuda else 'CPU'}")
+        flops = hp.token_flops * hp.num_tokens / ranks.world / max(ms, 1e-3) / 1e9
+        self(f"final: val_loss {val_loss:.4f} after {hp.num_steps} steps, {ms / 1000:.1f} s of training on "
+             f"{ranks.world} x {torch.cuda.get_device_name() if cuda else 'CPU'}, {flops:.3g} TFLOP/s each")
         if cuda:
             self(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB "
                  f"reserved: {torch.cuda.max_memory_reserved() // 2**20} MiB")
