@@ -68,7 +68,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.library import custom_op
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 try:
@@ -256,8 +257,9 @@ class Recipe:
     fp8_head: bool = key(True, "the training head's products in FP8")
     compile: bool = key(True, "torch.compile; plain eager PyTorch if false", free=True)
     graphs: bool = key(True, "replay micro-steps as CUDA graphs, on a GPU if compiled", free=True)
-    micro_tokens: int | Literal["auto"] = key("auto", "join a rank's segments up to this; auto: by the GPU's memory",
-                                              above=0, free=True)
+    micro_tokens: int | Literal["auto"] = key("auto", "join a rank's segments up to this; auto: what the GPU's memory "
+                                              "holds, if need be without graphs and with recompute", above=0, free=True)
+    recompute: bool = key(False, "compute MLPs again backward instead of keeping them; plain kernels only", free=True)
     attention: str = key("auto", "backend", choices=("auto", "fa4", "fa3", "torch", "reference"), free=True)
     kernels: str = key("auto", "operations", choices=("auto", "hopper", "plain"), free=True)
     device: str = key("auto", "where to run", choices=("auto", "cuda", "cpu"), free=True)
@@ -322,7 +324,12 @@ def small(recipe: Recipe) -> Recipe:
         muon_momentum_cooldown=8, dtype="float32", fp8_head=False, compile=False, device="cpu")
 
 
-PRESETS = {"record80": Recipe(), "demo": small(Recipe())}
+def mini(recipe: Recipe) -> Recipe:
+    """The same recipe at a size for one GPU of 12 GB: two thirds of the width, a quarter of the batch."""
+    return replace(recipe, model_dim=512, num_heads=4, batch_unit=32_768, val_chunk=65_536, bigram_ratio=1)
+
+
+PRESETS = {"record80": Recipe(), "mini": mini(Recipe()), "demo": small(Recipe())}
 
 
 class Windows(NamedTuple):
@@ -333,6 +340,19 @@ class Windows(NamedTuple):
     max_doc: int  # no document is longer
     scale: float  # of the softmax
     segment: int = 0  # positions, smear, key offset and targets begin anew every so many tokens; 0: never
+    tensors: tuple[tuple[Tensor, Tensor], ...] = ()  # if not empty, what reach() returns, [paired][long]
+
+    def reach(self, paired: bool, long: bool) -> tuple[int, int, float] | Tensor:
+        """Of one layer, in its tokens: the longest document, the window, and the scale."""
+        if self.tensors:
+            return self.tensors[paired][long]
+        return self.max_doc * (1 + paired), self.long if long else self.short, self.scale
+
+    def run_time(self) -> Windows:
+        """The same for an operation that reads numbers when it runs: code that is compiled once serves all."""
+        tensors = tuple(tuple(torch.tensor(self.reach(paired, long), dtype=torch.float64) for long in (False, True))
+                        for paired in (False, True))
+        return Windows(0, 0, 0, 0.0, self.segment, tensors)
 
 
 class Plan(NamedTuple):
@@ -853,9 +873,7 @@ class GPT(nn.Module):
         # a paired token becomes two: the same memory seen as [2T, H/2, d]
         q, k, v = (x.reshape(n * T, H // n, d) for x in (q, k, v))
         gate = gate.view(n * T, H // n) if layer.gate else None
-        window = windows.short if layer.window == "short" else windows.long
-        documents = batch.cu_seqlens * n, windows.max_doc * n
-        y = ops.attention(q, k, v, *documents, window, windows.scale, gate)
+        y = ops.attention(q, k, v, batch.cu_seqlens * n, windows.reach(layer.paired, layer.window == "long"), gate)
         return y.reshape(T, H * d)
 
     def trunk(self, batch: Batch, rows: Embeddings, windows: Windows, ops: Ops) -> Tensor:
@@ -1334,10 +1352,14 @@ class Run:
         self.ready = False
 
     def restart(self, hp: Recipe) -> None:
-        """Weights and optimizer as a run of hp begins with, which differs from the last one's in seed and names only."""
+        """Weights and optimizer as a run of hp begins with, whose seed and names alone are others."""
         self.hp = self.optimizer.hp = hp  # not the model's, which its compiled functions are bound to
         self.model.initialize(hp)
         self.optimizer.reset()
+
+    def compiled_windows(self, windows: Windows) -> Windows:
+        """As compiled code takes them: numbers are constants to it, tensors are not."""
+        return windows.run_time() if self.hp.compile and self.hp.attention == "fa4" else windows
 
     def train_step(self, batches: list[Batch], touched: TouchedRows | None, now: Plan) -> StepLoss:
         """One optimizer step on this rank's batches."""
@@ -1361,7 +1383,7 @@ class Run:
             rows = self.model.lookup(batch)
         for row in (rows.embed, rows.bigram, *rows.value):
             row.requires_grad_()
-        loss = self.loss_of(batch, rows, windows, mtp_weights)
+        loss = self.loss_of(batch, rows, self.compiled_windows(windows), mtp_weights)
         loss.backward()
         self.optimizer.add_table_gradients(batch, rows)
         return loss.detach()
@@ -1376,7 +1398,7 @@ class Run:
         windows = now.windows._replace(long=long, max_doc=validation.max_doc, segment=0)
         total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)  # loss, count
         for batch in itertools.islice(validation.batches(), chunks):
-            losses = self.val_losses_of(batch, self.model.lookup(batch), windows)
+            losses = self.val_losses_of(batch, self.model.lookup(batch), self.compiled_windows(windows))
             total += torch.stack([losses.double().sum(), total.new_tensor(len(losses))])
         dist.all_reduce(total)
         return (total[0] / total[1]).item()
@@ -1385,12 +1407,11 @@ class Run:
         """Before the first training: compile, and compare the operations."""
         if self.hp.compile:
             self.warm_up(validation, log)
-            self.restart(self.hp)
         check_ops(self.model.ops, self.ranks.device)
         self.ready = True
 
     def warm_up(self, validation: Validation, log: Log) -> None:
-        """Compile everything by real steps on real batches, which change the weights.
+        """Compile everything by real steps on real batches, then put weights and optimizer back to their beginning.
 
         The first two steps of each stage have every shape of training, and every update."""
         bounds = stage_bounds(self.hp)
@@ -1404,6 +1425,7 @@ class Run:
                     self.evaluate(validation, now, chunks=1)
                 log(f"warm-up: step {step} after {time.perf_counter() - started:.0f} s")
         self.evaluate(validation, now, last=True, chunks=1)
+        self.restart(self.hp)
 
 
 def train(run: Run, log: Log, watch: Watch, saved: dict | None) -> int:
@@ -1471,13 +1493,13 @@ def main() -> None:
             on_every_rank(lambda: check_data(hp))
             saved = on_every_rank(lambda: read_checkpoint(hp.resume, hp))
             run, logs = None, []
-            for hp in trials(hp, args.trials):
-                log = on_every_rank(lambda: Log(hp, ranks))
+            for trial in trials(hp, args.trials):
+                log = on_every_rank(partial(Log, trial, ranks))
                 with Watch(ranks, log) as watch:
-                    log_environment(log, hp, ranks)
+                    log_environment(log, trial, ranks)
                     if run:
-                        run.restart(hp)
-                    run = run or Run(hp, ranks, choose_ops(hp))
+                        run.restart(trial)
+                    run = run or Run(trial, ranks, choose_ops(hp))
                     status = train(run, log, watch, saved)
                 log.close()
                 logs.append(log.path)
@@ -1491,6 +1513,7 @@ def main() -> None:
 # ==== 8. Kernels: what PLAIN and HOPPER are made of, each kernel under its reference of the same signature ====
 
 HOPPER_GPU = 9  # generation
+FP8_CAPABILITY = (8, 9)
 
 
 def gpu_generation(device: torch.device) -> int:
@@ -1512,6 +1535,8 @@ def hopper_fits(hp: Recipe, device: torch.device) -> bool:
 def choose_ops(hp: Recipe) -> Ops:
     """The operations for hp.kernels and hp.attention as choose_backends left them."""
     ops = HOPPER if hp.kernels == "hopper" else PLAIN
+    if hp.recompute and ops is PLAIN:
+        ops = ops._replace(mlp=recomputed_mlp)
     return ops._replace(attention=ATTENTION_BACKENDS[hp.attention]())
 
 
@@ -1527,11 +1552,30 @@ def op(reference: Callable | None = None, shapes: Callable | None = None, cpu: b
         # without the tag, TorchInductor stores an input again for each of its readers
         operation = custom_op(f"speedrun::{kernel.__name__}", kernel, mutates_args=(mutates,) if mutates else (),
                               tags=[torch.Tag.flexible_layout], device_types=None if cpu else "cuda")
-        operation.register_fake(shapes or reference)
+        operation.register_fake((shapes or reference) if mutates else remembered(shapes or reference))
         if reference and not cpu:
             operation.register_kernel("cpu")(reference)
         return operation
     return define
+
+
+def remembered(shapes: Callable) -> Callable:
+    """`shapes` for a compiler's fake tensors, whose results are remembered by sizes: running a whole reference for each
+    use of an operation took a fifth of the time before the first step."""
+    known = {}
+
+    def fake(*args):
+        flat = tree_leaves(args)
+        kind = tuple((x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in flat)
+        if not all(type(n) is int for x in flat if isinstance(x, Tensor) for n in x.shape):
+            return shapes(*args)  # sizes yet unknown
+        if kind not in known:
+            known[kind] = tree_map(lambda y: (tuple(y.shape), y.stride(), y.dtype), shapes(*args))
+        like = next(x for x in flat if isinstance(x, Tensor))
+        return tree_map(lambda y: like.new_empty_strided(*y[:2], dtype=y[2]), known[kind],
+                        is_leaf=lambda y: isinstance(y[-1], torch.dtype))
+
+    return fake
 
 
 # --- Gates of heads and of value embeddings
@@ -2360,17 +2404,17 @@ class HeadLoss(torch.autograd.Function):
                 for value in (X_SCALE * W_SCALE, grad_scale * W_SCALE, grad_scale * X_SCALE))
 
         total, dx, dw = 0.0, [], None
-        for x, targets in zip(x.split(rows), targets.split(rows)):  # noqa: B020 - a chunk of each
+        for chunk, ahead in zip(x.split(rows), targets.split(rows)):
             if fp8:
-                x8 = (x / X_SCALE).to(torch.float8_e4m3fn)
+                x8 = (chunk / X_SCALE).to(torch.float8_e4m3fn)
                 logits = multiply(x8, w8_columns, logits_scale)  # [rows, V]
-                loss, grad = loss_of(logits, targets, weights, torch.float8_e5m2, grad_scale, *cap)
+                loss, grad = loss_of(logits, ahead, weights, torch.float8_e5m2, grad_scale, *cap)
                 dx.append(fp8_product(grad, w8.T, dx_scale, x.dtype))
                 part = fp8_product(turn(x8), turn(grad).T, dw_scale, w.dtype)
             else:
-                loss, grad = loss_of(x @ w, targets, weights, x.dtype, 1.0, *cap)
+                loss, grad = loss_of(chunk @ w, ahead, weights, x.dtype, 1.0, *cap)
                 dx.append(grad @ w.T)
-                part = x.T @ grad
+                part = chunk.T @ grad
             total = total + loss.sum()
             dw = part if dw is None else dw.float() + part
         ctx.save_for_backward(torch.cat(dx), dw.to(w.dtype))
@@ -2419,7 +2463,7 @@ def scatter_add_rows(rows: Tensor, ids: Tensor, out: Tensor, order: Tensor | Non
 SCATTER_ROWS = 16  # of one program
 
 
-# ==== 9. Attention: attention(q, k, v, cu_seqlens, max_len, window, scale, gate) with interchangeable backends ====
+# ==== 9. Attention: attention(q, k, v, cu_seqlens, (max_len, window, scale), gate) with interchangeable backends ====
 
 REFERENCE_BLOCK = 256  # queries at a time, so that the mask stays small
 GATE_MIN = 1e-30  # what a gate counts as at least where its output is divided by it again
@@ -2430,15 +2474,19 @@ def gated(y: Tensor, gate: Tensor | None) -> Tensor:
     return y if gate is None else (gate[..., None] * y).to(y.dtype)
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int, scale: float,
+Reach = tuple[int, int, float]  # see Windows.reach
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, reach: Reach,
                         gate: Tensor | None = None) -> Tensor:
     """Causal attention inside documents with a left window, in plain PyTorch; runs on any device.
 
     q, k, v [T, h, d]; cu_seqlens int32, document ends from 0 to T, padded with T. A query sees itself and the `window`
-    tokens before it in its document. Returns [T, h, d], times gate [T, h] if given. max_len, the longest document, is
-    for other backends.
+    tokens before it in its document. Returns [T, h, d], times gate [T, h] if given. The longest document, first of
+    `reach`, is for other backends.
     """
     T = q.size(0)
+    _, window, scale = reach
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, h, T, d]
     position = torch.arange(T, device=q.device)
     document = torch.searchsorted(cu_seqlens, position.to(cu_seqlens.dtype), right=True)
@@ -2452,11 +2500,12 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max
     return gated(torch.cat(out, dim=2)[0].transpose(0, 1), gate)
 
 
-def attention_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int, scale: float,
+def attention_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, reach: Reach,
                     gate: Tensor | None = None) -> Tensor:
     """attention_reference by the varlen kernels that torch ships (FlashAttention-2; GPU, bf16)."""
     from torch.nn.attention.varlen import varlen_attn
 
+    max_len, window, scale = reach
     out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, scale=scale, window_size=(window, 0))
     return gated(out, gate)
 
@@ -2494,12 +2543,17 @@ def gated_flash4() -> tuple[type, dict]:
     return Gated, {}
 
 
+def numbers(reach: Tensor) -> Reach:
+    max_len, window, scale = reach.tolist()
+    return int(max_len), int(window), scale
+
+
 @op(shapes=lambda q, k, v, *_: (torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
-def flash4(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cu_seqlens: Tensor, max_len: int, window: int,
-           scale: float) -> tuple[Tensor, Tensor]:
+def flash4(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cu_seqlens: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
     """Output [T, h, d], times gate [T, h], and log-sum-exp [h, T] fp32 of FlashAttention-4 (package flash-attn-4)."""
     from flash_attn.cute import interface
 
+    max_len, window, scale = numbers(reach)
     kernel, kept = gated_flash4()
     lse = gate.mT.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     with patch.object(interface, "FlashAttentionForwardSm90", kernel), patch.object(
@@ -2571,14 +2625,14 @@ def flash4_preprocess(out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor, cu_s
 @op(shapes=lambda q, k, v, *_: (
     torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), q.new_empty(q.shape[:2], dtype=torch.float32)))
 def flash4_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor,
-                    cu_seqlens: Tensor, max_len: int, window: int,
-                    scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                    cu_seqlens: Tensor, reach: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of flash4's q, k, v and gate (fp32) from its results and the gradient dout of out.
 
     flash4_preprocess takes the place of the package's first kernel, which would not hand out the sums.
     """
     from flash_attn.cute import interface
 
+    max_len, window, scale = numbers(reach)
     dots = []
 
     def preprocess(out, dout, sums, lse, lse2, zero, cu_seqlens, _used, _dlse, _dtype, _d, _d_v, block, **_):
@@ -2598,24 +2652,24 @@ class Flash4(torch.autograd.Function):
     the sums of the output before the gate times dy."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cu_seqlens: Tensor, *options) -> Tensor:
-        out, lse = flash4(q, k, v, gate, cu_seqlens, *options)
-        ctx.save_for_backward(q, k, v, gate, cu_seqlens, out, lse)
-        ctx.options = options
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cu_seqlens: Tensor, reach: Tensor) -> Tensor:
+        out, lse = flash4(q, k, v, gate, cu_seqlens, reach)
+        ctx.save_for_backward(q, k, v, out, lse, gate, cu_seqlens, reach)
         return out
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        q, k, v, gate, cu_seqlens, out, lse = ctx.saved_tensors
-        *grads, dgate = flash4_backward(q, k, v, out, dy, lse, gate, cu_seqlens, *ctx.options)
-        return *grads, dgate.to(gate.dtype), None, None, None, None
+        q, k, v, out, lse, gate, *more = ctx.saved_tensors
+        *grads, dgate = flash4_backward(q, k, v, out, dy, lse, gate, *more)
+        return *grads, dgate.to(gate.dtype), None, None
 
 
-def attention_flash4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int, scale: float,
+def attention_flash4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, reach: Reach | Tensor,
                      gate: Tensor | None = None) -> Tensor:
-    """attention_reference by FlashAttention-4."""
+    """attention_reference by FlashAttention-4. `reach` may be a tensor on the CPU, see Windows.run_time."""
     gate = q.new_ones(q.shape[:2]) if gate is None else gate
-    return Flash4.apply(q, k, v, gate, cu_seqlens, max_len, window, scale)
+    reach = reach if isinstance(reach, Tensor) else torch.tensor(reach, dtype=torch.float64, device="cpu")
+    return Flash4.apply(q, k, v, gate, cu_seqlens, reach)
 
 
 def load_flash4() -> Callable:
@@ -2624,9 +2678,10 @@ def load_flash4() -> Callable:
     return attention_flash4
 
 
-def attention_flash3(varlen: Callable, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int,
-                     scale: float, gate: Tensor | None = None) -> Tensor:
+def attention_flash3(varlen: Callable, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, reach: Reach,
+                     gate: Tensor | None = None) -> Tensor:
     """attention_reference by FlashAttention-3's function `varlen` (Hopper)."""
+    max_len, window, scale = reach
     out = varlen(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, softmax_scale=scale, causal=True,
                  window_size=(window, 0))
     return gated(out[0] if isinstance(out, tuple) else out, gate)  # some versions add the log-sum-exp
@@ -2648,12 +2703,47 @@ ATTENTION_BACKENDS = {"fa4": load_flash4, "fa3": load_flash3, "torch": lambda: a
                       "reference": lambda: attention_reference}
 
 
+MEMORY_USED = 0.9  # of a GPU's; the rest is for NCCL, fragments and the context
+# Bytes: of a parameter with its gradient and moments; of a token, a layer and a channel, with MLPs kept or recomputed;
+# of a logit on its way to the loss, by kernels or in plain chunks. Upper bounds of peaks measured on an H100
+PARAMETER_BYTES, KEPT_BYTES, RECOMPUTED_BYTES, LOGIT_BYTES, PLAIN_LOGIT_BYTES = 14, 36, 20, 3, 12
+
+
+def fit_memory(hp: Recipe, device: torch.device) -> Recipe:
+    """The recipe with the largest micro-batches, with graphs and without recompute if possible, that the memory holds.
+
+    A graph keeps its memory, so a run with graphs takes twice that of a micro-step."""
+    if device.type == "cpu":
+        return replace(hp, micro_tokens=16_384)
+    memory = torch.cuda.get_device_properties(device).total_memory * torch.cuda.get_per_process_memory_fraction(device)
+    segment = max(stage.batch for stage in hp.stages) * hp.batch_unit // SEGMENTS
+    fixed = PARAMETER_BYTES * sum(math.prod(param_shape(row, hp)) for row in hp.params)
+    ways = [(65_536, True, False), (32_768, True, False), (16_384, True, False), (16_384, False, False)]
+    ways += [(16_384, False, True)] * (hp.kernels == "plain")
+    for tokens, graphs, recompute in ways:
+        T = max(tokens, segment)
+        logits = LOGIT_BYTES * T if hp.kernels == "hopper" else PLAIN_LOGIT_BYTES * min(T, PLAIN_HEAD_ROWS)
+        token = (RECOMPUTED_BYTES if recompute else KEPT_BYTES) * len(hp.layers) * hp.model_dim
+        need = fixed + (1 + (graphs and hp.graphs)) * (token * T + logits * hp.vocab_size)
+        if need <= MEMORY_USED * memory:
+            break
+    else:
+        warn_once(f"{memory / 2**30:.0f} GiB of GPU memory may be too few: about {need / MEMORY_USED / 2**30:.0f} are "
+                  "needed; a smaller --model_dim or --batch_unit needs less")
+    return replace(hp, micro_tokens=tokens, graphs=hp.graphs and graphs, recompute=hp.recompute or recompute)
+
+
 def choose_backends(hp: Recipe, device: torch.device) -> Recipe:
     """The recipe with the attention and the kernels that it asks for, or the fastest that work on this device."""
     fits = hopper_fits(hp, device)
     require(fits or hp.kernels != "hopper", "--kernels=hopper needs a Hopper GPU, Triton, the package quack-kernels, "
             "bfloat16 and a --head_dim that is a power of 2; use --kernels=auto")
     kernels = ("hopper" if fits else "plain") if hp.kernels == "auto" else hp.kernels
+    hp = replace(hp, kernels=kernels)
+    hp = fit_memory(hp, device) if hp.micro_tokens == "auto" else hp
+    if hp.fp8_head and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        warn_once(f"this GPU has no FP8 products: the head computes in {hp.dtype} (--fp8_head=false)")
+        hp = replace(hp, fp8_head=False)
     gpu = device.type == "cuda" and hp.dtype == "bfloat16"
     hopper = gpu and gpu_generation(device) == HOPPER_GPU  # elsewhere fa4's package has other kernels, without gates
     # flash4_preprocess needs Triton and takes these widths only
@@ -2664,7 +2754,7 @@ def choose_backends(hp: Recipe, device: torch.device) -> Recipe:
         if usable[name]:
             try:
                 ATTENTION_BACKENDS[name]()
-                return replace(hp, attention=name, kernels=kernels)
+                return replace(hp, attention=name)
             except Exception as e:  # whatever a package raises that does not fit this machine
                 reason = f"{type(e).__name__}: {e}"
     raise UserError(f"--attention={hp.attention} does not work here ({reason}); use --attention=auto")
@@ -2691,6 +2781,11 @@ def plain_linear_sum(y: Tensor, o: Tensor, x: Stream, resid: Tensor, inject: Inj
 
 def plain_mlp(x: Stream, up: Tensor, down: Tensor, resid: Tensor) -> Stream:
     return Stream(F.relu(F.linear(norm(x.x), up)).square() @ down + (resid[:, None] * x.x).to(x.x.dtype))
+
+
+def recomputed_mlp(x: Stream, *weights: Tensor) -> Stream:
+    return Stream(checkpoint(lambda x, *weights: plain_mlp(Stream(x), *weights).x, x.x, *weights, use_reentrant=False,
+                             preserve_rng_state=False))
 
 
 PLAIN = Ops(
@@ -2764,7 +2859,7 @@ def run_attention_inputs(layer: Layer, ops: Ops, *tensors: Tensor) -> tuple[Tens
 def run_attention(ops: Ops, q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     T = len(q)
     ends = torch.tensor([0, T // 3, T // 3 + 1, T, T], dtype=torch.int32, device=q.device)
-    return ops.attention(q, k, v, ends, T - T // 3, T // 4, 0.1, gate.sigmoid())
+    return ops.attention(q, k, v, ends, (T - T // 3, T // 4, 0.1), gate.sigmoid())
 
 
 def run_linear_sum(ops: Ops, y: Tensor, o: Tensor, x: Tensor, x0: Tensor, bigram: Tensor, lambdas: Tensor) -> Tensor:

@@ -166,7 +166,7 @@ def test_eight_ranks_pad_and_shard(straight, tmp_path, monkeypatch):
     for rank in range(8):
         with torch.device(CPU):
             model = t.GPT(hp, 8)
-        model.initialize()
+        model.initialize(hp)
         optimizers.append(t.NorMuonAdam(model, hp, t.Ranks(rank, 8, CPU)))
         assert t.load_checkpoint(saved, optimizers[-1], t.Clock(CPU)) == 5
     padded = [p.size(0) != saved["settings"]["shapes"][name][0] for name, p in model.named_parameters()]

@@ -168,7 +168,8 @@ class TestInterpreted(k.Interpreted):
             check(t.product, (kind, a, b, operands))
         check(t.add_columns, (c.clone(), c[:, :5]))
         check(t.injections_backward, (c, c + 1, torch.rand(3), torch.rand(3), [c, c - 1, c - 2]))
-        check(t.softcapped_mtp_loss, (torch.randn(3, 16), torch.tensor([[1, 2], [2, 3], [3, -1]]), torch.ones(2), FP32, 0.5, *k.CAP))
+        targets = torch.tensor([[1, 2], [2, 3], [3, -1]])
+        check(t.softcapped_mtp_loss, (torch.randn(3, 16), targets, torch.ones(2), FP32, 0.5, *k.CAP))
         for mix in (False, True):
             qkv, *inputs, grads = k.qkv_inputs(5, 2, 16, mix)
             inputs = [qkv, k.row_factors(5, mix), *inputs, *k.rotation(5, 16, False)]

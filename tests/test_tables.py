@@ -137,7 +137,7 @@ def test_banks_are_padded(world, heads, matrices, mlp):
 def test_initial_weights():
     """Ranges, means and zeros of the initial weights; embed is lm_head transposed; padding stays zero."""
     model = t.GPT(SMALL, 8)
-    model.initialize()
+    model.initialize(SMALL)
     bound = math.sqrt(3) * 0.5 * 48**-0.5
     for weight in (model.qk_bank[:60], model.vo_bank[:20], model.mlp_bank[0:22:2]):
         assert weight.abs().max() <= bound and weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
