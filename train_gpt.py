@@ -340,18 +340,18 @@ class Windows(NamedTuple):
     max_doc: int  # no document is longer
     scale: float  # of the softmax
     segment: int = 0  # positions, smear, key offset and targets begin anew every so many tokens; 0: never
-    tensors: tuple[tuple[Tensor, Tensor], ...] = ()  # if not empty, what reach() returns, [paired][long]
+    tensors: tuple[Tensor, ...] = ()  # if not empty, what reach() returns, at 2 paired + long
 
     def reach(self, paired: bool, long: bool) -> tuple[int, int, float] | Tensor:
         """Of one layer, in its tokens: the longest document, the window, and the scale."""
         if self.tensors:
-            return self.tensors[paired][long]
+            return self.tensors[2 * paired + long]
         return self.max_doc * (1 + paired), self.long if long else self.short, self.scale
 
     def run_time(self) -> Windows:
         """The same for an operation that reads numbers when it runs: code that is compiled once serves all."""
-        tensors = tuple(tuple(torch.tensor(self.reach(paired, long), dtype=torch.float64) for long in (False, True))
-                        for paired in (False, True))
+        kinds = itertools.product((False, True), repeat=2)
+        tensors = tuple(torch.tensor(self.reach(*kind), dtype=torch.float64) for kind in kinds)
         return Windows(0, 0, 0, 0.0, self.segment, tensors)
 
 
@@ -2704,9 +2704,9 @@ ATTENTION_BACKENDS = {"fa4": load_flash4, "fa3": load_flash3, "torch": lambda: a
 
 
 MEMORY_USED = 0.9  # of a GPU's; the rest is for NCCL, fragments and the context
-# Bytes: of a parameter with its gradient and moments; of a token, a layer and a channel, with MLPs kept or recomputed;
-# of a logit on its way to the loss, by kernels or in plain chunks. Upper bounds of peaks measured on an H100
-PARAMETER_BYTES, KEPT_BYTES, RECOMPUTED_BYTES, LOGIT_BYTES, PLAIN_LOGIT_BYTES = 14, 36, 20, 3, 12
+# Bytes, from peaks on an H100: of a parameter with its gradient and moments; of a token, a layer and a channel by
+# kernels, plain, and plain with recompute; of a logit by kernels, and of one in a plain chunk
+PARAMETER_BYTES, KERNEL_BYTES, PLAIN_BYTES, RECOMPUTE_BYTES, LOGIT_BYTES, CHUNK_BYTES = 14, 27, 45, 29, 3, 12
 
 
 def fit_memory(hp: Recipe, device: torch.device) -> Recipe:
@@ -2715,22 +2715,24 @@ def fit_memory(hp: Recipe, device: torch.device) -> Recipe:
     A graph keeps its memory, so a run with graphs takes twice that of a micro-step."""
     if device.type == "cpu":
         return replace(hp, micro_tokens=16_384)
-    memory = torch.cuda.get_device_properties(device).total_memory * torch.cuda.get_per_process_memory_fraction(device)
+    fraction = torch.cuda.get_per_process_memory_fraction(device.index)
+    memory = fraction * torch.cuda.get_device_properties(device).total_memory
     segment = max(stage.batch for stage in hp.stages) * hp.batch_unit // SEGMENTS
     fixed = PARAMETER_BYTES * sum(math.prod(param_shape(row, hp)) for row in hp.params)
-    ways = [(65_536, True, False), (32_768, True, False), (16_384, True, False), (16_384, False, False)]
-    ways += [(16_384, False, True)] * (hp.kernels == "plain")
-    for tokens, graphs, recompute in ways:
+    plain = hp.kernels == "plain"
+    ways = [*itertools.product((hp.graphs, False), (65_536, 32_768, 16_384), (hp.recompute,))]
+    ways += [(False, 16_384, True)] * plain
+    for graphs, tokens, recompute in ways:
         T = max(tokens, segment)
-        logits = LOGIT_BYTES * T if hp.kernels == "hopper" else PLAIN_LOGIT_BYTES * min(T, PLAIN_HEAD_ROWS)
-        token = (RECOMPUTED_BYTES if recompute else KEPT_BYTES) * len(hp.layers) * hp.model_dim
-        need = fixed + (1 + (graphs and hp.graphs)) * (token * T + logits * hp.vocab_size)
+        logits = CHUNK_BYTES * min(T, PLAIN_HEAD_ROWS) if plain else LOGIT_BYTES * T
+        channel = RECOMPUTE_BYTES if recompute else PLAIN_BYTES if plain else KERNEL_BYTES
+        need = fixed + (1 + graphs) * (channel * len(hp.layers) * hp.model_dim * T + logits * hp.vocab_size)
         if need <= MEMORY_USED * memory:
             break
     else:
         warn_once(f"{memory / 2**30:.0f} GiB of GPU memory may be too few: about {need / MEMORY_USED / 2**30:.0f} are "
                   "needed; a smaller --model_dim or --batch_unit needs less")
-    return replace(hp, micro_tokens=tokens, graphs=hp.graphs and graphs, recompute=hp.recompute or recompute)
+    return replace(hp, micro_tokens=tokens, graphs=graphs, recompute=recompute)
 
 
 def choose_backends(hp: Recipe, device: torch.device) -> Recipe:

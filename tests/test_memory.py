@@ -24,7 +24,7 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("gib,fraction,chosen", [
-    (79.2, 1, (65_536, True, False)), (39.4, 1, (16_384, False, False)), (23.6, 1, (16_384, False, True)),
+    (79.2, 1, (65_536, True, False)), (39.4, 1, (65_536, False, False)), (23.6, 1, (16_384, False, True)),
     (79.2, 0.3, (16_384, False, True))])
 def test_micro_batches_fit_the_memory(gpu, gib, fraction, chosen):
     """record80 with plain kernels: less memory gives smaller micro-batches, then no graphs, then recompute."""
@@ -36,8 +36,8 @@ def test_more_memory_never_gives_less(gpu):
     hp = replace(t.PRESETS["mini"], attention="reference")
     recipes = [t.choose_backends(hp, gpu(gib)) for gib in range(10, 90, 4)]
     for less, more in itertools.pairwise(recipes):
-        assert more.micro_tokens >= less.micro_tokens and more.graphs >= less.graphs
-    assert recipes[0].micro_tokens < recipes[-1].micro_tokens
+        assert (more.graphs, more.micro_tokens) >= (less.graphs, less.micro_tokens) and more.recompute <= less.recompute
+    assert not recipes[0].graphs and recipes[-1].graphs
 
 
 def test_what_is_asked_for_stays(gpu, capsys):
@@ -47,7 +47,7 @@ def test_what_is_asked_for_stays(gpu, capsys):
                                                                                   kernels="plain")
     assert capsys.readouterr().err == ""
     assert t.choose_backends(hp, gpu(8.5)).micro_tokens == 16_384
-    assert "8 GiB of GPU memory may be too few: about 19 are needed" in capsys.readouterr().err
+    assert "8 GiB of GPU memory may be too few: about 23 are needed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("capability,fp8", [((8, 0), False), ((8, 9), True), ((12, 0), True)])

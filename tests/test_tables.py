@@ -186,7 +186,7 @@ def test_typed_keys():
     (["--muon_lrr", "3"], ["unknown key --muon_lrr", "--muon_lr"]),
     (["--val=3"], ["unknown key --val"]),  # no guessing of shortened keys
     (["--zzzzzzzz=1"], ["--zzzzzzzz", "--help"]),
-    (["--seed=x"], ["--seed", "x", "--help"]),
+    (["--seed=x"], ["--seed=x", "whole number"]),
     (["--seed=1.5"], ["--seed", "1.5"]),
     (["--muon_lr=fast"], ["--muon_lr", "fast"]),
     (["--compile=maybe"], ["--compile", "maybe"]),
