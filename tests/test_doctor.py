@@ -91,9 +91,11 @@ def test_driver(machine, monkeypatch, smi, cuda, status):
     assert line.status == status and bool(line.remedy) == (status != "ok")
 
 
-def test_versions(monkeypatch):
-    """Only what the run itself needs is missed; what differs from its pin is told."""
-    here = {"torch": "2.13.0+cu130", "numpy": "2.4.6", "tqdm": "4.70.1", "triton": "3.7.1", "quack-kernels": "0.6.5"}
+def test_versions(machine, monkeypatch):
+    """Only what the run itself needs is missed; what differs from its pin is told. GPU machines have their own pins."""
+    machine(0)
+    common = {pin.name: str(pin.specifier)[2:] for pin in doctor.pins("requirements-common.txt")}
+    here = common | {pin.name: str(pin.specifier)[2:] for pin in doctor.pins("requirements.txt")} | {"ruff": "0"}
 
     def version(name):
         if name not in here:
@@ -102,12 +104,21 @@ def test_versions(monkeypatch):
 
     monkeypatch.setattr(doctor.importlib.metadata, "version", version)
     assert examine("versions").status == "ok"
-    here |= {"torch": "2.11.0+cu130", "quack-kernels": "0.5.0"}
+    tests_torch = here["torch"]
+    machine(smi="GPU 0: NVIDIA H100\n")
+    pinned = {pin.name: str(pin.specifier)[2:] for pin in doctor.pins("requirements-gpu.txt")}
+    assert common.items() <= pinned.items()
+    line = examine("versions")
+    assert line.status == "warn" and line.remedy == "pip install -r requirements-gpu.txt"
+    assert f"torch {tests_torch} (pinned: =={pinned['torch']}), triton" in line.text
+    here = pinned | {"torch": pinned["torch"] + "+cu126"}  # without the packages for Hopper
+    assert examine("versions").status == "ok"
+    here |= {"quack-kernels": "0.5.0"}
+    line = examine("versions")
+    assert "quack-kernels 0.5.0" in line.text and line.remedy == "pip install -r requirements-hopper.txt"
     del here["tqdm"]
     line = examine("versions")
-    assert line.status == "warn" and "requirements.txt" in line.remedy
-    for told in ("torch 2.11.0+cu130 (pinned: ==2.13.0)", "tqdm is missing", "quack-kernels 0.5.0"):
-        assert told in line.text
+    assert "tqdm is missing" in line.text and line.remedy.endswith("-r requirements-gpu.txt -r requirements-hopper.txt")
     monkeypatch.setattr(doctor, "MIN_PYTHON", (9, 9))
     line = examine("versions")
     assert line.status == "fail" and "9.9" in line.remedy
@@ -120,7 +131,7 @@ def test_attention_and_kernels(machine, monkeypatch):
     machine()
     line = examine("attention")
     assert line.status == "warn" and line.text == "torch (usable here: torch, reference)"
-    assert "requirements-gpu.txt" in line.remedy
+    assert "requirements-hopper.txt" in line.remedy
     assert examine("attention", replace(RECORD, attention="torch")).status == "ok"
     assert examine("attention", replace(RECORD, attention="fa4")).status == "fail"
     assert examine("kernels").text == "plain (usable here: plain)"

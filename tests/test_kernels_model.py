@@ -241,7 +241,7 @@ def test_choice_by_head_dim(monkeypatch, heads, head_dim, quack, attention, kern
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="flash-attn-4 is not installed")
 def test_flash4_is_the_pinned_one():
     """gated_flash4 and flash4_backward replace private parts of the package, so each new version must be read first."""
-    requirements = (Path(t.__file__).parent / "requirements-gpu.txt").read_text()
+    requirements = (Path(t.__file__).parent / "requirements-hopper.txt").read_text()
     assert f"flash-attn-4=={importlib.metadata.version('flash-attn-4')}\n" in requirements
     from flash_attn.cute import flash_fwd_sm90, interface
 

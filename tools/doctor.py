@@ -12,6 +12,7 @@ nothing failed, 1 if something did, 2 for a bad argument.
 import argparse
 import contextlib
 import importlib.metadata
+import itertools
 import os
 import platform
 import shutil
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -107,28 +108,41 @@ def check_driver(case: Case) -> Line:
     return Line("ok" if int(version.partition(".")[0]) >= least else "fail", text)
 
 
+def pins(file: str) -> Iterator[Requirement]:
+    """What a requirements file and those that it names ask for."""
+    for line in (ROOT / file).read_text().splitlines():
+        if line.startswith("-r "):
+            yield from pins(line.removeprefix("-r "))
+        elif not line.startswith("#"):
+            yield Requirement(line)
+
+
+def differences(file: str) -> Iterator[str]:
+    """Each package of the file whose version is another. What only other GPUs, data/ or tests need may be missing."""
+    optional = "hopper" in file
+    for pin in pins(file):
+        if not optional and (pin.name not in RUN_PACKAGES or pin.marker and not pin.marker.evaluate()):
+            continue
+        try:
+            version = importlib.metadata.version(pin.name)
+        except importlib.metadata.PackageNotFoundError:
+            if not optional:
+                yield f"{pin.name} is missing (pinned: {pin.specifier})"
+            continue
+        if not pin.specifier.contains(version, prereleases=True):
+            yield f"{pin.name} {version} (pinned: {pin.specifier})"
+
+
 def check_versions(case: Case) -> Line:
-    """Python and the packages are those of the requirements files."""
+    """Python and the packages are those of the requirements files that run.sh would take."""
     python = platform.python_version()
     if sys.version_info < MIN_PYTHON:
         return Line("fail", f"Python {python}", "use Python {}.{} or newer".format(*MIN_PYTHON))
-    differences = []
-    for file in ("requirements.txt", "requirements-gpu.txt"):
-        for line in (ROOT / file).read_text().splitlines():
-            if not line or line.startswith("#"):
-                continue
-            pin = Requirement(line)
-            needed = pin.name in RUN_PACKAGES and (pin.marker is None or pin.marker.evaluate())
-            try:
-                version = importlib.metadata.version(pin.name)
-            except importlib.metadata.PackageNotFoundError:
-                if needed:
-                    differences.append(f"{pin.name} is missing (pinned: {pin.specifier})")
-                continue
-            if (needed or "gpu" in file) and not pin.specifier.contains(version, prereleases=True):
-                differences.append(f"{pin.name} {version} (pinned: {pin.specifier})")
-    if differences:
-        return Line("warn", f"Python {python}, {', '.join(differences)}")
+    gpu_files = "requirements-gpu.txt", "requirements-hopper.txt"
+    found = {file: list(differences(file)) for file in (gpu_files if nvidia_smi("-L") else ("requirements.txt",))}
+    if any(found.values()):
+        return Line("warn", ", ".join([f"Python {python}", *itertools.chain(*found.values())]),
+                    "pip install" + "".join(f" -r {file}" for file in found if found[file]))
     return Line("ok", f"Python {python}, torch {torch.__version__}, CUDA {torch.version.cuda}; the others as pinned")
 
 
@@ -311,9 +325,9 @@ class Check(NamedTuple):
 CHECKS = (
     Check("GPUs", check_gpus, "look at nvidia-smi"),
     Check("driver", check_driver, "update the driver, or install a torch for an older CUDA"),
-    Check("versions", check_versions, "pip install -r requirements.txt (and requirements-gpu.txt on Hopper)"),
-    Check("attention", check_attention, "pip install -r requirements-gpu.txt, or ask for --attention=torch"),
-    Check("kernels", check_kernels, "pip install -r requirements-gpu.txt, or ask for --kernels=plain"),
+    Check("versions", check_versions),
+    Check("attention", check_attention, "pip install -r requirements-hopper.txt, or ask for --attention=torch"),
+    Check("kernels", check_kernels, "pip install -r requirements-hopper.txt, or ask for --kernels=plain"),
     Check("FP8", check_fp8, "--fp8_head=false computes the head in the weights' type, which is slower"),
     Check("NVLink", check_nvlink, "gradients travel slower without NVLink: expect longer steps"),
     Check("NCCL", check_nccl, "run again with NCCL_DEBUG=INFO to see where it stops; a container needs --shm-size=8g",
