@@ -15,12 +15,7 @@ if [ "$GPUS" -eq 0 ]; then
   if gpu_listed; then
     case "${CUDA_VISIBLE_DEVICES-unset}" in
       "" | -1*) why="No NVIDIA GPU to be used, as CUDA_VISIBLE_DEVICES hides them" ;;
-      unset)
-        stop "nvidia-smi sees a GPU, but this PyTorch cannot use it; install a CUDA build of torch, or call \
-python train_gpt.py --preset=demo to train on the CPU" ;;
-      *)
-        stop "nvidia-smi sees a GPU, but this PyTorch cannot use it; CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES must \
-name one that nvidia-smi -L lists, and torch must be a CUDA build; python train_gpt.py --preset=demo trains on the CPU" ;;
+      *) exec "$PYTHON" tools/no_gpu.py ;; # says why, and fails
     esac
   fi
   echo "$why: running the CPU demo on the bundled sample."

@@ -3200,7 +3200,8 @@ def setup_ranks(hp: Recipe) -> Ranks:
     rank, world, local = launched_ranks()
     cuda = hp.device == "cuda" or (hp.device == "auto" and torch.cuda.is_available())
     require(cuda or hp.device == "cpu",
-            "no NVIDIA GPU that PyTorch can use here; --preset=demo trains a small model on the CPU")
+            "no NVIDIA GPU that PyTorch can use here (python tools/doctor.py tells why); --preset=demo trains a small "
+            "model on the CPU")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     require(not cuda or here <= torch.cuda.device_count(),
             f"{here} processes need a GPU each, but {torch.cuda.device_count()} are visible: start fewer processes, or "

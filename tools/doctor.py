@@ -16,7 +16,6 @@ import itertools
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,20 +32,21 @@ from packaging.requirements import Requirement
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cached_fineweb10B as downloader
+import no_gpu
+from no_gpu import nvidia_smi
 
 import train_gpt as t
 
 ROOT = Path(__file__).resolve().parents[1]
 
 MIN_PYTHON = (3, 11)  # numpy's pinned version asks for it
-MIN_DRIVER = {"12": 525, "13": 580}  # by the major version of the CUDA that torch was built with
 FP8_CAPABILITY = (8, 9)
 RUN_MEMORY = 32 * 2**30  # bytes; a run of the record allocated 30,863 MiB on one H200
 RUN_PACKAGES = ("torch", "triton", "numpy", "tqdm")
 RUN_SHARDS = 9  # train shards that run.sh downloads
 SHARD_BYTES = 200_001_024  # a downloaded shard: 100M tokens
 LOG_BYTES = 10 * 2**20  # more than a log takes
-SMI_SECONDS, HUB_SECONDS, NCCL_SECONDS = 20, 5, 120  # patience
+HUB_SECONDS, NCCL_SECONDS = 5, 120  # patience
 REDUCED = 2**20  # floats that every GPU brings to the all-reduce
 
 
@@ -65,15 +65,6 @@ class Line(NamedTuple):
     remedy: str = ""  # empty: the check's own, from CHECKS
 
 
-def nvidia_smi(*args: str) -> str:
-    """What nvidia-smi prints, or nothing where it is missing, fails or hangs."""
-    try:
-        return subprocess.run(["nvidia-smi", *args], capture_output=True, text=True, timeout=SMI_SECONDS,
-                              check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
 def check_gpus(case: Case) -> Line:
     """There are GPUs, of a number that a run takes, with enough free memory."""
     if case.hp.device == "cpu":
@@ -81,8 +72,7 @@ def check_gpus(case: Case) -> Line:
             return Line("ok", "not used: --device=cpu")
         return Line("warn", "no NVIDIA GPU here: only the demo runs", "./run.sh starts it, on the CPU")
     if case.device.type == "cpu":
-        return Line("fail", f"torch {torch.__version__} cannot use a GPU here", "install a CUDA build of torch and a "
-                    "driver that fits it, or look at CUDA_VISIBLE_DEVICES; --preset=demo trains on the CPU")
+        return Line("fail", *no_gpu.why())
     count = torch.cuda.device_count()
     names = Counter("{} (capability {}.{})".format(torch.cuda.get_device_name(i), *torch.cuda.get_device_capability(i))
                     for i in range(count))
@@ -97,15 +87,12 @@ def check_gpus(case: Case) -> Line:
 
 
 def check_driver(case: Case) -> Line:
-    """The driver is new enough for the CUDA that torch was built with."""
-    if case.hp.device == "cpu":
+    """nvidia-smi tells it; where it is too old for torch, check_gpus says so."""
+    if case.device.type == "cpu":
         return Line("ok", "not needed on the CPU")
-    version = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
-    if not version:
-        return Line("warn", "nvidia-smi does not answer", "without it a log cannot say what the machine was")
-    least = MIN_DRIVER.get((torch.version.cuda or "").partition(".")[0], 0)
-    text = f"{version}; CUDA {torch.version.cuda} needs {least} or newer"
-    return Line("ok" if int(version.partition(".")[0]) >= least else "fail", text)
+    if version := no_gpu.driver_version():
+        return Line("ok", version)
+    return Line("warn", "nvidia-smi does not answer", "without it a log cannot say what the machine was")
 
 
 def pins(file: str) -> Iterator[Requirement]:
@@ -324,7 +311,7 @@ class Check(NamedTuple):
 
 CHECKS = (
     Check("GPUs", check_gpus, "look at nvidia-smi"),
-    Check("driver", check_driver, "update the driver, or install a torch for an older CUDA"),
+    Check("driver", check_driver),
     Check("versions", check_versions),
     Check("attention", check_attention, "pip install -r requirements-hopper.txt, or ask for --attention=torch"),
     Check("kernels", check_kernels, "pip install -r requirements-hopper.txt, or ask for --kernels=plain"),
