@@ -1436,12 +1436,14 @@ def main() -> None:
             print(found)
         else:
             ranks = setup_ranks(hp)
-            hp = on_every_rank(lambda: choose_backends(hp, ranks.device))
+            asked, hp = hp, on_every_rank(lambda: choose_backends(hp, ranks.device))
             on_every_rank(lambda: check_data(hp))
             saved = on_every_rank(lambda: read_checkpoint(hp.resume, hp))
             log = on_every_rank(lambda: Log(hp, ranks))
             with Watch(ranks, log) as watch:
                 log_environment(log, hp, ranks)
+                if missing := missing_packages(asked, hp, ranks.device):
+                    log(f"warning: {missing}")
                 run = Run(hp, ranks, choose_ops(hp))
                 status = train(run, log, watch, saved)
             log.close()
@@ -2594,6 +2596,7 @@ def load_flash3() -> Callable:
     return partial(attention_flash3, flash3.flash_attn_varlen_func)
 
 
+FLASH4_DIMS = 32, 64, 128  # widths of heads that flash4_preprocess takes
 # How to get each; the fastest first: fa4 takes 0.6 of torch's time at 49,152 tokens (H200); fa3 has not been measured
 ATTENTION_BACKENDS = {"fa4": load_flash4, "fa3": load_flash3, "torch": lambda: attention_torch,
                       "reference": lambda: attention_reference}
@@ -2607,8 +2610,7 @@ def choose_backends(hp: Recipe, device: torch.device) -> Recipe:
     kernels = ("hopper" if fits else "plain") if hp.kernels == "auto" else hp.kernels
     gpu = device.type == "cuda" and hp.dtype == "bfloat16"
     hopper = gpu and gpu_generation(device) == HOPPER_GPU  # elsewhere fa4's package has other kernels, without gates
-    # flash4_preprocess needs Triton and takes these widths only
-    fa4 = hopper and triton is not None and hp.head_dim in (32, 64, 128)
+    fa4 = hopper and triton is not None and hp.head_dim in FLASH4_DIMS
     usable = {"fa4": fa4, "fa3": hopper, "torch": gpu, "reference": True}
     for name in ATTENTION_BACKENDS if hp.attention == "auto" else [hp.attention]:
         reason = "it needs bfloat16 on a GPU, fa4 and fa3 a Hopper one, fa4 Triton and a --head_dim of 32, 64 or 128"
@@ -2619,6 +2621,21 @@ def choose_backends(hp: Recipe, device: torch.device) -> Recipe:
             except Exception as e:  # whatever a package raises that does not fit this machine
                 reason = f"{type(e).__name__}: {e}"
     raise UserError(f"--attention={hp.attention} does not work here ({reason}); use --attention=auto")
+
+
+# Against the time with requirements-hopper.txt: 131.5 s to 121.9 s (records/2026-11-23_repeated), and an estimate
+SLOWER = {("attention", "torch"): "PyTorch's attention takes 1.08 of the time",
+          ("kernels", "plain"): "plain operations take about a quarter more"}
+
+
+def missing_packages(asked: Recipe, hp: Recipe, device: torch.device) -> str:
+    """What a Hopper GPU lacks for a faster run of hp, which choose_backends made of `asked`; empty if nothing."""
+    packages = ("flash-attn-4", "flash_attn"), ("quack-kernels", "quack")
+    lacks = [package for package, module in packages if importlib.util.find_spec(module) is None]
+    costs = [cost for (key, name), cost in SLOWER.items() if (getattr(asked, key), getattr(hp, key)) == ("auto", name)]
+    fits = gpu_generation(device) == HOPPER_GPU and hp.dtype == "bfloat16" and hp.head_dim in FLASH4_DIMS
+    return (f"without {' and '.join(lacks)}, {' and '.join(costs)}; python -m pip install -r requirements-hopper.txt"
+            if fits and lacks and costs else "")
 
 
 # --- The two sets of operations

@@ -164,15 +164,17 @@ def test_versions(machine, monkeypatch):
 
 def test_attention_and_kernels(machine, monkeypatch):
     """The fastest is ok, a slower one by choice too; otherwise the remedy depends on the GPU."""
-    monkeypatch.setitem(sys.modules, "flash_attn", None)  # its import fails
+    for module in ("flash_attn", "quack"):
+        monkeypatch.setitem(sys.modules, module, None)  # its import fails
     monkeypatch.setattr(t, "triton", None)
     machine()
     line = examine("attention")
     assert line.status == "warn" and line.text == "torch (usable here: torch, reference)"
-    assert "requirements-hopper.txt" in line.remedy
+    assert "PyTorch's attention takes 1.08 of the time; python -m pip install" in line.remedy
     assert examine("attention", replace(RECORD, attention="torch")).status == "ok"
     assert examine("attention", replace(RECORD, attention="fa4")).status == "fail"
-    assert examine("kernels").text == "plain (usable here: plain)"
+    line = examine("kernels")
+    assert line.text == "plain (usable here: plain)" and "quack-kernels, plain operations take" in line.remedy
     machine(capability=(8, 0))
     assert "Hopper" in examine("attention").remedy
     assert examine("attention", DEMO, CPU) == ("ok", "reference (usable here: reference)", "")

@@ -136,18 +136,21 @@ def check_versions(case: Case) -> Line:
 def choice(case: Case, key: str, names: Iterable[str]) -> Line:
     """What the run takes of the names in order of speed, and which others could be asked for."""
     def choose(name: str) -> str:
-        return getattr(t.choose_backends(replace(auto, **{key: name}), case.device), key)
+        return t.choose_backends(replace(auto, **{key: name}), case.device)
 
     auto = replace(case.hp, attention="auto", kernels="auto")
     usable = []
     for name in names:
         with contextlib.suppress(t.UserError):
-            usable.append(choose(name))
-    chosen = choose(getattr(case.hp, key))
+            usable.append(getattr(choose(name), key))
+    recipe = choose(getattr(case.hp, key))
+    chosen = getattr(recipe, key)
     text = f"{chosen} (usable here: {', '.join(usable)})"
     if case.device.type == "cpu" or getattr(case.hp, key) != "auto" or chosen == next(iter(names)):
         return Line("ok", text)
-    return Line("warn", text, "" if t.gpu_generation(case.device) == t.HOPPER_GPU else "faster ones need a Hopper GPU")
+    if t.gpu_generation(case.device) != t.HOPPER_GPU:
+        return Line("warn", text, "faster ones need a Hopper GPU")
+    return Line("warn", text, t.missing_packages(replace(recipe, **{key: "auto"}), recipe, case.device))
 
 
 def check_attention(case: Case) -> Line:
