@@ -11,11 +11,11 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ git python3.12 python3.12-dev python3.12-venv \
     && rm -rf /var/lib/apt/lists/*
 
-COPY requirements.txt requirements-gpu.txt /tmp/
-# run.sh adds requirements-gpu.txt only to a .venv of its own, so the image brings both
+COPY requirements-common.txt requirements-gpu.txt requirements-hopper.txt /tmp/
+# run.sh adds requirements-hopper.txt only to a .venv of its own, so the image brings both
 RUN python3.12 -m venv /opt/venv \
-    && /opt/venv/bin/pip install --no-cache-dir --requirement /tmp/requirements.txt \
-       --requirement /tmp/requirements-gpu.txt
+    && /opt/venv/bin/pip install --no-cache-dir --requirement /tmp/requirements-gpu.txt \
+       --requirement /tmp/requirements-hopper.txt
 
 # Any user may run it: caches go to /tmp, and their names to USER, since an id given with --user has no name here
 ENV PATH=/opt/venv/bin:$PATH HOME=/tmp USER=runner

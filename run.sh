@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 source tools/environment.sh
-find_python torch numpy tqdm huggingface_hub
+find_python run torch numpy tqdm huggingface_hub
 
 case " $* " in
   *" --help "* | *" -h "* | *" --plan "*) exec "$PYTHON" train_gpt.py "$@" ;; # text only
@@ -12,25 +12,20 @@ esac
 
 if [ "$GPUS" -eq 0 ]; then
   why="No NVIDIA GPU here"
-  if [[ "$(nvidia-smi -L 2> /dev/null)" == *GPU* ]]; then
+  if gpu_listed; then
     case "${CUDA_VISIBLE_DEVICES-unset}" in
       "" | -1*) why="No NVIDIA GPU to be used, as CUDA_VISIBLE_DEVICES hides them" ;;
-      unset)
-        stop "nvidia-smi sees a GPU, but this PyTorch cannot use it; install a CUDA build of torch, or call \
-python train_gpt.py --preset=demo to train on the CPU" ;;
-      *)
-        stop "nvidia-smi sees a GPU, but this PyTorch cannot use it; CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES must \
-name one that nvidia-smi -L lists, and torch must be a CUDA build; python train_gpt.py --preset=demo trains on the CPU" ;;
+      *) exec "$PYTHON" tools/no_gpu.py ;; # says why, and fails
     esac
   fi
   echo "$why: running the CPU demo on the bundled sample."
   exec "$PYTHON" train_gpt.py --preset=demo "$@"
 fi
 
-# FlashAttention-4 is faster than PyTorch's own attention, but not needed; an environment of yours is left alone
-if [ "$PYTHON" = .venv/bin/python ] && [ "$CAPABILITY" = 9 ] && [ "$FLASH_ATTN" = 0 ]; then
-  "$PYTHON" -m pip install --quiet -r requirements-gpu.txt ||
-    echo "warning: requirements-gpu.txt could not be installed; training with PyTorch's own attention" >&2
+# Its packages are faster than PyTorch's own operations, but not needed; an environment of yours is left alone
+if [ "$PYTHON" = .venv/bin/python ] && [ "$HOPPER" = 1 ]; then
+  "$PYTHON" -m pip install --quiet -r requirements-hopper.txt ||
+    echo "warning: requirements-hopper.txt could not be installed; training goes on without it, slower" >&2
 fi
 
 case " $* " in

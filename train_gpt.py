@@ -1489,7 +1489,7 @@ def main() -> None:
             print(found)
         else:
             ranks = setup_ranks(hp)
-            hp = on_every_rank(lambda: choose_backends(hp, ranks.device))
+            asked, hp = hp, on_every_rank(lambda: choose_backends(hp, ranks.device))
             on_every_rank(lambda: check_data(hp))
             saved = on_every_rank(lambda: read_checkpoint(hp.resume, hp))
             run, logs = None, []
@@ -1497,6 +1497,8 @@ def main() -> None:
                 log = on_every_rank(partial(Log, trial, ranks))
                 with Watch(ranks, log) as watch:
                     log_environment(log, trial, ranks)
+                    for notice in notices(asked, hp, ranks.device):
+                        log(f"warning: {notice}")
                     if run:
                         run.restart(trial)
                     run = run or Run(trial, ranks, choose_ops(hp))
@@ -2698,6 +2700,7 @@ def load_flash3() -> Callable:
     return partial(attention_flash3, flash3.flash_attn_varlen_func)
 
 
+FLASH4_DIMS = 32, 64, 128  # widths of heads that flash4_preprocess takes
 # How to get each; the fastest first: fa4 takes 0.6 of torch's time at 49,152 tokens (H200); fa3 has not been measured
 ATTENTION_BACKENDS = {"fa4": load_flash4, "fa3": load_flash3, "torch": lambda: attention_torch,
                       "reference": lambda: attention_reference}
@@ -2709,30 +2712,33 @@ MEMORY_USED = 0.9  # of a GPU's; the rest is for NCCL, fragments and the context
 PARAMETER_BYTES, KERNEL_BYTES, PLAIN_BYTES, RECOMPUTE_BYTES, LOGIT_BYTES, CHUNK_BYTES = 14, 27, 45, 29, 3, 12
 
 
-def fit_memory(hp: Recipe, device: torch.device) -> Recipe:
-    """The recipe with the largest micro-batches, with graphs and without recompute if possible, that the memory holds.
+def memory_needed(hp: Recipe) -> float:
+    """Bytes of GPU memory, about. A graph keeps its memory, so a run with graphs takes twice that of a micro-step."""
+    plain = hp.kernels == "plain"
+    T = max(hp.micro_tokens, max(stage.batch for stage in hp.stages) * hp.batch_unit // SEGMENTS)
+    logits = CHUNK_BYTES * min(T, PLAIN_HEAD_ROWS) if plain else LOGIT_BYTES * T
+    channel = RECOMPUTE_BYTES if hp.recompute else PLAIN_BYTES if plain else KERNEL_BYTES
+    step = channel * len(hp.layers) * hp.model_dim * T + logits * hp.vocab_size
+    return PARAMETER_BYTES * sum(math.prod(param_shape(row, hp)) for row in hp.params) + (1 + hp.graphs) * step
 
-    A graph keeps its memory, so a run with graphs takes twice that of a micro-step."""
+
+def usable_memory(device: torch.device) -> float:
+    """Bytes of a GPU for a run."""
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return MEMORY_USED * memory * torch.cuda.get_per_process_memory_fraction(device.index)
+
+
+def fit_memory(hp: Recipe, device: torch.device) -> Recipe:
+    """The recipe with graphs, the largest micro-batches and no recompute, as far as the memory holds them."""
     if device.type == "cpu":
         return replace(hp, micro_tokens=16_384)
-    fraction = torch.cuda.get_per_process_memory_fraction(device.index)
-    memory = fraction * torch.cuda.get_device_properties(device).total_memory
-    segment = max(stage.batch for stage in hp.stages) * hp.batch_unit // SEGMENTS
-    fixed = PARAMETER_BYTES * sum(math.prod(param_shape(row, hp)) for row in hp.params)
-    plain = hp.kernels == "plain"
     ways = [*itertools.product((hp.graphs, False), (65_536, 32_768, 16_384), (hp.recompute,))]
-    ways += [(False, 16_384, True)] * plain
+    ways += [(False, 16_384, True)] * (hp.kernels == "plain")
     for graphs, tokens, recompute in ways:
-        T = max(tokens, segment)
-        logits = CHUNK_BYTES * min(T, PLAIN_HEAD_ROWS) if plain else LOGIT_BYTES * T
-        channel = RECOMPUTE_BYTES if recompute else PLAIN_BYTES if plain else KERNEL_BYTES
-        need = fixed + (1 + graphs) * (channel * len(hp.layers) * hp.model_dim * T + logits * hp.vocab_size)
-        if need <= MEMORY_USED * memory:
+        found = replace(hp, graphs=graphs, micro_tokens=tokens, recompute=recompute)
+        if memory_needed(found) <= usable_memory(device):
             break
-    else:
-        warn_once(f"{memory / 2**30:.0f} GiB of GPU memory may be too few: about {need / MEMORY_USED / 2**30:.0f} are "
-                  "needed; a smaller --model_dim or --batch_unit needs less")
-    return replace(hp, micro_tokens=tokens, graphs=graphs, recompute=recompute)
+    return found
 
 
 def choose_backends(hp: Recipe, device: torch.device) -> Recipe:
@@ -2743,13 +2749,11 @@ def choose_backends(hp: Recipe, device: torch.device) -> Recipe:
     kernels = ("hopper" if fits else "plain") if hp.kernels == "auto" else hp.kernels
     hp = replace(hp, kernels=kernels)
     hp = fit_memory(hp, device) if hp.micro_tokens == "auto" else hp
-    if hp.fp8_head and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
-        warn_once(f"this GPU has no FP8 products: the head computes in {hp.dtype} (--fp8_head=false)")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         hp = replace(hp, fp8_head=False)
     gpu = device.type == "cuda" and hp.dtype == "bfloat16"
     hopper = gpu and gpu_generation(device) == HOPPER_GPU  # elsewhere fa4's package has other kernels, without gates
-    # flash4_preprocess needs Triton and takes these widths only
-    fa4 = hopper and triton is not None and hp.head_dim in (32, 64, 128)
+    fa4 = hopper and triton is not None and hp.head_dim in FLASH4_DIMS
     usable = {"fa4": fa4, "fa3": hopper, "torch": gpu, "reference": True}
     for name in ATTENTION_BACKENDS if hp.attention == "auto" else [hp.attention]:
         reason = "it needs bfloat16 on a GPU, fa4 and fa3 a Hopper one, fa4 Triton and a --head_dim of 32, 64 or 128"
@@ -2760,6 +2764,33 @@ def choose_backends(hp: Recipe, device: torch.device) -> Recipe:
             except Exception as e:  # whatever a package raises that does not fit this machine
                 reason = f"{type(e).__name__}: {e}"
     raise UserError(f"--attention={hp.attention} does not work here ({reason}); use --attention=auto")
+
+
+# Against the time with requirements-hopper.txt, on one H200 and on one H100
+SLOWER = {("attention", "torch"): "PyTorch's attention takes 1.08 of the time",
+          ("kernels", "plain"): "plain operations take 1.28 of the time"}
+
+
+def missing_packages(asked: Recipe, hp: Recipe, device: torch.device) -> str:
+    """What a Hopper GPU lacks for a faster run of hp, which choose_backends made of `asked`; empty if nothing."""
+    packages = ("flash-attn-4", "flash_attn"), ("quack-kernels", "quack")
+    lacks = [package for package, module in packages if importlib.util.find_spec(module) is None]
+    costs = [cost for (key, name), cost in SLOWER.items() if (getattr(asked, key), getattr(hp, key)) == ("auto", name)]
+    fits = gpu_generation(device) == HOPPER_GPU and hp.dtype == "bfloat16" and hp.head_dim in FLASH4_DIMS
+    return (f"without {' and '.join(lacks)}, {' and '.join(costs)}; python -m pip install -r requirements-hopper.txt"
+            if fits and lacks and costs else "")
+
+
+def notices(asked: Recipe, hp: Recipe, device: torch.device) -> Iterator[str]:
+    """What a user may not expect of hp, which choose_backends made of `asked`."""
+    if missing := missing_packages(asked, hp, device):
+        yield missing
+    if asked.fp8_head and not hp.fp8_head:
+        yield f"this GPU has no FP8 products: the head computes in {hp.dtype}"
+    if device.type == "cuda" and memory_needed(hp) > usable_memory(device):
+        need = memory_needed(hp) / MEMORY_USED / 2**30
+        yield (f"the GPU's memory may be too small: about {need:.0f} GiB are needed; a smaller --micro_tokens, "
+               "--model_dim or --batch_unit needs less, --graphs=false half")
 
 
 # --- The two sets of operations
@@ -3353,7 +3384,8 @@ def setup_ranks(hp: Recipe) -> Ranks:
     rank, world, local = launched_ranks()
     cuda = hp.device == "cuda" or (hp.device == "auto" and torch.cuda.is_available())
     require(cuda or hp.device == "cpu",
-            "no NVIDIA GPU that PyTorch can use here; --preset=demo trains a small model on the CPU")
+            "no NVIDIA GPU that PyTorch can use here (python tools/doctor.py tells why); --preset=demo trains a small "
+            "model on the CPU")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     require(not cuda or here <= torch.cuda.device_count(),
             f"{here} processes need a GPU each, but {torch.cuda.device_count()} are visible: start fewer processes, or "

@@ -17,6 +17,7 @@ import train_gpt as t
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import doctor
+import no_gpu
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 RECORD = t.PRESETS["record80"]
@@ -43,7 +44,8 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (free, 80 * GIB))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=80 * GIB))
         monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda i: 1.0)
-        monkeypatch.setattr(doctor, "nvidia_smi", lambda *args: smi)
+        for module in (doctor, no_gpu):
+            monkeypatch.setattr(module, "nvidia_smi", lambda *args: smi)
 
     return pretend
 
@@ -83,20 +85,58 @@ def test_gpus(machine, simulated, status, said):
     assert line.status == status and said in f"{line.text}; {line.remedy}"
 
 
-@pytest.mark.parametrize("smi, cuda, status", [
-    ("580.95.05\n580.95.05\n", "13.0", "ok"), ("570.10\n", "13.0", "fail"), ("570.10\n", "12.8", "ok"),
-    ("", "13.0", "warn"),
+def test_driver(machine):
+    machine(smi="580.95.05\n580.95.05\n")
+    assert examine("driver") == ("ok", "580.95.05", "")
+    machine()
+    assert examine("driver").status == "warn"
+
+
+OLD = ("torch 9.9 cannot use the GPU: the driver is 550.54, but CUDA 13.0 needs 580 or newer", "CUDA 12.6 build of")
+
+
+@pytest.mark.parametrize("smi, cuda, visible, said", [
+    ("550.54\n550.54\n", "13.0", None, OLD), ("550.54\n", "13.0", "0", OLD),
+    ("580.95\n", None, None, ("is a build for CPUs", "-m pip install -r requirements-gpu.txt")),
+    ("550.54\n", "12.6", "7", ("cannot use the GPU: CUDA_VISIBLE_DEVICES=7", "must name")),
+    ("580.95\n", "13.0", None, ("cannot use the GPU (driver lost)", "nvidia-smi")),
+    ("[N/A]\n", "13.0", None, ("cannot use the GPU (driver lost)", "nvidia-smi")),
 ])
-def test_driver(machine, monkeypatch, smi, cuda, status):
-    machine(smi=smi)
+def test_gpu_that_torch_cannot_use(machine, monkeypatch, capsys, smi, cuda, visible, said):
+    """The same cause and remedy from doctor.py, which fails, as from no_gpu.py, which run.sh calls."""
+    def broken():
+        raise RuntimeError("driver\nlost")
+
+    machine(0, smi=smi)
+    monkeypatch.setattr(torch, "__version__", "9.9")
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    line = examine("driver")
-    assert line.status == status and bool(line.remedy) == (status != "ok")
+    monkeypatch.setattr(torch.cuda, "init", broken)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    cause, remedy = no_gpu.why()
+    assert said[0] in cause and said[1] in remedy
+    code, printed = main(monkeypatch, capsys, "--quick", "--quiet")
+    assert code == 1 and f"fail  GPUs       {cause}; {remedy}\n" in printed.out and "driver  " not in printed.out
 
 
-def test_versions(monkeypatch):
-    """Only what the run itself needs is missed; what differs from its pin is told."""
-    here = {"torch": "2.13.0+cu130", "numpy": "2.4.6", "tqdm": "4.70.1", "triton": "3.7.1", "quack-kernels": "0.6.5"}
+def test_no_gpu_as_a_program(tmp_path):
+    """One line, with the real torch: on a machine without a GPU, whose nvidia-smi claims an old driver."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 100.1\n")
+    smi.chmod(0o755)
+    done = subprocess.run([sys.executable, doctor.ROOT / "tools" / "no_gpu.py"], capture_output=True, text=True,
+                          env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    said = "100.1" if torch.version.cuda else "a build for CPUs"
+    assert done.returncode == 1 and done.stderr.startswith(f"error: torch {torch.__version__} cannot use the GPU")
+    assert said in done.stderr and done.stderr.count("\n") == 1 and "--preset=demo" in done.stderr
+
+
+def test_versions(machine, monkeypatch):
+    """Only what the run itself needs is missed; what differs from its pin is told. GPU machines have their own pins."""
+    machine(0)
+    common = {pin.name: str(pin.specifier)[2:] for pin in doctor.pins("requirements-common.txt")}
+    here = common | {pin.name: str(pin.specifier)[2:] for pin in doctor.pins("requirements.txt")} | {"ruff": "0"}
 
     def version(name):
         if name not in here:
@@ -105,12 +145,21 @@ def test_versions(monkeypatch):
 
     monkeypatch.setattr(doctor.importlib.metadata, "version", version)
     assert examine("versions").status == "ok"
-    here |= {"torch": "2.11.0+cu130", "quack-kernels": "0.5.0"}
+    tests_torch = here["torch"]
+    machine(smi="GPU 0: NVIDIA H100\n")
+    pinned = {pin.name: str(pin.specifier)[2:] for pin in doctor.pins("requirements-gpu.txt")}
+    assert common.items() <= pinned.items()
+    line = examine("versions")
+    assert line.status == "warn" and line.remedy == "pip install -r requirements-gpu.txt"
+    assert f"torch {tests_torch} (pinned: =={pinned['torch']}), triton" in line.text
+    here = pinned | {"torch": pinned["torch"] + "+cu126"}  # without the packages for Hopper
+    assert examine("versions").status == "ok"
+    here |= {"quack-kernels": "0.5.0"}
+    line = examine("versions")
+    assert "quack-kernels 0.5.0" in line.text and line.remedy == "pip install -r requirements-hopper.txt"
     del here["tqdm"]
     line = examine("versions")
-    assert line.status == "warn" and "requirements.txt" in line.remedy
-    for told in ("torch 2.11.0+cu130 (pinned: ==2.13.0)", "tqdm is missing", "quack-kernels 0.5.0"):
-        assert told in line.text
+    assert "tqdm is missing" in line.text and line.remedy.endswith("-r requirements-gpu.txt -r requirements-hopper.txt")
     monkeypatch.setattr(doctor, "MIN_PYTHON", (9, 9))
     line = examine("versions")
     assert line.status == "fail" and "9.9" in line.remedy
@@ -118,15 +167,17 @@ def test_versions(monkeypatch):
 
 def test_attention_and_kernels(machine, monkeypatch):
     """The fastest is ok, a slower one by choice too; otherwise the remedy depends on the GPU."""
-    monkeypatch.setitem(sys.modules, "flash_attn", None)  # its import fails
+    for module in ("flash_attn", "quack"):
+        monkeypatch.setitem(sys.modules, module, None)  # its import fails
     monkeypatch.setattr(t, "triton", None)
     machine()
     line = examine("attention")
     assert line.status == "warn" and line.text == "torch (usable here: torch, reference)"
-    assert "requirements-gpu.txt" in line.remedy
+    assert "PyTorch's attention takes 1.08 of the time; python -m pip install" in line.remedy
     assert examine("attention", replace(RECORD, attention="torch")).status == "ok"
     assert examine("attention", replace(RECORD, attention="fa4")).status == "fail"
-    assert examine("kernels").text == "plain (usable here: plain)"
+    line = examine("kernels")
+    assert line.text == "plain (usable here: plain)" and "quack-kernels, plain operations take" in line.remedy
     machine(capability=(8, 0))
     assert "Hopper" in examine("attention").remedy
     assert examine("attention", DEMO, CPU) == ("ok", "reference (usable here: reference)", "")
@@ -263,12 +314,6 @@ def test_without_a_gpu(machine, monkeypatch, capsys):
     assert examine("GPUs", DEMO, CPU).status == "ok"
 
 
-def test_gpu_that_torch_cannot_use(machine, monkeypatch, capsys):
-    machine(0, smi="GPU 0: NVIDIA H100\n")
-    code, printed = main(monkeypatch, capsys, "--quick", "--quiet")
-    assert code == 1 and "fail  GPUs" in printed.out and "CUDA build of torch" in printed.out
-
-
 def test_exit_status(shards, tmp_path, monkeypatch, capsys):
     """0 with warnings, 1 with a failure, 2 for a bad argument; --quick leaves out what is slow."""
     keys = ("vocab_size", "val_tokens", "val_chunk", "num_scheduled_iterations", "num_extension_iterations",
@@ -297,7 +342,7 @@ def test_nvidia_smi(tmp_path, monkeypatch):
     assert doctor.nvidia_smi("-L", "9") == ""
 
     def hang(*args, **kwargs):
-        raise subprocess.TimeoutExpired("nvidia-smi", doctor.SMI_SECONDS)
+        raise subprocess.TimeoutExpired("nvidia-smi", no_gpu.SMI_SECONDS)
 
     monkeypatch.setattr(subprocess, "run", hang)
     assert doctor.nvidia_smi("-L") == ""

@@ -209,7 +209,7 @@ def test_fa4_is_for_hopper(monkeypatch, capability, chosen):
     monkeypatch.setattr(t, "triton", object())
     monkeypatch.setattr(t, "gated_flash4", lambda: None)
     monkeypatch.setitem(t.ATTENTION_BACKENDS, "fa3", lambda: 1 // 0)
-    hp, device = t.parse_args([])[0], torch.device("cuda")
+    hp, device = t.parse_args(["--micro_tokens=1"])[0], torch.device("cuda")
     assert t.choose_backends(hp, device).attention == chosen
     if chosen != "fa4":
         with pytest.raises(t.UserError, match="fa4 and fa3 a Hopper one"):
@@ -226,7 +226,8 @@ def test_choice_by_head_dim(monkeypatch, heads, head_dim, quack, attention, kern
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if quack else None)
     monkeypatch.setitem(t.ATTENTION_BACKENDS, "fa4", lambda: None)
     monkeypatch.setitem(t.ATTENTION_BACKENDS, "fa3", lambda: 1 // 0)
-    hp, _ = t.parse_args([f"--num_heads={heads}", f"--head_dim={head_dim}", f"--model_dim={heads * head_dim}"])
+    hp, _ = t.parse_args([f"--num_heads={heads}", f"--head_dim={head_dim}", f"--model_dim={heads * head_dim}",
+                           "--micro_tokens=1"])
     device = torch.device("cuda")
     chosen = t.choose_backends(hp, device)
     assert (chosen.attention, chosen.kernels) == (attention, kernels)
@@ -238,10 +239,29 @@ def test_choice_by_head_dim(monkeypatch, heads, head_dim, quack, attention, kern
             t.choose_backends(replace(hp, kernels="hopper"), device)
 
 
+@pytest.mark.parametrize("there, args, generation, said", [
+    ("", [], 9, "without flash-attn-4 and quack-kernels, PyTorch's attention takes 1.08 of the time and plain "),
+    ("quack", [], 9, "without flash-attn-4, PyTorch's attention takes 1.08 of the time; python -m pip install -r "),
+    ("flash_attn quack", [], 9, ""), ("", [], 8, ""), ("", ["--head_dim=96", "--num_heads=8"], 9, ""),
+    ("", ["--kernels=plain"], 9, "PyTorch's attention takes 1.08 of the time; "),
+    ("", ["--attention=torch"], 9, "quack-kernels, plain operations take"),
+    ("", ["--attention=torch", "--kernels=plain"], 9, "")])
+def test_missing_packages(monkeypatch, there, args, generation, said):
+    """Told where the run is slower for it, unless the user asked for that."""
+    monkeypatch.setattr(t, "triton", object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in there else None)
+    monkeypatch.setitem(t.ATTENTION_BACKENDS, "fa4", (lambda: None) if there == "flash_attn quack" else lambda: 1 // 0)
+    monkeypatch.setitem(t.ATTENTION_BACKENDS, "fa3", lambda: 1 // 0)
+    hp, device = t.parse_args([*args, "--micro_tokens=1"])[0], torch.device("cuda")
+    line = t.missing_packages(hp, t.choose_backends(hp, device), device)
+    assert said in line if said else not line
+
+
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="flash-attn-4 is not installed")
 def test_flash4_is_the_pinned_one():
     """gated_flash4 and flash4_backward replace private parts of the package, so each new version must be read first."""
-    requirements = (Path(t.__file__).parent / "requirements-gpu.txt").read_text()
+    requirements = (Path(t.__file__).parent / "requirements-hopper.txt").read_text()
     assert f"flash-attn-4=={importlib.metadata.version('flash-attn-4')}\n" in requirements
     from flash_attn.cute import flash_fwd_sm90, interface
 

@@ -40,23 +40,28 @@ def test_more_memory_never_gives_less(gpu):
     assert not recipes[0].graphs and recipes[-1].graphs
 
 
-def test_what_is_asked_for_stays(gpu, capsys):
-    """Also on a GPU that is too small, which costs a line, where auto says so."""
-    hp = replace(t.Recipe(), attention="reference", fp8_head=False)
-    assert t.choose_backends(replace(hp, micro_tokens=32_768), gpu(8)) == replace(hp, micro_tokens=32_768,
-                                                                                  kernels="plain")
-    assert capsys.readouterr().err == ""
-    assert t.choose_backends(hp, gpu(8.5)).micro_tokens == 16_384
-    assert "8 GiB of GPU memory may be too few: about 23 are needed" in capsys.readouterr().err
+def test_what_is_asked_for_stays(gpu):
+    """Also on a GPU that is too small, which costs a line."""
+    asked, device = replace(t.Recipe(), attention="reference", micro_tokens=32_768), gpu(8, (9, 0))
+    hp = t.choose_backends(asked, device)
+    assert hp == replace(asked, kernels="plain")
+    (line,) = (line for line in t.notices(asked, hp, device) if "memory" in line)
+    assert "too small: about 52 GiB" in line and "--micro_tokens" in line
+    smaller = t.choose_backends(replace(asked, micro_tokens="auto"), device)
+    assert (smaller.micro_tokens, smaller.graphs, smaller.recompute) == (16_384, False, True)
+    assert any("too small: about 23 GiB" in line for line in t.notices(asked, smaller, device))
+    device = gpu(79, (9, 0))
+    assert not any("memory" in line for line in t.notices(asked, t.choose_backends(asked, device), device))
 
 
 @pytest.mark.parametrize("capability,fp8", [((8, 0), False), ((8, 9), True), ((12, 0), True)])
-def test_fp8_head(gpu, capsys, capability, fp8):
+def test_fp8_head(gpu, capability, fp8):
     """Before compute capability 8.9 the head is bf16, with one line that says so."""
-    t.warn_once.cache_clear()
-    hp = t.choose_backends(replace(t.Recipe(), attention="reference"), gpu(79, capability))
+    asked, device = replace(t.Recipe(), attention="reference"), gpu(79, capability)
+    hp = t.choose_backends(asked, device)
     assert hp.fp8_head is fp8
-    assert ("no FP8 products: the head computes in bfloat16" in capsys.readouterr().err) is not fp8
+    said = [line for line in t.notices(asked, hp, device) if "no FP8 products: the head computes in bfloat16" in line]
+    assert len(said) == (not fp8)
 
 
 def test_recompute():

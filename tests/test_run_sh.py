@@ -20,8 +20,8 @@ esac
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with the two scripts; its bin/ comes first on the PATH, and no variable chooses GPUs."""
-    for name in ("run.sh", "tools/environment.sh"):
+    """A folder with the scripts; its bin/ comes first on the PATH, and no variable chooses GPUs."""
+    for name in ("run.sh", "test.sh", "tools/environment.sh", "requirements.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "bin").mkdir()
@@ -42,9 +42,13 @@ def standin(place, probe="exit 4", rest="true", path="bin/python3"):
     program(place / path, STANDIN.format(calls=place / "calls", probe=probe, rest=rest))
 
 
-def run(place, *args):
-    """run.sh's status, lines, and what it started Python with, shortened to a word or two."""
-    done = subprocess.run([place / "run.sh", *args], cwd=place, capture_output=True, text=True, timeout=60)
+def has_gpu(place):
+    program(place / "bin" / "nvidia-smi", '#!/bin/sh\n[ "$1" = -L ] && echo "GPU 0: NVIDIA H100"\nexit 0\n')
+
+
+def run(place, *args, script="run.sh"):
+    """The script's status, lines, and what it started Python with, shortened to a word or two."""
+    done = subprocess.run([place / script, *args], cwd=place, capture_output=True, text=True, timeout=60)
     calls = (place / "calls").read_text().splitlines() if (place / "calls").exists() else []
     calls = ["probe" if "device_count" in call else call for call in calls]
     return done.returncode, (done.stdout + done.stderr).splitlines(), calls
@@ -53,7 +57,7 @@ def run(place, *args):
 @pytest.mark.parametrize("gpus, ranks", [(1, 1), (3, 2), (8, 8), (11, 8)])
 def test_starts_with_gpus(place, gpus, ranks):
     """Three starts of Python before the ranks: what is there, the download, all checks."""
-    standin(place, f"echo {gpus} 9 0")
+    standin(place, f"echo {gpus} 0")
     status, lines, calls = run(place, "--seed=1")
     assert (status, lines) == (0, [])
     assert calls == ["probe", "data/cached_fineweb10B.py 9 ", "tools/doctor.py --quick --quiet --check --seed=1 ",
@@ -62,7 +66,7 @@ def test_starts_with_gpus(place, gpus, ranks):
 
 @pytest.mark.parametrize("args", [["--train_files=x*.bin"], ["--preset=demo"], ["--preset", "demo"]])
 def test_other_data_is_not_downloaded(place, args):
-    standin(place, "echo 1 9 0")
+    standin(place, "echo 1 0")
     calls = run(place, *args, "--log_dir=l")[2]
     assert [call.split()[0] for call in calls] == ["probe", "tools/doctor.py", "tools/launch.py"]
 
@@ -81,35 +85,55 @@ def test_starts_without_a_gpu(place, monkeypatch):
 
 @pytest.mark.parametrize("failing, left", [("*cached*", 2), ("*doctor*", 3)])
 def test_a_failure_ends_it(place, failing, left):
-    standin(place, "echo 2 9 1", f'case "$*" in {failing}) echo "error: no" >&2; exit 1;; esac')
+    standin(place, "echo 2 0", f'case "$*" in {failing}) echo "error: no" >&2; exit 1;; esac')
     status, lines, calls = run(place)
     assert status == 1 and lines == ["error: no"] and len(calls) == left
 
 
 @pytest.mark.parametrize("visible, status, said", [
-    (None, 1, "install a CUDA build of torch"), ("", 0, "CUDA_VISIBLE_DEVICES hides them: running the CPU demo"),
-    ("-1", 0, "CUDA_VISIBLE_DEVICES hides them"), ("7", 1, "CUDA_VISIBLE_DEVICES=7 must name one")])
+    (None, 1, "error: why"), ("", 0, "CUDA_VISIBLE_DEVICES hides them: running the CPU demo"),
+    ("-1", 0, "CUDA_VISIBLE_DEVICES hides them"), ("7", 1, "error: why")])
 def test_gpu_that_torch_does_not_see(place, monkeypatch, visible, status, said):
-    """A hidden GPU means the demo, a false name is told."""
-    program(place / "bin" / "nvidia-smi", '#!/bin/sh\n[ "$1" = -L ] && echo "GPU 0: NVIDIA H100"\nexit 0\n')
-    standin(place, "echo 0 0 0")
+    """A hidden GPU means the demo; otherwise tools/no_gpu.py has the last word."""
+    has_gpu(place)
+    standin(place, "echo 0 0", 'case "$*" in *no_gpu*) echo "error: why" >&2; exit 1;; esac')
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     found, lines, calls = run(place, "--seed=1")
     assert found == status and len(lines) == 1 and said in lines[0] and lines[0].startswith("error: ") == bool(status)
-    assert calls[1:] == ["train_gpt.py --preset=demo --seed=1 "] * (not status)
+    assert calls[1:] == ["tools/no_gpu.py " if status else "train_gpt.py --preset=demo --seed=1 "]
 
 
-def test_flash_attention_only_for_its_own_environment(place):
-    """requirements-gpu.txt goes into .venv on Hopper, if it is not there; a failure is a warning."""
-    for probe, path, installs in (("1 9 0", ".venv/bin/python", 1), ("1 9 1", ".venv/bin/python", 0),
-                                  ("1 8 0", ".venv/bin/python", 0), ("1 9 0", "bin/python3", 0)):
+def test_hopper_packages_only_for_its_own_environment(place):
+    """requirements-hopper.txt goes into .venv where it helps; a failure is a warning."""
+    for probe, path, installs in (("1 1", ".venv/bin/python", 1), ("1 0", ".venv/bin/python", 0),
+                                  ("1 1", "bin/python3", 0)):
         shutil.rmtree(place / ".venv", ignore_errors=True)
         (place / "calls").unlink(missing_ok=True)
-        standin(place, f"echo {probe}", 'case "$*" in *requirements-gpu*) exit 1;; esac', path)
+        standin(place, f"echo {probe}", 'case "$*" in *requirements-hopper*) exit 1;; esac', path)
         status, lines, calls = run(place)
-        assert status == 0 and sum("requirements-gpu.txt" in call for call in calls) == installs
-        assert len(lines) == installs and all(line.startswith("warning: requirements-gpu.txt") for line in lines)
+        assert status == 0 and sum("requirements-hopper.txt" in call for call in calls) == installs
+        assert len(lines) == installs and all(line.startswith("warning: requirements-hopper.txt") for line in lines)
+
+
+@pytest.mark.parametrize("generation, cuda, modules, found", [
+    (9, "13.0", [], "1 1"), (9, "13.0", ["flash_attn"], "1 1"), (9, "13.0", ["flash_attn", "quack"], "1 0"),
+    (9, "12.6", [], "1 0"), (10, "13.0", [], "1 0"), (9, None, [], "1 0")])
+def test_probe_on_gpus(place, generation, cuda, modules, found):
+    """The packages for Hopper are wanted where they fit GPU and torch. -S: none of this machine's packages."""
+    (place / "lib").mkdir()
+    (place / "lib" / "torch.py").write_text(
+        "class cuda:\n    device_count = lambda: 1\n"
+        f"    get_device_capability = lambda: ({generation}, 0)\nclass version:\n    cuda = {cuda!r}\n")
+    for name in modules:
+        (place / "lib" / f"{name}.py").touch()
+    program(place / "bin" / "python3", f'#!/bin/sh\nPYTHONPATH="{place}/lib" exec "{sys.executable}" -S "$@"\n')
+    (place / "lib" / "torch-2.11.0.dist-info").mkdir()
+    (place / "lib" / "torch-2.11.0.dist-info" / "METADATA").write_text("Name: torch\nVersion: 2.11.0\n")
+    script = ("source tools/environment.sh; probe python3 torch; echo $GPUS $HOPPER; "
+              "probe python3 torch numpy || echo $STATUS $FOUND")
+    done = subprocess.run(["bash", "-c", script], cwd=place, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [found, "4 2.11.0"]
 
 
 # Runs the probe as Python 3.9 would
@@ -140,13 +164,13 @@ def test_no_python(place, monkeypatch):
     assert run(place) == (1, ["error: there is no python3 on the PATH; install Python 3.11 or newer"], [])
 
 
-# Makes a .venv whose Python can do everything once requirements.txt is installed
+# Makes a .venv whose Python can do what the file probe says once its packages are installed
 MAKES = """case "$*" in *venv*)
   mkdir -p .venv/bin; cat > .venv/bin/python <<'E'
 #!/bin/sh
 case "$*" in
-  *device_count*) [ -e .venv/installed ] || exit 4; echo 0 0 0 ;;
-  *requirements.txt*) {install} ;;
+  *device_count*) [ -e .venv/installed ] || exit 4; cat probe ;;
+  *requirements*) echo "${{*##*-r }}" >> files; {install} ;;
   *) echo "$@" ;;
 esac
 E
@@ -166,14 +190,44 @@ def test_venv_is_made_anew(place, stale):
     elif stale == "broken":
         program(place / ".venv" / "bin" / "python", "#!/bin/sh\necho 'Fatal Python error' >&2\nexit 1\n")
     standin(place, rest=MAKES.format(install="touch .venv/installed"))
+    (place / "probe").write_text("0 0\n")
     status, lines, _ = run(place)
     told = ["The Python of .venv does not start any more: .venv is made anew."] * bool(stale)
     assert status == 0 and lines == told + MADE
 
 
+@pytest.mark.parametrize("listed, probe, files", [
+    (False, "0 0", ["requirements.txt"]), (True, "1 0", ["requirements-gpu.txt"]),
+    (True, "1 1", ["requirements-gpu.txt", "requirements-hopper.txt"])])
+def test_packages_for_the_machine(place, listed, probe, files):
+    if listed:
+        has_gpu(place)
+    standin(place, rest=MAKES.format(install="touch .venv/installed"))
+    (place / "probe").write_text(probe)
+    status, lines, _ = run(place)
+    assert status == 0 and f"installing {files[0]}" in lines[0]
+    assert (place / "files").read_text().split() == files
+
+
+def test_tests_leave_the_torch_of_runs_alone(place):
+    """Another torch than that of the tests in a .venv without their packages stays; theirs is completed."""
+    has_gpu(place)
+    standin(place)
+    standin(place, "echo 2.11.0; exit 4", path=".venv/bin/python")
+    status, lines, calls = run(place, script="test.sh")
+    assert status == 1 and calls == ["probe", "probe"] and len(lines) == 1
+    assert lines[0].startswith("error: .venv has torch 2.11.0") and "pip install -r requirements.txt" in lines[0]
+    [pinned] = [line for line in (place / "requirements.txt").read_text().splitlines() if line.startswith("torch==")]
+    for found in (f"{pinned.removeprefix('torch==')}+cpu", ""):
+        standin(place, f"echo {found}; exit 4", path=".venv/bin/python")
+        calls = run(place, script="test.sh")[2]
+        assert calls[-2:] == ["-m pip install --quiet -r requirements.txt ", "probe"]
+
+
 def test_install_that_fails_goes_on(place):
     """One line names it, and the same command goes on with the same .venv."""
     standin(place, rest=MAKES.format(install="[ -e net ] || exit 1; touch .venv/installed"))
+    (place / "probe").write_text("0 0\n")
     status, lines, _ = run(place)
     assert status == 1 and lines[1:] == ["error: requirements.txt could not be installed, see above; run this again to "
                                          "continue"]

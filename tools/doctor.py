@@ -12,15 +12,15 @@ nothing failed, 1 if something did, 2 for a bad argument.
 import argparse
 import contextlib
 import importlib.metadata
+import itertools
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -32,20 +32,21 @@ from packaging.requirements import Requirement
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cached_fineweb10B as downloader
+import no_gpu
+from no_gpu import nvidia_smi
 
 import train_gpt as t
 
 ROOT = Path(__file__).resolve().parents[1]
 
 MIN_PYTHON = (3, 11)  # numpy's pinned version asks for it
-MIN_DRIVER = {"12": 525, "13": 580}  # by the major version of the CUDA that torch was built with
 FP8_CAPABILITY = (8, 9)
 RUN_MEMORY = 32 * 2**30  # bytes; a run of the record allocated 30,863 MiB on one H200
 RUN_PACKAGES = ("torch", "triton", "numpy", "tqdm")
 RUN_SHARDS = 9  # train shards that run.sh downloads
 SHARD_BYTES = 200_001_024  # a downloaded shard: 100M tokens
 LOG_BYTES = 10 * 2**20  # more than a log takes
-SMI_SECONDS, HUB_SECONDS, NCCL_SECONDS = 20, 5, 120  # patience
+HUB_SECONDS, NCCL_SECONDS = 5, 120  # patience
 REDUCED = 2**20  # floats that every GPU brings to the all-reduce
 
 
@@ -64,15 +65,6 @@ class Line(NamedTuple):
     remedy: str = ""  # empty: the check's own, from CHECKS
 
 
-def nvidia_smi(*args: str) -> str:
-    """What nvidia-smi prints, or nothing where it is missing, fails or hangs."""
-    try:
-        return subprocess.run(["nvidia-smi", *args], capture_output=True, text=True, timeout=SMI_SECONDS,
-                              check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
 def check_gpus(case: Case) -> Line:
     """There are GPUs, of a number that a run takes, with enough free memory."""
     if case.hp.device == "cpu":
@@ -80,8 +72,7 @@ def check_gpus(case: Case) -> Line:
             return Line("ok", "not used: --device=cpu")
         return Line("warn", "no NVIDIA GPU here: only the demo runs", "./run.sh starts it, on the CPU")
     if case.device.type == "cpu":
-        return Line("fail", f"torch {torch.__version__} cannot use a GPU here", "install a CUDA build of torch and a "
-                    "driver that fits it, or look at CUDA_VISIBLE_DEVICES; --preset=demo trains on the CPU")
+        return Line("fail", *no_gpu.why())
     count = torch.cuda.device_count()
     names = Counter("{} (capability {}.{})".format(torch.cuda.get_device_name(i), *torch.cuda.get_device_capability(i))
                     for i in range(count))
@@ -96,57 +87,70 @@ def check_gpus(case: Case) -> Line:
 
 
 def check_driver(case: Case) -> Line:
-    """The driver is new enough for the CUDA that torch was built with."""
-    if case.hp.device == "cpu":
+    """nvidia-smi tells it; where it is too old for torch, check_gpus says so."""
+    if case.device.type == "cpu":
         return Line("ok", "not needed on the CPU")
-    version = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
-    if not version:
-        return Line("warn", "nvidia-smi does not answer", "without it a log cannot say what the machine was")
-    least = MIN_DRIVER.get((torch.version.cuda or "").partition(".")[0], 0)
-    text = f"{version}; CUDA {torch.version.cuda} needs {least} or newer"
-    return Line("ok" if int(version.partition(".")[0]) >= least else "fail", text)
+    if version := no_gpu.driver_version():
+        return Line("ok", version)
+    return Line("warn", "nvidia-smi does not answer", "without it a log cannot say what the machine was")
+
+
+def pins(file: str) -> Iterator[Requirement]:
+    """What a requirements file and those that it names ask for."""
+    for line in (ROOT / file).read_text().splitlines():
+        if line.startswith("-r "):
+            yield from pins(line.removeprefix("-r "))
+        elif not line.startswith("#"):
+            yield Requirement(line)
+
+
+def differences(file: str) -> Iterator[str]:
+    """Each package of the file whose version is another. What only other GPUs, data/ or tests need may be missing."""
+    optional = "hopper" in file
+    for pin in pins(file):
+        if not optional and (pin.name not in RUN_PACKAGES or pin.marker and not pin.marker.evaluate()):
+            continue
+        try:
+            version = importlib.metadata.version(pin.name)
+        except importlib.metadata.PackageNotFoundError:
+            if not optional:
+                yield f"{pin.name} is missing (pinned: {pin.specifier})"
+            continue
+        if not pin.specifier.contains(version, prereleases=True):
+            yield f"{pin.name} {version} (pinned: {pin.specifier})"
 
 
 def check_versions(case: Case) -> Line:
-    """Python and the packages are those of the requirements files."""
+    """Python and the packages are those of the requirements files that run.sh would take."""
     python = platform.python_version()
     if sys.version_info < MIN_PYTHON:
         return Line("fail", f"Python {python}", "use Python {}.{} or newer".format(*MIN_PYTHON))
-    differences = []
-    for file in ("requirements.txt", "requirements-gpu.txt"):
-        for line in (ROOT / file).read_text().splitlines():
-            if not line or line.startswith("#"):
-                continue
-            pin = Requirement(line)
-            needed = pin.name in RUN_PACKAGES and (pin.marker is None or pin.marker.evaluate())
-            try:
-                version = importlib.metadata.version(pin.name)
-            except importlib.metadata.PackageNotFoundError:
-                if needed:
-                    differences.append(f"{pin.name} is missing (pinned: {pin.specifier})")
-                continue
-            if (needed or "gpu" in file) and not pin.specifier.contains(version, prereleases=True):
-                differences.append(f"{pin.name} {version} (pinned: {pin.specifier})")
-    if differences:
-        return Line("warn", f"Python {python}, {', '.join(differences)}")
+    gpu_files = "requirements-gpu.txt", "requirements-hopper.txt"
+    found = {file: list(differences(file)) for file in (gpu_files if nvidia_smi("-L") else ("requirements.txt",))}
+    if any(found.values()):
+        return Line("warn", ", ".join([f"Python {python}", *itertools.chain(*found.values())]),
+                    "pip install" + "".join(f" -r {file}" for file in found if found[file]))
     return Line("ok", f"Python {python}, torch {torch.__version__}, CUDA {torch.version.cuda}; the others as pinned")
 
 
 def choice(case: Case, key: str, names: Iterable[str]) -> Line:
     """What the run takes of the names in order of speed, and which others could be asked for."""
     def choose(name: str) -> str:
-        return getattr(t.choose_backends(replace(auto, **{key: name}), case.device), key)
+        return t.choose_backends(replace(auto, **{key: name}), case.device)
 
     auto = replace(case.hp, attention="auto", kernels="auto")
     usable = []
     for name in names:
         with contextlib.suppress(t.UserError):
-            usable.append(choose(name))
-    chosen = choose(getattr(case.hp, key))
+            usable.append(getattr(choose(name), key))
+    recipe = choose(getattr(case.hp, key))
+    chosen = getattr(recipe, key)
     text = f"{chosen} (usable here: {', '.join(usable)})"
     if case.device.type == "cpu" or getattr(case.hp, key) != "auto" or chosen == next(iter(names)):
         return Line("ok", text)
-    return Line("warn", text, "" if t.gpu_generation(case.device) == t.HOPPER_GPU else "faster ones need a Hopper GPU")
+    if t.gpu_generation(case.device) != t.HOPPER_GPU:
+        return Line("warn", text, "faster ones need a Hopper GPU")
+    return Line("warn", text, t.missing_packages(replace(recipe, **{key: "auto"}), recipe, case.device))
 
 
 def check_attention(case: Case) -> Line:
@@ -310,10 +314,10 @@ class Check(NamedTuple):
 
 CHECKS = (
     Check("GPUs", check_gpus, "look at nvidia-smi"),
-    Check("driver", check_driver, "update the driver, or install a torch for an older CUDA"),
-    Check("versions", check_versions, "pip install -r requirements.txt (and requirements-gpu.txt on Hopper)"),
-    Check("attention", check_attention, "pip install -r requirements-gpu.txt, or ask for --attention=torch"),
-    Check("kernels", check_kernels, "pip install -r requirements-gpu.txt, or ask for --kernels=plain"),
+    Check("driver", check_driver),
+    Check("versions", check_versions),
+    Check("attention", check_attention, "pip install -r requirements-hopper.txt, or ask for --attention=torch"),
+    Check("kernels", check_kernels, "pip install -r requirements-hopper.txt, or ask for --kernels=plain"),
     Check("FP8", check_fp8, "--fp8_head=false computes the head in the weights' type, which is slower"),
     Check("NVLink", check_nvlink, "gradients travel slower without NVLink: expect longer steps"),
     Check("NCCL", check_nccl, "run again with NCCL_DEBUG=INFO to see where it stops; a container needs --shm-size=8g",
