@@ -3351,6 +3351,7 @@ class Log:
 
     def __init__(self, hp: Recipe, ranks: Ranks):
         self.file = self.bar = self.path = self.lost = None
+        self.N = hp.num_steps
         if ranks.rank == 0:
             self.path = path = Path(hp.log_dir, (hp.run_id or time.strftime("%Y%m%d-%H%M%S")) + ".txt")
             try:
@@ -3364,7 +3365,6 @@ class Log:
             except OSError as e:
                 raise UserError(f"cannot write the log {path}: {e.strerror}; free some space or choose another "
                                 "--log_dir") from None
-            self.bar = tqdm(total=hp.num_steps, unit="step", disable=not sys.stderr.isatty(), leave=False)
 
     def __call__(self, text: str, show: bool = True) -> None:
         if self.file:
@@ -3376,16 +3376,19 @@ class Log:
                 with contextlib.suppress(OSError):  # it tries once more to write
                     self.file.close()
                 self.file, self.lost = None, f"warning: the log {self.path} is incomplete ({e.strerror})"
-                self.bar.write(f"{self.lost}; training goes on, copy what you need from the terminal", file=sys.stderr)
-        if self.bar and show:
+                tqdm.write(f"{self.lost}; training goes on, copy what you need from the terminal", file=sys.stderr)
+        if self.path and show:
             with contextlib.suppress(OSError):
-                self.bar.write(text)
+                tqdm.write(text)
 
     def step(self, line: str, done: int, **postfix: str) -> None:
         """A step's line: to the file, and to the terminal as a moving bar, or as a plain line in a pipe."""
-        if self.bar:
-            self(line, show=self.bar.disable)
+        if self.path:
+            shown = sys.stderr.isatty()
+            self(line, show=not shown)
             with contextlib.suppress(OSError):
+                if not self.bar:  # begins here, as neither set-up nor steps before a resumption tell how long one takes
+                    self.bar = tqdm(total=self.N, initial=done, unit="step", disable=not shown, leave=False)
                 self.bar.set_postfix(postfix, refresh=False)
                 self.bar.update(done - self.bar.n)
 

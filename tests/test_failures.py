@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import os
 import re
 import resource
@@ -318,6 +319,23 @@ def test_lost_terminal(base, tmp_path, monkeypatch):
     log.step("two", 1)
     log.close()
     assert (tmp_path / "run.txt").read_text().endswith("one\ntwo\n")
+
+
+@pytest.mark.parametrize("before", [0, 60])
+def test_time_left(base, tmp_path, monkeypatch, before):
+    """The bar's first estimate counts neither set-up nor the steps before a resumption."""
+    now, terminal = [0.0], io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    log = t.Log(dataclasses.replace(base, log_dir=str(tmp_path)), ONE)
+    for done, now[0] in ((1, 1000.0), (2, 1002.0)):
+        log.step("", before + done, loss="9")
+    assert f"{before + 2}/100 [00:02<" in terminal.getvalue()  # the time taken, then the time left
+    minutes, seconds = divmod(2 * (98 - before), 60)
+    assert terminal.getvalue().endswith(f"[00:02<{minutes:02}:{seconds:02},  2.00s/step, loss=9]")
+    assert "?step/s" in terminal.getvalue()  # no estimate before
+    log.close()
 
 
 def test_end_without_a_terminal(base, tmp_path, monkeypatch):
