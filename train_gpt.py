@@ -1411,6 +1411,7 @@ def train(run: Run, log: Log, watch: Watch, saved: dict | None) -> int:
                 val_loss = run.evaluate(validation, now, last=step == N)
                 average = clock.ms() / max(step, 1)
                 log(f"step:{step}/{N} val_loss:{val_loss:.4f} train_time:{clock.ms():.0f}ms step_avg:{average:.2f}ms")
+                log.row(step=step, val_loss=val_loss, train_time_ms=clock.ms())
                 if not math.isfinite(val_loss):
                     raise UserError(nan_advice(f"the validation loss after step {step} is {val_loss}"))
             if step == N:
@@ -3344,42 +3345,58 @@ class Replay:
 
 # --- Log
 
-class Log:
-    """logs/<run id>.txt, which begins with this script's source, and the terminal; on ranks but 0 nothing happens.
+COLUMNS = ("step", "train_loss", "val_loss", "train_time_ms", "tokens_per_s")  # of the .csv
 
-    If the file cannot be written at first, that is an error; later, training goes on with one warning."""
+
+class Log:
+    """The terminal, logs/<run id>.txt, which begins with this script's source, and logs/<run id>.csv, which has a line
+    for each step and each validation; on ranks but 0 nothing happens.
+
+    If a file cannot be written at first, that is an error; later, training goes on with one warning for each."""
 
     def __init__(self, hp: Recipe, ranks: Ranks):
-        self.file = self.bar = self.path = self.lost = None
-        self.N = hp.num_steps
+        self.bar = self.path = self.table = None
+        self.N, self.files, self.lost = hp.num_steps, {}, []
         if ranks.rank == 0:
             self.path = path = Path(hp.log_dir, (hp.run_id or time.strftime("%Y%m%d-%H%M%S")) + ".txt")
+            self.table = path.with_suffix(".csv")
+            heads = {path: Path(__file__).read_text(encoding="utf-8") + "=" * 100, self.table: ",".join(COLUMNS)}
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if hp.resume and path.is_file() and "\nfinal: val_loss" in path.read_text(encoding="utf-8"):
-                    raise FileExistsError
-                self.file = open(path, "a" if hp.resume else "x", buffering=1, encoding="utf-8")
-                print(Path(__file__).read_text(encoding="utf-8") + "=" * 100, file=self.file)
-            except FileExistsError:
-                raise UserError(f"{path} is another run's log; choose another --run_id or --log_dir") from None
+                for path in heads:
+                    finished = hp.resume and path.is_file() and "\nfinal: val_loss" in path.read_text(encoding="utf-8")
+                    require(not (finished if hp.resume else path.exists()),
+                            f"{path} is another run's log; choose another --run_id or --log_dir")
+                for path, head in heads.items():
+                    self.files[path] = file = open(path, "a" if hp.resume else "x", buffering=1, encoding="utf-8")
+                    if path == self.path or not file.tell():
+                        print(head, file=file)
             except OSError as e:
                 raise UserError(f"cannot write the log {path}: {e.strerror}; free some space or choose another "
                                 "--log_dir") from None
 
-    def __call__(self, text: str, show: bool = True) -> None:
-        if self.file:
+    def write(self, path: Path | None, text: str) -> None:
+        if file := self.files.get(path):
             try:
-                if os.fstat(self.file.fileno()).st_nlink == 0:
+                if os.fstat(file.fileno()).st_nlink == 0:
                     raise FileNotFoundError(0, "it was deleted")
-                print(text, file=self.file)
+                print(text, file=file)
             except OSError as e:
                 with contextlib.suppress(OSError):  # it tries once more to write
-                    self.file.close()
-                self.file, self.lost = None, f"warning: the log {self.path} is incomplete ({e.strerror})"
-                tqdm.write(f"{self.lost}; training goes on, copy what you need from the terminal", file=sys.stderr)
+                    file.close()
+                del self.files[path]
+                self.lost.append(f"warning: the log {path} is incomplete ({e.strerror})")
+                tqdm.write(f"{self.lost[-1]}; training goes on, copy what you need from the terminal", file=sys.stderr)
+
+    def __call__(self, text: str, show: bool = True) -> None:
+        self.write(self.path, text)
         if self.path and show:
             with contextlib.suppress(OSError):
                 tqdm.write(text)
+
+    def row(self, **values: float) -> None:
+        """A line of the .csv: values by column, empty where there is none."""
+        self.write(self.table, ",".join(f"{values[x]:.8g}" if x in values else "" for x in COLUMNS))
 
     def step(self, line: str, done: int, **postfix: str) -> None:
         """A step's line: to the file, and to the terminal as a moving bar, or as a plain line in a pipe."""
@@ -3396,10 +3413,10 @@ class Log:
         if self.bar:
             with contextlib.suppress(OSError):
                 self.bar.close()
-        if self.file:
-            self.file.close()
-        if self.lost:
-            print(self.lost, file=sys.stderr)
+        for file in self.files.values():
+            file.close()
+        for text in self.lost:
+            print(text, file=sys.stderr)
 
     def result(self, val_loss: float, N: int, ms: float, ranks: Ranks) -> None:
         cuda = ranks.device.type == "cuda"
@@ -3471,6 +3488,7 @@ class Reports:
         self.ms = ms
         self.log.step(f"step:{step}/{self.N} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms",
                       step, loss=f"{loss:.3f}", tok_s=f"{rate:,.0f}")
+        self.log.row(step=step, train_loss=loss, train_time_ms=ms, tokens_per_s=rate)
         for rank, own in enumerate(each):
             if not math.isfinite(own):
                 raise UserError(nan_advice(f"the training loss of step {step} is {own} on rank {rank}"))
