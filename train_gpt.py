@@ -3458,7 +3458,7 @@ def tables_text(hp: Recipe) -> Iterator[str]:
 
 
 class Reports:
-    """Lines of finished steps. A loss is read a step late, so that the device always has work queued."""
+    """Lines of finished steps. A GPU's loss is read a step late, so that it always has work queued."""
 
     def __init__(self, log: Log, watch: Watch, N: int):
         self.log = log
@@ -3473,7 +3473,7 @@ class Reports:
         self.waiting.append((step, losses.to("cpu", non_blocking=True), event, tokens))
         if event:
             event.record()
-        if len(self.waiting) > 1:
+        if len(self.waiting) > losses.is_cuda:
             self.write()
 
     def write(self) -> None:

@@ -327,6 +327,15 @@ def test_log_of_another_run_is_kept(base, tmp_path):
     assert os.listdir(tmp_path) == ["run.csv"] and (tmp_path / "run.csv").read_text() == table
 
 
+def test_line_with_its_step():
+    """On a CPU nothing is queued, so that a step's line, and with it its time, does not wait for the next one's."""
+    rows, clock = [], SimpleNamespace(before=1000.0, ms=lambda: 1500.0)
+    log = SimpleNamespace(step=lambda *_, **__: None, row=lambda **row: rows.append(row))
+    reports = t.Reports(log, SimpleNamespace(clock=clock), N)
+    reports.add(7, t.StepLoss(torch.tensor(2.5), torch.tensor([2.5])), 384)
+    assert rows == [{"step": 7, "train_loss": 2.5, "train_time_ms": 1500.0, "tokens_per_s": 768.0}]
+
+
 def test_lost_terminal(base, tmp_path, monkeypatch):
     """A terminal that is closed costs its lines, not the log's."""
     log = t.Log(dataclasses.replace(base, log_dir=str(tmp_path), run_id="run"), ONE)
