@@ -2955,6 +2955,9 @@ def check_params(hp: Recipe) -> None:
         for factor in row.shape.replace(" ", "*").split("*"):
             require(factor in hp.sizes or (factor.isdigit() and int(factor) > 0),
                     f"{place}.shape={row.shape!r}: use numbers and {', '.join(hp.sizes)}, not {factor}")
+        read = next((x for x in PARAMS if x.name == row.name), row)
+        require(param_shape(row, hp) == param_shape(read, hp),
+                f"{place}.shape={row.shape!r}: use {read.shape!r}, as GPT reads it so, or edit both")
         for part in row.init.split(","):
             number = part.split()[1:] if part.split()[:1] == ["normal"] else part.split()
             with contextlib.suppress(ValueError):
