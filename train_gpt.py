@@ -3054,7 +3054,7 @@ def parse_args(argv: list[str]) -> tuple[Recipe, argparse.Namespace]:
 
 def help_text(preset: str) -> str:
     """Every key with its meaning, choices and value in the preset, from where it is declared; and how to set cells."""
-    lines = [__doc__.split("\n\n")[0].strip(), "", f"--preset={preset}: one of {', '.join(PRESETS)}",
+    lines = [(__doc__ or "").split("\n\n")[0].strip(), "", f"--preset={preset}: one of {', '.join(PRESETS)}",
              "--plan: print the schedule as CSV and exit", "--check: check the arguments and the data, and exit",
              "--set TABLE.row.column=value: set a cell; a row is a number or a name, with * as in file names"]
     lines += [f"    {table}: {', '.join(kind._fields)}" for table, kind in TABLES.items()]
