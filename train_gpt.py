@@ -3202,7 +3202,7 @@ def setup_ranks(hp: Recipe) -> Ranks:
     # PyTorch 2.13 renames two collectives; the old names work in all versions that this script supports
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor")
     rank, world, local = launched_ranks()
-    cuda = hp.device == "cuda" or (hp.device == "auto" and torch.cuda.is_available())
+    cuda = hp.device != "cpu" and torch.cuda.is_available()
     require(cuda or hp.device == "cpu",
             "no NVIDIA GPU that PyTorch can use here; --preset=demo trains a small model on the CPU")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

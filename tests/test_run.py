@@ -235,6 +235,7 @@ BAD = {  # name: words that the error must contain (the cause, the file or key, 
     "kernels that cannot run": ["--kernels=hopper", "bfloat16", "--kernels=auto"],
     "log_dir is a file": ["occupied", "File exists", "--log_dir"],
     "no GPU": ["no NVIDIA GPU", "--preset=demo"],
+    "no GPU, though asked for": ["no NVIDIA GPU", "--preset=demo"],
     "no such checkpoint": ["nothing.pt", "no such checkpoint"],
 }
 FULL_LENGTH = 2 * (128 + 256 + 384) + 2 * 384  # tokens of the schedule's 8 steps
@@ -285,6 +286,8 @@ def bad_arguments(name, folder):
         env = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     elif name == "no GPU":
         more = ["--device=auto"]
+    elif name == "no GPU, though asked for":
+        more = ["--device=cuda"]
     elif name == "no such checkpoint":
         more = ["--resume=nothing.pt"]
     elif name == "half a launch":
