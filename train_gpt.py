@@ -1464,6 +1464,7 @@ def train(run: Run, log: Log, watch: Watch, saved: dict | None) -> int:
                 val_loss = run.evaluate(validation, now, last=step == N)
                 average = clock.ms() / max(step, 1)
                 log(f"step:{step}/{N} val_loss:{val_loss:.4f} train_time:{clock.ms():.0f}ms step_avg:{average:.2f}ms")
+                log.row(step=step, val_loss=val_loss, train_time_ms=clock.ms())
                 if not math.isfinite(val_loss):
                     raise UserError(nan_advice(f"the validation loss after step {step} is {val_loss}"))
             if step == N:
@@ -3131,6 +3132,9 @@ def check_params(hp: Recipe) -> None:
         for factor in row.shape.replace(" ", "*").split("*"):
             require(factor in hp.sizes or (factor.isdigit() and int(factor) > 0),
                     f"{place}.shape={row.shape!r}: use numbers and {', '.join(hp.sizes)}, not {factor}")
+        read = next((x for x in PARAMS if x.name == row.name), row)
+        require(param_shape(row, hp) == param_shape(read, hp),
+                f"{place}.shape={row.shape!r}: use {read.shape!r}, as GPT reads it so, or edit both")
         for part in row.init.split(","):
             number = part.split()[1:] if part.split()[:1] == ["normal"] else part.split()
             with contextlib.suppress(ValueError):
@@ -3243,7 +3247,7 @@ def trials(hp: Recipe, count: int) -> list[Recipe]:
 
 def help_text(preset: str) -> str:
     """Every key with its meaning, choices and value in the preset, from where it is declared; and how to set cells."""
-    lines = [__doc__.split("\n\n")[0].strip(), "", f"--preset={preset}: one of {', '.join(PRESETS)}",
+    lines = [(__doc__ or "").split("\n\n")[0].strip(), "", f"--preset={preset}: one of {', '.join(PRESETS)}",
              "--plan: print the schedule as CSV and exit", "--check: check the arguments and the data, and exit",
              "--trials=N: N runs, of this seed, the next .., one after the other, and what verify.py says of them",
              "--set TABLE.row.column=value: set a cell; a row is a number or a name, with * as in file names"]
@@ -3382,7 +3386,7 @@ def setup_ranks(hp: Recipe) -> Ranks:
     # PyTorch 2.13 renames two collectives; the old names work in all versions that this script supports
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor")
     rank, world, local = launched_ranks()
-    cuda = hp.device == "cuda" or (hp.device == "auto" and torch.cuda.is_available())
+    cuda = hp.device != "cpu" and torch.cuda.is_available()
     require(cuda or hp.device == "cpu",
             "no NVIDIA GPU that PyTorch can use here (python tools/doctor.py tells why); --preset=demo trains a small "
             "model on the CPU")
@@ -3529,48 +3533,67 @@ class Replay:
 
 # --- Log
 
-class Log:
-    """logs/<run id>.txt, which begins with this script's source, and the terminal; on ranks but 0 nothing happens.
+COLUMNS = ("step", "train_loss", "val_loss", "train_time_ms", "tokens_per_s")  # of the .csv
 
-    If the file cannot be written at first, that is an error; later, training goes on with one warning."""
+
+class Log:
+    """The terminal, logs/<run id>.txt, which begins with this script's source, and logs/<run id>.csv, which has a line
+    for each step and each validation; on ranks but 0 nothing happens.
+
+    If a file cannot be written at first, that is an error; later, training goes on with one warning for each."""
 
     def __init__(self, hp: Recipe, ranks: Ranks):
-        self.file = self.bar = self.path = self.lost = None
+        self.bar = self.path = self.table = None
+        self.N, self.files, self.lost = hp.num_steps, {}, []
         if ranks.rank == 0:
             self.path = path = Path(hp.log_dir, hp.run_id + ".txt")
+            self.table = path.with_suffix(".csv")
+            heads = {path: Path(__file__).read_text(encoding="utf-8") + "=" * 100, self.table: ",".join(COLUMNS)}
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if hp.resume and path.is_file() and "\nfinal: val_loss" in path.read_text(encoding="utf-8"):
-                    raise FileExistsError
-                self.file = open(path, "a" if hp.resume else "x", buffering=1, encoding="utf-8")
-                print(Path(__file__).read_text(encoding="utf-8") + "=" * 100, file=self.file)
-            except FileExistsError:
-                raise UserError(f"{path} is another run's log; choose another --run_id or --log_dir") from None
+                for path in heads:
+                    finished = hp.resume and path.is_file() and "\nfinal: val_loss" in path.read_text(encoding="utf-8")
+                    require(not (finished if hp.resume else path.exists()),
+                            f"{path} is another run's log; choose another --run_id or --log_dir")
+                for path, head in heads.items():
+                    self.files[path] = file = open(path, "a" if hp.resume else "x", buffering=1, encoding="utf-8")
+                    if path == self.path or not file.tell():
+                        print(head, file=file)
             except OSError as e:
                 raise UserError(f"cannot write the log {path}: {e.strerror}; free some space or choose another "
                                 "--log_dir") from None
-            self.bar = tqdm(total=hp.num_steps, unit="step", disable=not sys.stderr.isatty(), leave=False)
 
-    def __call__(self, text: str, show: bool = True) -> None:
-        if self.file:
+    def write(self, path: Path | None, text: str) -> None:
+        if file := self.files.get(path):
             try:
-                if os.fstat(self.file.fileno()).st_nlink == 0:
+                if os.fstat(file.fileno()).st_nlink == 0:
                     raise FileNotFoundError(0, "it was deleted")
-                print(text, file=self.file)
+                print(text, file=file)
             except OSError as e:
                 with contextlib.suppress(OSError):  # it tries once more to write
-                    self.file.close()
-                self.file, self.lost = None, f"warning: the log {self.path} is incomplete ({e.strerror})"
-                self.bar.write(f"{self.lost}; training goes on, copy what you need from the terminal", file=sys.stderr)
-        if self.bar and show:
+                    file.close()
+                del self.files[path]
+                self.lost.append(f"warning: the log {path} is incomplete ({e.strerror})")
+                tqdm.write(f"{self.lost[-1]}; training goes on, copy what you need from the terminal", file=sys.stderr)
+
+    def __call__(self, text: str, show: bool = True) -> None:
+        self.write(self.path, text)
+        if self.path and show:
             with contextlib.suppress(OSError):
-                self.bar.write(text)
+                tqdm.write(text)
+
+    def row(self, **values: float) -> None:
+        """A line of the .csv: values by column, empty where there is none."""
+        self.write(self.table, ",".join(f"{values[x]:.8g}" if x in values else "" for x in COLUMNS))
 
     def step(self, line: str, done: int, **postfix: str) -> None:
         """A step's line: to the file, and to the terminal as a moving bar, or as a plain line in a pipe."""
-        if self.bar:
-            self(line, show=self.bar.disable)
+        if self.path:
+            shown = sys.stderr.isatty()
+            self(line, show=not shown)
             with contextlib.suppress(OSError):
+                if not self.bar:  # begins here, as neither set-up nor steps before a resumption tell how long one takes
+                    self.bar = tqdm(total=self.N, initial=done, unit="step", disable=not shown, leave=False)
                 self.bar.set_postfix(postfix, refresh=False)
                 self.bar.update(done - self.bar.n)
 
@@ -3578,14 +3601,14 @@ class Log:
         if self.bar:
             with contextlib.suppress(OSError):
                 self.bar.close()
-        if self.file:
-            self.file.close()
-        if self.lost:
-            print(self.lost, file=sys.stderr)
+        for file in self.files.values():
+            file.close()
+        for text in self.lost:
+            print(text, file=sys.stderr)
 
     def result(self, val_loss: float, hp: Recipe, ms: float, ranks: Ranks) -> None:
         cuda = ranks.device.type == "cuda"
-        flops = hp.token_flops * hp.num_tokens / ranks.world / max(ms, 1e-3) / 1e9
+        flops = hp.token_flops * hp.num_tokens / ranks.world / max(ms, 1e-3) / 1e9  # ms to TFLOP/s
         self(f"final: val_loss {val_loss:.4f} after {hp.num_steps} steps, {ms / 1000:.1f} s of training on "
              f"{ranks.world} x {torch.cuda.get_device_name() if cuda else 'CPU'}, {flops:.3g} TFLOP/s each")
         if cuda:
@@ -3624,7 +3647,7 @@ def tables_text(hp: Recipe) -> Iterator[str]:
 
 
 class Reports:
-    """Lines of finished steps. A loss is read a step late, so that the device always has work queued."""
+    """Lines of finished steps. A GPU's loss is read a step late, so that it always has work queued."""
 
     def __init__(self, log: Log, watch: Watch, N: int):
         self.log = log
@@ -3639,7 +3662,7 @@ class Reports:
         self.waiting.append((step, losses.to("cpu", non_blocking=True), event, tokens))
         if event:
             event.record()
-        if len(self.waiting) > 1:
+        if len(self.waiting) > losses.is_cuda:
             self.write()
 
     def write(self) -> None:
@@ -3654,6 +3677,7 @@ class Reports:
         self.ms = ms
         self.log.step(f"step:{step}/{self.N} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms",
                       step, loss=f"{loss:.3f}", tok_s=f"{rate:,.0f}")
+        self.log.row(step=step, train_loss=loss, train_time_ms=ms, tokens_per_s=rate)
         for rank, own in enumerate(each):
             if not math.isfinite(own):
                 raise UserError(nan_advice(f"the training loss of step {step} is {own} on rank {rank}"))

@@ -84,7 +84,7 @@ def two_ranks(base, tmp_path_factory):
 def test_contents(straight):
     """Gradients are saved where Adam rests, low bits of bf16 weights always; nothing temporary stays."""
     hp, folder = straight
-    assert sorted(os.listdir(folder)) == ["run.txt", *(f"run_step{i}.pt" for i in range(1, N + 1))]
+    assert sorted(os.listdir(folder)) == ["run.csv", "run.txt", *(f"run_step{i}.pt" for i in range(1, N + 1))]
     for step in range(1, N + 1):
         saved = contents(folder, step)
         waiting = {name.removesuffix(".grad") for name in saved["tensors"] if name.endswith(".grad")}
@@ -98,7 +98,7 @@ def test_contents(straight):
 def test_saving_changes_nothing(straight, tmp_path):
     hp, folder = straight
     train(hp, log_dir=str(tmp_path), save_final=True)
-    assert sorted(os.listdir(tmp_path)) == ["run.txt", "run_step8.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["run.csv", "run.txt", "run_step8.pt"]
     assert losses(tmp_path) == losses(folder)
     assert_same(contents(tmp_path, N), contents(folder, N))
 
@@ -109,21 +109,25 @@ def test_resume_is_exact(straight, tmp_path, step):
     train(hp, log_dir=str(tmp_path), resume=str(folder / f"run_step{step}.pt"), save_final=True, val_every=2)
     ours, reference = losses(tmp_path), losses(folder, step)
     assert [x for x in ours if x[0] == "train"] == [x for x in reference if x[0] == "train"]
+    assert (tmp_path / "run.csv").read_text().startswith("step,train_loss,val_loss,train_time_ms,tokens_per_s\n")
     assert ours[-1] == reference[-1] and ours[-1][:2] == ("val", N)
     assert_same(contents(tmp_path, N), contents(folder, N))
 
 
 def test_clock_goes_on(straight, tmp_path, monkeypatch):
-    """A resumed run counts from the saved time on, saving is not counted, and the log is continued."""
+    """A resumed run counts from the saved time on, saving is not counted, and the log's two files are continued."""
     hp, folder = straight
     clocks, saves, save = [], [], torch.save
     monkeypatch.setattr(t, "Clock", lambda device, make=t.Clock: clocks.append(make(device)) or clocks[-1])
     monkeypatch.setattr(torch, "save", lambda *args: saves.append(clocks[-1].started) or save(*args))
-    (tmp_path / "run.txt").write_text("of before\n")
+    for name in ("run.txt", "run.csv"):
+        (tmp_path / name).write_text("of before\n")
     train(hp, log_dir=str(tmp_path), resume=str(folder / "run_step5.pt"), save_every=1)
     assert saves == [None, None, None]
     text = (tmp_path / "run.txt").read_text()
     times = [int(ms) for ms in re.findall(r"^step:\d/8 .*train_time:(\d+)ms", text, re.M)]
+    first, *rows = (tmp_path / "run.csv").read_text().splitlines()
+    assert first == "of before" and [row.split(",")[0] for row in rows] == re.findall(r"^step:(\d)/8 ", text, re.M)
     assert text.startswith("of before\n") and len(times) == 5 and times == sorted(times)
     assert times[0] >= round(contents(folder, 5)["ms"]) and contents(tmp_path, 6)["ms"] > contents(folder, 5)["ms"]
 
@@ -303,5 +307,5 @@ def test_disk_that_takes_no_more(base, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(t.UserError, match=r"run_step1\.pt: Pytorch.*--log_dir"):
         train(base, run_id="run", log_dir=str(tmp_path), save_every=1)
-    assert sorted(os.listdir(tmp_path)) == ["run.txt", "run_step1.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["run.csv", "run.txt", "run_step1.pt"]
     assert (tmp_path / "run_step1.pt").read_bytes() == b"older"

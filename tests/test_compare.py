@@ -20,7 +20,8 @@ def folders(tmp_path):
     """Two sets: three runs below a, two that take half the time below b, with a failed one and what is no log."""
     texts = {f"a/{i}/logs/x.txt": fake_log(loss, COST, i, steps=STEPS) for i, loss in enumerate(A)}
     texts |= {f"b/{i}.txt": fake_log(loss, COST / 2, i, steps=STEPS) for i, loss in enumerate(B)}
-    texts |= {"b/crash.txt": fake_log(9.0, seed=7, steps=STEPS, stop=30), "b/notes.txt": "no log"}
+    texts |= {"b/crash.txt": fake_log(9.0, seed=7, steps=STEPS, stop=30), "b/notes.txt": "no log",
+              "b/crash.csv": "step,train_loss\n1,9\n"}
     for name, text in texts.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -46,7 +47,7 @@ def test_table_and_plot(folders, tmp_path, capsys):
     assert rows["total, s"].split()[2:5] == [f"{COST / 1000:.3f}", f"{COST / 2000:.3f}", "0.5000"]
     assert "crash.txt: no final validation line, last step 29 of 38" in out and "stages differ" not in out
     assert "A: 3 runs of 38 steps" in out
-    assert "skipped" in err and "notes.txt" in err
+    assert len(err.splitlines()) == 1 and "skipped" in err and "notes.txt" in err  # and not the table beside a log
     data = png.read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n") and data[12:16] == b"IHDR" and len(data) > 10_000
 

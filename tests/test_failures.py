@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import os
 import re
 import resource
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import runlogs
 import torch
@@ -153,7 +155,7 @@ def test_limits():
 def test_nan_stops_soon(runs):
     """Within 10 steps, on all ranks, and no checkpoint of it is written."""
     run = runs["inf"]
-    assert run.files == ["run.txt"]
+    assert run.files == ["run.csv", "run.txt"]
     steps = [int(step) for step in re.findall(r"^step:(\d+)/", run.results, re.M)]
     assert max(steps) <= 6 + 10
 
@@ -167,10 +169,11 @@ def test_interrupted(runs, base, name, number):
     step = int(found[1])
     assert 5 < step < 100 and f"\nstep:{step}/100 train_loss" in run.results
     if name == "term":
-        assert run.files == ["run.txt", f"run_step{step}.pt"] and found[2].endswith(f"run_step{step}.pt goes on")
+        assert run.files == ["run.csv", "run.txt", f"run_step{step}.pt"]
+        assert found[2].endswith(f"run_step{step}.pt goes on")
         assert t.read_checkpoint(str(run.folder / f"run_step{step}.pt"), base)["step"] == step
     else:
-        assert run.files == ["run.txt"] and found[2] == "nothing saved; --save_final=true would have"
+        assert run.files == ["run.csv", "run.txt"] and found[2] == "nothing saved; --save_final=true would have"
     failure = runlogs.read_log(run.path).failure
     assert failure == f"no final validation line, last step {step} of 100"
 
@@ -260,9 +263,10 @@ def train(hp):
 SHORT = dict(num_scheduled_iterations=6, num_extension_iterations=0, val_every=0, run_id="run")
 
 
-@pytest.mark.parametrize("loss", ["full disk", "deleted folder"])
-def test_log_lost_in_training(base, tmp_path, monkeypatch, capsys, loss):
-    """One warning, the run goes on to the same end, and the end says that the log is incomplete."""
+@pytest.mark.parametrize("loss, files", [("full disk", ["txt"]), ("deleted folder", ["csv", "txt"]),
+                                         ("deleted table", ["csv"])])
+def test_log_lost_in_training(base, tmp_path, monkeypatch, capsys, loss, files):
+    """One warning a file, the run goes on to the same end, and the end says that the file is incomplete."""
     straight = dataclasses.replace(base, log_dir=str(tmp_path / "straight"), **SHORT)
     train(straight)
     expected = re.findall("(.*loss:[0-9.]+) ", capsys.readouterr().out)
@@ -270,6 +274,8 @@ def test_log_lost_in_training(base, tmp_path, monkeypatch, capsys, loss):
     def lose(*args, step=t.Run.train_step):
         if args[-1].step == 3 and loss == "deleted folder":
             shutil.rmtree(tmp_path / "logs")
+        elif args[-1].step == 3 and loss == "deleted table":
+            (tmp_path / "logs" / "run.csv").unlink()
         elif args[-1].step == 3:
             resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "logs" / "run.txt").stat().st_size, limits[1]))
         return step(*args)
@@ -281,33 +287,53 @@ def test_log_lost_in_training(base, tmp_path, monkeypatch, capsys, loss):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     done = capsys.readouterr()
-    first, last = done.err.splitlines()
     cause = "File too large" if loss == "full disk" else "it was deleted"
-    assert first.startswith("warning: the log ") and cause in first and "training goes on" in first
-    assert last == f"warning: the log {tmp_path}/logs/run.txt is incomplete ({cause})"
+    warnings = [f"warning: the log {tmp_path}/logs/run.{file} is incomplete ({cause})" for file in files]
+    first, last = (sorted(part) for part in np.split(np.array(done.err.splitlines()), 2))
+    assert [line.split(";")[0] for line in first] == last == warnings
+    assert all("; training goes on" in line for line in first)
     assert re.findall("(.*loss:[0-9.]+) ", done.out) == expected and "final: val_loss" in done.out
-    assert (tmp_path / "logs").exists() == (loss == "full disk")
+    assert (tmp_path / "logs").exists() == (loss != "deleted folder")
+    if "csv" not in files:  # the other file is complete
+        assert len((tmp_path / "logs" / "run.csv").read_text().splitlines()) == 1 + 6 + 1
+    if "txt" not in files:
+        assert not runlogs.read_log(tmp_path / "logs" / "run.txt").failure
     if loss == "full disk":
         assert "no final validation line" in runlogs.read_log(tmp_path / "logs" / "run.txt").failure
 
 
 def test_log_that_cannot_be_written_at_first(base, tmp_path):
     """A full disk and a folder that takes no files are told before training."""
-    (tmp_path / "run.txt").symlink_to("/dev/full")
-    for folder, cause in ((tmp_path, "No space left"), (Path("/proc/self"), "No such file")):
-        with pytest.raises(t.UserError, match=f"cannot write the log {folder}/run.txt: {cause}.*--log_dir"):
-            t.Log(dataclasses.replace(base, log_dir=str(folder), run_id="run", resume="x.pt"), ONE)
+    for name in ("a.txt", "b.csv"):
+        (tmp_path / name).symlink_to("/dev/full")
+    for folder, name, cause in ((tmp_path, "a.txt", "No space left"), (tmp_path, "b.csv", "No space left"),
+                                (Path("/proc/self"), "a.txt", "No such file")):
+        with pytest.raises(t.UserError, match=f"cannot write the log {folder}/{name}: {cause}.*--log_dir"):
+            t.Log(dataclasses.replace(base, log_dir=str(folder), run_id=name[0], resume="x.pt"), ONE)
 
 
 def test_log_of_another_run_is_kept(base, tmp_path):
+    """Either file is refused; a resumed run adds to both, with the source but without a second line of columns."""
     hp = dataclasses.replace(base, log_dir=str(tmp_path), run_id="run")
     t.Log(hp, ONE).close()
-    kept = (tmp_path / "run.txt").read_text()
+    text, table = (tmp_path / "run.txt").read_text(), (tmp_path / "run.csv").read_text()
     with pytest.raises(t.UserError, match=f"{tmp_path}/run.txt is another run's log; choose another --run_id"):
         t.Log(hp, ONE)
-    assert (tmp_path / "run.txt").read_text() == kept
     t.Log(dataclasses.replace(hp, resume="x.pt"), ONE).close()
-    assert (tmp_path / "run.txt").read_text() == kept + kept
+    assert (tmp_path / "run.txt").read_text() == text + text and (tmp_path / "run.csv").read_text() == table
+    (tmp_path / "run.txt").unlink()
+    with pytest.raises(t.UserError, match=f"{tmp_path}/run.csv is another run's log; choose another --run_id"):
+        t.Log(hp, ONE)
+    assert os.listdir(tmp_path) == ["run.csv"] and (tmp_path / "run.csv").read_text() == table
+
+
+def test_line_with_its_step():
+    """On a CPU nothing is queued, so that a step's line, and with it its time, does not wait for the next one's."""
+    rows, clock = [], SimpleNamespace(before=1000.0, ms=lambda: 1500.0)
+    log = SimpleNamespace(step=lambda *_, **__: None, row=lambda **row: rows.append(row))
+    reports = t.Reports(log, SimpleNamespace(clock=clock), N)
+    reports.add(7, t.StepLoss(torch.tensor(2.5), torch.tensor([2.5])), 384)
+    assert rows == [{"step": 7, "train_loss": 2.5, "train_time_ms": 1500.0, "tokens_per_s": 768.0}]
 
 
 def test_lost_terminal(base, tmp_path, monkeypatch):
@@ -318,6 +344,23 @@ def test_lost_terminal(base, tmp_path, monkeypatch):
     log.step("two", 1)
     log.close()
     assert (tmp_path / "run.txt").read_text().endswith("one\ntwo\n")
+
+
+@pytest.mark.parametrize("before", [0, 60])
+def test_time_left(base, tmp_path, monkeypatch, before):
+    """The bar's first estimate counts neither set-up nor the steps before a resumption."""
+    now, terminal = [0.0], io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    log = t.Log(dataclasses.replace(base, log_dir=str(tmp_path)), ONE)
+    for done, now[0] in ((1, 1000.0), (2, 1002.0)):
+        log.step("", before + done, loss="9")
+    assert f"{before + 2}/100 [00:02<" in terminal.getvalue()  # the time taken, then the time left
+    minutes, seconds = divmod(2 * (98 - before), 60)
+    assert terminal.getvalue().endswith(f"[00:02<{minutes:02}:{seconds:02},  2.00s/step, loss=9]")
+    assert "?step/s" in terminal.getvalue()  # no estimate before
+    log.close()
 
 
 def test_end_without_a_terminal(base, tmp_path, monkeypatch):
@@ -358,5 +401,5 @@ def test_checkpoint_on_a_full_disk(base, tmp_path, monkeypatch):
             train(dataclasses.replace(base, log_dir=str(tmp_path), save_every=2, **SHORT))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert sorted(os.listdir(tmp_path)) == ["run.txt", "run_step2.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["run.csv", "run.txt", "run_step2.pt"]
     assert t.read_checkpoint(str(tmp_path / "run_step2.pt"))["step"] == 2

@@ -1,5 +1,6 @@
 """Whole runs as a user starts them: log, rank counts, agents, seeds, and one clear line for each bad input."""
 
+import csv
 import json
 import os
 import re
@@ -65,7 +66,7 @@ def letters(byte_files):
 def test_log_file(bundled):
     """The log is the script, versions, configuration, then a line a step and a line a validation."""
     done, logs = bundled
-    assert os.listdir(logs) == ["one.txt"]
+    assert sorted(os.listdir(logs)) == ["one.csv", "one.txt"]
     raw = (logs / "one.txt").read_bytes()
     source = SCRIPT.read_bytes()
     assert raw.startswith(source)
@@ -85,6 +86,27 @@ def test_log_file(bundled):
     # the terminal shows the same lines; without a terminal no progress bar is mixed in
     assert [line for line in done.stdout.splitlines() if line.startswith("step:")] == lines
     assert "\r" not in done.stdout + done.stderr
+
+
+def test_table_beside_the_log(bundled):
+    """The .csv has the log's numbers: a line a step and a line a validation, in the same order."""
+    done, logs = bundled
+    rows = list(csv.DictReader((logs / "one.csv").read_text().splitlines()))
+    assert list(rows[0]) == ["step", "train_loss", "val_loss", "train_time_ms", "tokens_per_s"]
+    lines = re.findall(r"^step:(\d+)/8 (\w+_loss):(\S+) train_time:(\d+)ms", done.stdout, re.M)
+    assert len(rows) == len(lines) == 8 + 4
+    before = 0.0  # the time of the step before
+    for row, (step, kind, loss, ms) in zip(rows, lines):
+        assert row["step"] == step and [x for x in ("train_loss", "val_loss") if row[x]] == [kind]
+        assert float(row[kind]) == pytest.approx(float(loss), abs=5e-5)
+        now = float(row["train_time_ms"])
+        assert now == pytest.approx(int(ms), abs=0.51)
+        if kind == "val_loss":
+            assert row["tokens_per_s"] == ""
+        else:
+            tokens = t.plan(int(step) - 1, t.parse_args(SHORT)[0]).batch_tokens
+            assert float(row["tokens_per_s"]) == pytest.approx(1000 * tokens / (now - before), rel=1e-3)
+            before = now
 
 
 def test_tables_in_the_log(bundled):
@@ -136,7 +158,8 @@ def test_two_ranks_follow_the_same_trajectory(bundled, tmp_path):
     done = run(*SHORT, f"--log_dir={tmp_path}", "--run_id=two",
                launcher=[*TORCHRUN, "--standalone", "--nproc_per_node=2"])
     assert done.returncode == 0, done.stderr
-    assert os.listdir(tmp_path) == ["two.txt"]  # one log, by rank 0
+    assert sorted(os.listdir(tmp_path)) == ["two.csv", "two.txt"]  # one log, by rank 0
+    assert len((tmp_path / "two.csv").read_text().splitlines()) == 1 + 8 + 4
     ours, reference = losses((tmp_path / "two.txt").read_text().split("=" * 100)[-1]), losses(bundled[0].stdout)
     assert [step for step, _ in ours] == [step for step, _ in reference] == [0, 3, 6, 8]
     assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in reference], abs=2e-4)
@@ -187,7 +210,7 @@ def test_two_agents(letters, small_runs, tmp_path):
     assert [d.returncode for d in done] == [0, 0], done[0].stderr + done[1].stderr
     ours = losses(done[0].stdout + done[1].stdout)
     assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in small_runs[0][0][:4]], abs=2e-4)
-    assert os.listdir(tmp_path) == ["agents.txt"]
+    assert sorted(os.listdir(tmp_path)) == ["agents.csv", "agents.txt"]
 
 
 BAD = {  # name: words that the error must contain (the cause, the file or key, the remedy)
@@ -210,8 +233,9 @@ BAD = {  # name: words that the error must contain (the cause, the file or key, 
     "one long document": ["1 of 1 documents", "cut to", "0 of 8 steps", "--max_chars"],
     "attention that cannot run": ["--attention=torch", "bfloat16", "--attention=auto"],
     "kernels that cannot run": ["--kernels=hopper", "bfloat16", "--kernels=auto"],
-    "log_dir is a file": ["occupied", "--log_dir"],
+    "log_dir is a file": ["occupied", "File exists", "--log_dir"],
     "no GPU": ["no NVIDIA GPU", "--preset=demo"],
+    "no GPU, though asked for": ["no NVIDIA GPU", "--preset=demo"],
     "no such checkpoint": ["nothing.pt", "no such checkpoint"],
 }
 FULL_LENGTH = 2 * (128 + 256 + 384) + 2 * 384  # tokens of the schedule's 8 steps
@@ -262,6 +286,8 @@ def bad_arguments(name, folder):
         env = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     elif name == "no GPU":
         more = ["--device=auto"]
+    elif name == "no GPU, though asked for":
+        more = ["--device=cuda"]
     elif name == "no such checkpoint":
         more = ["--resume=nothing.pt"]
     elif name == "half a launch":

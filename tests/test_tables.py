@@ -269,6 +269,9 @@ def one_line(monkeypatch, capsys, hp, *args):
     ({"PARAMS.x0_lambdas.betas": (0.5, 0.9, 0.9)}, None, "two numbers"),
     ({"PARAMS.x0_lambdas.shape": "2* L"}, None, "numbers and L, A, E"),
     ({"PARAMS.x0_lambdas.shape": "Q"}, None, "numbers and L, A, E"),
+    ({"PARAMS.x0_lambdas.shape": "1"}, None, "use 'L', as GPT reads it so"),
+    ({"PARAMS.smear_gate.shape": "1 D"}, None, "use '1 G', as GPT reads it so"),
+    ({"PARAMS.vo_bank.shape": "A D D"}, None, "use '2*A D D', as GPT reads it so"),
     ({"PARAMS.embed.init": "normal 0.1"}, None, "use lm_head"),
     ({"READOUT.minus": "midle"}, None, "early, middle"),
 ], ids=str)
@@ -369,6 +372,18 @@ def test_bad_edit_without_assertions(tmp_path, unmeasured, edit, parts):
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
     assert all(part in done.stderr for part in ["error: ", *parts]), done.stderr
+
+
+def test_shape_in_other_letters():
+    """It is the numbers that count, in both presets."""
+    for preset in t.PRESETS.values():
+        t.check_recipe(cells(preset, "PARAMS.vo_bank.shape=A*2 H*d D", "PARAMS.mlp_bank.shape=2*L 4*D D"))
+
+
+def test_help_without_docstrings():
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"PYTHONOPTIMIZE": "2"}
+    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "") and all(f"\n  --{name}=" in done.stdout for name in t.KEYS)
 
 
 def trained(hp, steps=4):

@@ -219,6 +219,7 @@ def test_folders(tmp_path, capsys):
     facts = json.loads(out)
     assert facts["runs"] == facts["baseline"]["runs"] == 3 and err.count("\n") == 1 and "notes.txt" in err
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "x.csv").write_text("step,train_loss\n1,9\n")
     assert verify.main([str(tmp_path / "empty")]) == 2
     assert "no log here" in capsys.readouterr().err
 
