@@ -3608,12 +3608,13 @@ class Log:
 
     def result(self, val_loss: float, hp: Recipe, ms: float, ranks: Ranks) -> None:
         cuda = ranks.device.type == "cuda"
-        flops = hp.token_flops * hp.num_tokens / ranks.world / max(ms, 1e-3) / 1e9  # ms to TFLOP/s
         self(f"final: val_loss {val_loss:.4f} after {hp.num_steps} steps, {ms / 1000:.1f} s of training on "
-             f"{ranks.world} x {torch.cuda.get_device_name() if cuda else 'CPU'}, {flops:.3g} TFLOP/s each")
+             f"{ranks.world} x {torch.cuda.get_device_name() if cuda else 'CPU'}")
         if cuda:
             self(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB "
                  f"reserved: {torch.cuda.max_memory_reserved() // 2**20} MiB")
+        flops = hp.token_flops * hp.num_tokens / ranks.world / max(ms, 1e-3) / 1e9  # ms to TFLOP/s
+        self(f"speed: {flops:.3g} TFLOP/s on each, counting products with weights")
 
 
 def log_environment(log: Log, hp: Recipe, ranks: Ranks) -> None:

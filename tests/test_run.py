@@ -222,7 +222,7 @@ BAD = {  # name: words that the error must contain (the cause, the file or key, 
     "wrong version": ["fineweb_val_000000.bin", "version 2", "again"],
     "token above 50256": ["fineweb_train_000001.bin", "50257", "position 7", "again"],
     "unknown key": ["--model_dimm", "did you mean", "--model_dim"],
-    "wrong type": ["--val_every", "often", "--help"],
+    "wrong type": ["--val_every=often", "whole number"],
     "not enough train tokens": ["--train_files=", "6 of 8 steps", "about 1 more", "--num_scheduled_iterations"],
     "many shards missing": ["--train_files=", "0 of 8 steps", "more of this size", "--num_scheduled_iterations"],
     "no documents": ["--train_files=", "no document begins", "50256", "--vocab_size"],
@@ -398,4 +398,9 @@ def test_one_command_runs_the_demo(tmp_path):
     found = losses(done.stdout)
     assert found[0][0] == 0 and 10.7 < found[0][1] < 10.9 and found[-1][1] < 9
     end = rf"final: val_loss {found[-1][1]:.4f} after 16 steps, \d+\.\d s of training on 1 x CPU"
-    assert re.fullmatch(end, lines[-1])
+    assert re.fullmatch(end, lines[-2])
+    hp = t.parse_args(["--preset=demo", *short])[0]
+    seconds = float(lines[-2].split(" s of training")[0].split(", ")[-1])
+    speed = re.fullmatch(r"speed: (\S+) TFLOP/s on each, counting products with weights", lines[-1])
+    weights = 10 * 4 * 96**2 + 11 * 2 * 96 * 384 + 96 * 50304  # QKV and O, up and down, head
+    assert float(speed[1]) == pytest.approx(6e-12 * weights * hp.num_tokens / seconds, rel=0.02)
