@@ -139,6 +139,7 @@ class Stage(NamedTuple):
     lr: float
     mtp_start: tuple[float, ...]  # weights of predicting 1, 2, 3 tokens ahead, linear to
     mtp_end: tuple[float, ...]  # those at the end of the stage
+    classes: int = 0  # that a segment's training softmax is over, its targets and others in turn; 0: all
     tied: bool = False  # embed is lm_head, transposed
     yarn: bool = True  # where the long window grows, rotary embeddings stretch with it
 
@@ -329,7 +330,17 @@ def mini(recipe: Recipe) -> Recipe:
     return replace(recipe, model_dim=512, num_heads=4, batch_unit=32_768, val_chunk=65_536, bigram_ratio=1)
 
 
-PRESETS = {"record80": Recipe(), "mini": mini(Recipe()), "demo": small(Recipe())}
+# Record #80 plus parts of record #92, each switched by a cell: --set 'STAGES.*.classes=0' trains over all classes
+_, _, THIRD, EXTENSION = STAGES
+FRONTIER = replace(Recipe(), stages=(
+    *(stage._replace(classes=10_240) for stage in STAGES[:2]),
+    THIRD._replace(length=0.16, classes=14_336),
+    THIRD._replace(length=0.12, classes=24_576),
+    THIRD._replace(length=1 / 3 - 0.28),
+    EXTENSION,
+))
+PRESETS = {"record80": Recipe(), "frontier": FRONTIER, "mini": mini(Recipe()), "demo": small(Recipe()),
+           "frontier_demo": small(FRONTIER)}
 
 
 class Windows(NamedTuple):
@@ -440,10 +451,11 @@ class Batch(NamedTuple):
     """One micro-batch on one rank: segments of packed documents, one after the other."""
 
     tokens: Tensor  # [T] int32
-    targets: Tensor  # [T] int64
+    targets: Tensor  # [T] int64; where there are candidates, places among these
     bigram_ids: Tensor  # [T] int32
     cu_seqlens: Tensor  # [documents + 1] int32, padded with T to a fixed length
     order: Tensor  # [T] int32, positions sorted by token
+    candidates: Tensor  # [n, classes] int64, rising: what the softmax of each of n segments is over; [n, 0]: all
 
 
 class TouchedRows(NamedTuple):
@@ -501,7 +513,7 @@ class Ops(NamedTuple):
     injections: Callable  # x0, bigram [T, D], their lambdas [A] -> A of Injection
     linear_sum: Callable  # y, o, x, resid [T], Injection -> Stream: y o^T + resid x + injected
     mlp: Callable  # x, up, down, resid [T] -> Stream: relu(norm(x) up^T)^2 down + resid x
-    head_loss: Callable  # x [T, D], w [D, V], targets [T, k], weights, cap, fp8, loss_scale -> loss
+    head_loss: Callable  # x [T, D], w [D, V], candidates, targets [T, k], weights, cap, fp8, loss_scale -> loss
     add_rows: Callable  # rows [T, D], ids [T], table, order -> None: table[ids] += rows
 
 
@@ -590,7 +602,44 @@ def segments_together(S: int, own: int, limit: int) -> int:
     return next((n for n in (own, own // 2, own // 4) if n and n * S <= limit), 1)
 
 
-def pack(hp: Recipe, segments: list[tuple[np.ndarray, np.ndarray]], documents: int = 0) -> Batch:
+class Sweep:
+    """Chooses what a segment's softmax is over: its targets, and other classes in turn. Each of the SEGMENTS walks over
+    all classes in its own place, so that any number of ranks chooses the same (a part of record #92)."""
+
+    STRIDE = 20_011  # a prime: its multiples modulo V are a permutation
+
+    def __init__(self, hp: Recipe):
+        self.V = hp.sizes["V"]
+        self.walk = self.STRIDE * np.arange(self.V) % self.V
+        self.places = [self.V * segment // SEGMENTS for segment in range(SEGMENTS)]
+
+    def choose(self, segment: int, targets: np.ndarray, classes: int, more: int = 256) -> np.ndarray:
+        """So many classes in rising order, among them all targets; none if classes is 0. Raises UserError."""
+        if classes == 0:
+            return np.empty(0, dtype=np.int64)
+        chosen = np.zeros(self.V, dtype=bool)
+        chosen[targets] = True
+        distinct = np.count_nonzero(chosen)
+        missing = classes - distinct
+        require(missing >= 0, f"segment {segment} has {distinct} different targets, above STAGES.*.classes={classes}")
+        if missing:
+            length = min(self.V, 17 * missing // 10 + more)
+            window = self.walk[(self.places[segment] + np.arange(length)) % self.V]
+            self.places[segment] = (self.places[segment] + length) % self.V
+            found = window[~chosen[window]][:missing]
+            if len(found) < missing:
+                free = np.flatnonzero(~chosen)
+                found = free[:: len(free) // missing][:missing]
+            chosen[found] = True
+        return np.flatnonzero(chosen)
+
+
+def pack(
+    hp: Recipe,
+    segments: list[tuple[np.ndarray, np.ndarray]],
+    documents: int = 0,
+    candidates: list[np.ndarray] | None = None,  # of each segment; none or empty: all classes
+) -> Batch:
     """Segments, each S+1 tokens and the ends of its documents, as a Batch with room for so many documents at least.
 
     Where documents are many, cu_seqlens grows by factors of 4: torch.compile takes eight shapes of a function."""
@@ -607,10 +656,12 @@ def pack(hp: Recipe, segments: list[tuple[np.ndarray, np.ndarray]], documents: i
     cu_seqlens[0] = 0
     cu_seqlens[1 : len(ends) + 1] = ends
     inputs = np.concatenate([tokens[:-1] for tokens, _ in segments])
-    targets = np.concatenate([tokens[1:] for tokens, _ in segments])
+    candidates = candidates or [np.empty(0, dtype=np.int64) for _ in segments]
+    targets = np.concatenate([np.searchsorted(classes, tokens[1:]) if len(classes) else tokens[1:]
+                              for classes, (tokens, _) in zip(candidates, segments)])
     ids = np.concatenate([bigram_ids(tokens[:-1], hp.sizes["B"]) for tokens, _ in segments])
     order = np.argsort(inputs, kind="stable").astype(np.int32)  # fast for uint16
-    arrays = inputs.astype(np.int32), targets.astype(np.int64), ids, cu_seqlens, order
+    arrays = inputs.astype(np.int32), targets.astype(np.int64), ids, cu_seqlens, order, np.stack(candidates)
     return Batch(*map(torch.from_numpy, arrays))
 
 
@@ -645,6 +696,7 @@ def train_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int],
     plans = [plan(step, hp) for step in steps]
     bigram = next(row for row in hp.params if row.name == "bigram_embed")
     log = TouchLog(hp, ranks) if ranks.world >= SPARSE_FROM and bigram.reduce == "sparse" else None
+    sweep = Sweep(hp)
     number = -1
     for number, (documents, segments) in enumerate(walk(sorted(glob.glob(hp.train_files)), hp.bos, plans)):
         now = plans[number]
@@ -652,14 +704,16 @@ def train_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int],
         if log:
             log.mark(documents, segments)
             touched = log.exchange() if due(bigram, now.step) else None
+        own = [(np.concatenate([documents.tokens[a:b] for a, b in slices]), np.cumsum([b - a for a, b in slices]))
+               for slices in segments[ranks.rank :: ranks.world]]
+        candidates = [sweep.choose(segment, tokens[1:], now.stage.classes)
+                      for segment, (tokens, _) in zip(range(ranks.rank, SEGMENTS, ranks.world), own)]
         if number < done:
             if log:  # a checkpoint of fewer ranks gives all of them its gradients
                 log.touched |= log.touched.any(axis=0)
             continue
-        own = [(np.concatenate([documents.tokens[a:b] for a, b in slices]), np.cumsum([b - a for a, b in slices]))
-               for slices in segments[ranks.rank :: ranks.world]]
         n = segments_together(now.windows.segment, len(own), hp.micro_tokens)
-        yield [pack(hp, own[i : i + n]) for i in range(0, len(own), n)], touched
+        yield [pack(hp, own[i : i + n], 0, candidates[i : i + n]) for i in range(0, len(own), n)], touched
     if number + 1 < len(plans):
         raise UserError("the train shards ran out before the schedule")
 
@@ -918,7 +972,7 @@ class GPT(nn.Module):
         x = self.trunk(batch, rows, windows, self.ops)
         targets = batch.targets.unflatten(0, (-1, windows.segment or len(batch.targets)))  # [n, S]
         targets = next_targets(targets, len(mtp_weights))
-        return self.ops.head_loss(x, self.lm_head, targets, self.loss_scale * mtp_weights, self.cap,
+        return self.ops.head_loss(x, self.lm_head, batch.candidates, targets, self.loss_scale * mtp_weights, self.cap,
                                   self.hp.fp8_head, self.loss_scale)
 
     def val_losses(self, batch: Batch, rows: Embeddings, windows: Windows) -> Tensor:
@@ -2383,50 +2437,70 @@ def quick_fp8_product(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 PLAIN_HEAD_ROWS = 4096  # tokens whose logits the plain head holds at a time: 0.8 GB for each fp32 copy
 
 
+def head_gradients(x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, fp8: bool, loss_scale: float, fast: bool,
+                   cap: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of HeadLoss over all columns of w, and its gradients of x and w."""
+    loss_of = softcapped_mtp_loss if fast else softcapped_mtp_loss_reference
+    rows = len(x) if fast else PLAIN_HEAD_ROWS
+    if fp8:
+        w8 = (w.float() / W_SCALE).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        w8_columns = w8.T.contiguous().T
+        multiply = quick_fp8_product if fast else quick_fp8_product_reference
+        turn = transposed if fast else lambda y: y.T.contiguous()
+        grad_scale = GRAD_SCALE * loss_scale
+        logits_scale, dx_scale, dw_scale = (
+            x.new_full((), value, dtype=torch.float32)
+            for value in (X_SCALE * W_SCALE, grad_scale * W_SCALE, grad_scale * X_SCALE))
+
+    total, dx, dw = 0.0, [], None
+    for chunk, ahead in zip(x.split(rows), targets.split(rows)):
+        if fp8:
+            x8 = (chunk / X_SCALE).to(torch.float8_e4m3fn)
+            logits = multiply(x8, w8_columns, logits_scale)  # [rows, V]
+            loss, grad = loss_of(logits, ahead, weights, torch.float8_e5m2, grad_scale, *cap)
+            dx.append(fp8_product(grad, w8.T, dx_scale, x.dtype))
+            part = fp8_product(turn(x8), turn(grad).T, dw_scale, w.dtype)
+        else:
+            loss, grad = loss_of(chunk @ w, ahead, weights, x.dtype, 1.0, *cap)
+            dx.append(grad @ w.T)
+            part = chunk.T @ grad
+        total = total + loss.sum()
+        dw = part if dw is None else dw.float() + part
+    return total, torch.cat(dx), dw
+
+
 class HeadLoss(torch.autograd.Function):
     """sum over positions of softcapped_mtp_loss(x w): product, loss and both gradients, `rows` tokens at a time, so
     that no logits are kept.
 
-    x [T, D], w [D, V], targets [T, k], weights [k] -> 0-dim fp32. With fp8, the products run as e4m3 x e4m3 forward and
-    e4m3 x e5m2 backward with fixed scales; loss_scale, which the weights hold, is the gradients'. fast: by kernels.
+    x [T, D], w [D, V], candidates [n, classes], targets [T, k], weights [k] -> 0-dim fp32. The softmax of each of n
+    segments is over its candidates, or over all columns of w if there are none. With fp8, the products run as e4m3 x
+    e4m3 forward and e4m3 x e5m2 backward with fixed scales; loss_scale, which the weights hold, is the gradients'.
+    fast: by kernels.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, fp8: bool, loss_scale: float, fast: bool,
-                *cap: float):
-        loss_of = softcapped_mtp_loss if fast else softcapped_mtp_loss_reference
-        rows = len(x) if fast else PLAIN_HEAD_ROWS
-        if fp8:
-            w8 = (w.float() / W_SCALE).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-            w8_columns = w8.T.contiguous().T
-            multiply = quick_fp8_product if fast else quick_fp8_product_reference
-            turn = transposed if fast else lambda y: y.T.contiguous()
-            grad_scale = GRAD_SCALE * loss_scale
-            logits_scale, dx_scale, dw_scale = (
-                x.new_full((), value, dtype=torch.float32)
-                for value in (X_SCALE * W_SCALE, grad_scale * W_SCALE, grad_scale * X_SCALE))
-
-        total, dx, dw = 0.0, [], None
-        for chunk, ahead in zip(x.split(rows), targets.split(rows)):
-            if fp8:
-                x8 = (chunk / X_SCALE).to(torch.float8_e4m3fn)
-                logits = multiply(x8, w8_columns, logits_scale)  # [rows, V]
-                loss, grad = loss_of(logits, ahead, weights, torch.float8_e5m2, grad_scale, *cap)
-                dx.append(fp8_product(grad, w8.T, dx_scale, x.dtype))
-                part = fp8_product(turn(x8), turn(grad).T, dw_scale, w.dtype)
-            else:
-                loss, grad = loss_of(chunk @ w, ahead, weights, x.dtype, 1.0, *cap)
-                dx.append(grad @ w.T)
-                part = chunk.T @ grad
-            total = total + loss.sum()
-            dw = part if dw is None else dw.float() + part
-        ctx.save_for_backward(torch.cat(dx), dw.to(w.dtype))
+    def forward(ctx, x: Tensor, w: Tensor, candidates: Tensor, targets: Tensor, weights: Tensor, fp8: bool,
+                loss_scale: float, fast: bool, *cap: float):
+        more = weights, fp8, loss_scale, fast, cap
+        if candidates.size(1) == 0:
+            total, dx, dw = head_gradients(x, w, targets, *more)
+        else:
+            total, dx, dw = 0.0, [], torch.zeros_like(w, dtype=torch.float32)
+            n = len(candidates)
+            for part, columns, ahead in zip(x.chunk(n), candidates, targets.chunk(n)):
+                loss, dx_part, dw_part = head_gradients(part, w[:, columns], ahead, *more)
+                total = total + loss
+                dx.append(dx_part)
+                dw.index_add_(1, columns, dw_part.float())
+            dx = torch.cat(dx)
+        ctx.save_for_backward(dx, dw.to(w.dtype))
         return total
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor):
         dx, dw = ctx.saved_tensors
-        return grad_loss * dx, grad_loss * dw, *[None] * 8
+        return grad_loss * dx, grad_loss * dw, *[None] * 9
 
 
 # --- Gradients of embedding tables
@@ -2831,8 +2905,8 @@ PLAIN = Ops(
     injections=plain_injections,
     linear_sum=plain_linear_sum,
     mlp=plain_mlp,
-    head_loss=lambda x, w, targets, weights, cap, fp8, loss_scale: HeadLoss.apply(
-        x, w, targets, weights, fp8, loss_scale, False, *cap),
+    head_loss=lambda x, w, candidates, targets, weights, cap, fp8, loss_scale: HeadLoss.apply(
+        x, w, candidates, targets, weights, fp8, loss_scale, False, *cap),
     add_rows=scatter_add_rows_reference,
 )
 
@@ -2864,8 +2938,8 @@ HOPPER = Ops(
     injections=hopper_injections,
     linear_sum=lambda y, o, x, resid, inject: Stream(*LinearSum.apply(y, o, x.x, resid, *inject)),
     mlp=lambda x, up, down, resid: Stream(*ReluSquareMLP.apply(*x, up, down, resid)),
-    head_loss=lambda x, w, targets, weights, cap, fp8, loss_scale: HeadLoss.apply(
-        x, w, targets, weights, fp8, loss_scale, True, *cap),
+    head_loss=lambda x, w, candidates, targets, weights, cap, fp8, loss_scale: HeadLoss.apply(
+        x, w, candidates, targets, weights, fp8, loss_scale, True, *cap),
     add_rows=scatter_add_rows,
 )
 
@@ -2908,10 +2982,11 @@ def run_mlp(ops: Ops, x: Tensor, up: Tensor, down: Tensor, lambdas: Tensor) -> T
     return ops.mlp(ops.stream(x), up, down, lambdas[0].expand(len(x))).x
 
 
-def run_head_loss(fp8: bool, ops: Ops, x: Tensor, w: Tensor) -> Tensor:
+def run_head_loss(fp8: bool, classes: int, ops: Ops, x: Tensor, w: Tensor) -> Tensor:
     targets = torch.arange(2 * len(x), device=x.device).view(-1, 2) * 7 % 50
     weights = torch.tensor([0.125, 0.0625], device=x.device)
-    return ops.head_loss(norm(x), w, targets, weights, (23.0, 5.0, 7.5), fp8, 0.125)
+    candidates = torch.arange(2 * classes, device=x.device).view(2, -1)  # of two segments
+    return ops.head_loss(norm(x), w, candidates, targets, weights, (23.0, 5.0, 7.5), fp8, 0.125)
 
 
 def run_add_rows(ops: Ops, rows: Tensor) -> Tensor:
@@ -2933,8 +3008,9 @@ CASES = {
     "attention": Case("attention", run_attention, "T H d, T H d, T H d, T H"),
     "linear sum": Case("linear_sum", run_linear_sum, "T D, D D, T D, T D, T D, 2 L"),
     "MLP": Case("mlp", run_mlp, "T D, F D, F D, 1"),
-    "head": Case("head_loss", partial(run_head_loss, False), "T D, D V"),
-    "head in FP8": Case("head_loss", partial(run_head_loss, True), "T D, D V"),
+    "head": Case("head_loss", partial(run_head_loss, False, 0), "T D, D V"),
+    "head in FP8": Case("head_loss", partial(run_head_loss, True, 0), "T D, D V"),
+    "head over candidates": Case("head_loss", partial(run_head_loss, True, 256), "T D, D V"),
     "rows of a table": Case("add_rows", run_add_rows, "T D"),
 }
 CASE_SIZES = dict(T=384, D=256, H=2, d=128, F=512, V=1024, G=GATE_INPUTS, L=2)
@@ -3022,7 +3098,7 @@ KEYS = {f.name: f for f in fields(Recipe) if f.metadata}
 TYPES = {row: typing.get_type_hints(row) for row in (*TABLES.values(), Recipe)}
 KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", NoneType: "none",
          tuple[float, float]: "two numbers with a comma", tuple[float, ...]: "numbers with commas"}
-LEAST = dict(batch=1, max_doc=1, short=1, long=1, every=1, lr=0, wd=0, odd_lr=0)  # of cells, by column
+LEAST = dict(batch=1, classes=0, max_doc=1, short=1, long=1, every=1, lr=0, wd=0, odd_lr=0)  # of cells, by column
 
 
 def options(kind: object) -> tuple:
@@ -3182,6 +3258,8 @@ def check_stages(hp: Recipe) -> None:
             weights = getattr(stage, column)
             require(1 <= len(weights) <= MTP_MAX and min(weights) >= 0 < sum(weights),
                     f"STAGES.{i}.{column}={weights}: use 1 to {MTP_MAX} weights from 0 on, not all 0")
+        require(stage.classes == 0 or (stage.classes % 128 == 0 and MTP_MAX < stage.classes <= hp.sizes["V"]),
+                f"STAGES.{i}.classes={stage.classes}: use 0, for all, or a multiple of 128 up to {hp.sizes['V']}")
         require(not stage.tied or i == 0 or hp.stages[i - 1].tied,
                 f"STAGES.{i}.tied=True: use false, as embed and lm_head have parted before")
 
@@ -3334,11 +3412,25 @@ def check_files(hp: Recipe) -> list[str]:
     return files
 
 
+def check_candidates(now: Plan, documents: Documents, segments: list[list[tuple[int, int]]]) -> None:
+    """Each segment of a step has fewer different targets than the stage has classes."""
+    classes = now.stage.classes
+    if classes == 0:
+        return
+    for number, slices in enumerate(segments):
+        tokens = np.concatenate([documents.tokens[a:b] for a, b in slices])
+        distinct = np.count_nonzero(np.bincount(tokens[1:]))
+        require(distinct <= classes, f"STAGES.{now.index}.classes={classes}: segment {number} of step {now.step} has "
+                f"{distinct} different targets; use {round_up(distinct, 128)} or more")
+
+
 def check_data(hp: Recipe) -> str:
     """Walk the whole schedule over the shards without training, and say so; UserError for what would stop a run."""
     files = check_files(hp)
     plans = [plan(step, hp) for step in range(hp.num_steps)]
-    done = sum(1 for _ in walk(files, hp.bos, plans, partial(check_shard, bos=hp.bos)))
+    done = 0
+    for done, (documents, segments) in enumerate(walk(files, hp.bos, plans, partial(check_shard, bos=hp.bos)), start=1):
+        check_candidates(plans[done - 1], documents, segments)
     if done < len(plans):
         require(any((read_shard(path) == hp.bos).any() for path in files),
                 f"--train_files={hp.train_files}: no document begins in them, as no token is {hp.bos}; use the "

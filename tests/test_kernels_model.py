@@ -54,7 +54,7 @@ class TestInterpreted(k.Interpreted):
         ids = torch.from_numpy(t.bigram_ids(tokens[:-1].numpy(), hp.sizes["B"]))
         ends = torch.tensor([0, 13, 30, n, n], dtype=torch.int32)
         order, windows = tokens[:-1].argsort().int(), t.Windows(4, 12, 17, 0.2, segment=n // 2)
-        batch = t.Batch(tokens[:-1], tokens[1:].long(), ids, ends, order)
+        batch = t.Batch(tokens[:-1], tokens[1:].long(), ids, ends, order, torch.empty(2, 0, dtype=torch.int64))
 
         def results(ops, compiler=lambda f, **_: f):
             model.ops = ops
@@ -169,7 +169,7 @@ class TestCheckOps:
             F.gelu(F.linear(t.norm(x.x), up)) @ down + (resid[:, None] * x.x).to(x.x.dtype))),
         ("mlp", lambda f: lambda x, up, down, resid: f(x, up, down, 0.9 * resid)),
         ("mlp", lambda f: lambda x, up, down, resid: f(x, up, down, torch.ones(len(x.x)))),
-        ("head_loss", lambda f: lambda x, w, a, b, cap, *more: f(x, w, a, b, (23.0, 5.0, 8.0), *more)),
+        ("head_loss", lambda f: lambda x, w, a, b, c, cap, *more: f(x, w, a, b, c, (23.0, 5.0, 8.0), *more)),
         ("attention_inputs", lambda f: lambda *x: (*f(*x)[:3], 1.2 * f(*x)[3])),
         ("attention_inputs", lambda f: lambda *x: f(*x[:-1], x[-1]._replace(key_offset=False))),
         ("attention_inputs", lambda f: lambda h, w, *x: (*f(h, w, *x)[:3], None)),
