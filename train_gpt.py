@@ -2982,10 +2982,11 @@ def run_mlp(ops: Ops, x: Tensor, up: Tensor, down: Tensor, lambdas: Tensor) -> T
     return ops.mlp(ops.stream(x), up, down, lambdas[0].expand(len(x))).x
 
 
-def run_head_loss(fp8: bool, classes: int, ops: Ops, x: Tensor, w: Tensor) -> Tensor:
-    targets = torch.arange(2 * len(x), device=x.device).view(-1, 2) * 7 % 50
+def run_head_loss(fp8: bool, sampled: bool, ops: Ops, x: Tensor, w: Tensor) -> Tensor:
+    V = w.size(1) // 2 * 2
+    candidates = torch.arange(V * sampled, device=x.device).view(-1, 2).T  # of two segments: even ones, odd ones
+    targets = torch.arange(2 * len(x), device=x.device).view(-1, 2) * 7 % min(50, V // 2)
     weights = torch.tensor([0.125, 0.0625], device=x.device)
-    candidates = torch.arange(2 * classes, device=x.device).view(2, -1)  # of two segments
     return ops.head_loss(norm(x), w, candidates, targets, weights, (23.0, 5.0, 7.5), fp8, 0.125)
 
 
@@ -3008,9 +3009,9 @@ CASES = {
     "attention": Case("attention", run_attention, "T H d, T H d, T H d, T H"),
     "linear sum": Case("linear_sum", run_linear_sum, "T D, D D, T D, T D, T D, 2 L"),
     "MLP": Case("mlp", run_mlp, "T D, F D, F D, 1"),
-    "head": Case("head_loss", partial(run_head_loss, False, 0), "T D, D V"),
-    "head in FP8": Case("head_loss", partial(run_head_loss, True, 0), "T D, D V"),
-    "head over candidates": Case("head_loss", partial(run_head_loss, True, 256), "T D, D V"),
+    "head": Case("head_loss", partial(run_head_loss, False, False), "T D, D V"),
+    "head in FP8": Case("head_loss", partial(run_head_loss, True, False), "T D, D V"),
+    "head over candidates": Case("head_loss", partial(run_head_loss, False, True), "T D, D V"),
     "rows of a table": Case("add_rows", run_add_rows, "T D"),
 }
 CASE_SIZES = dict(T=384, D=256, H=2, d=128, F=512, V=1024, G=GATE_INPUTS, L=2)
