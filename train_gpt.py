@@ -351,19 +351,6 @@ class Windows(NamedTuple):
     max_doc: int  # no document is longer
     scale: float  # of the softmax
     segment: int = 0  # positions, smear, key offset and targets begin anew every so many tokens; 0: never
-    tensors: tuple[Tensor, ...] = ()  # if not empty, what reach() returns, at 2 paired + long
-
-    def reach(self, paired: bool, long: bool) -> tuple[int, int, float] | Tensor:
-        """Of one layer, in its tokens: the longest document, the window, and the scale."""
-        if self.tensors:
-            return self.tensors[2 * paired + long]
-        return self.max_doc * (1 + paired), self.long if long else self.short, self.scale
-
-    def run_time(self) -> Windows:
-        """The same for an operation that reads numbers when it runs: code that is compiled once serves all."""
-        kinds = itertools.product((False, True), repeat=2)
-        tensors = tuple(torch.tensor(self.reach(*kind), dtype=torch.float64) for kind in kinds)
-        return Windows(0, 0, 0, 0.0, self.segment, tensors)
 
 
 class Plan(NamedTuple):
@@ -927,7 +914,9 @@ class GPT(nn.Module):
         # a paired token becomes two: the same memory seen as [2T, H/2, d]
         q, k, v = (x.reshape(n * T, H // n, d) for x in (q, k, v))
         gate = gate.view(n * T, H // n) if layer.gate else None
-        y = ops.attention(q, k, v, batch.cu_seqlens * n, windows.reach(layer.paired, layer.window == "long"), gate)
+        window = windows.short if layer.window == "short" else windows.long
+        documents = batch.cu_seqlens * n, windows.max_doc * n
+        y = ops.attention(q, k, v, *documents, window, windows.scale, gate)
         return y.reshape(T, H * d)
 
     def trunk(self, batch: Batch, rows: Embeddings, windows: Windows, ops: Ops) -> Tensor:
@@ -1411,10 +1400,6 @@ class Run:
         self.model.initialize(hp)
         self.optimizer.reset()
 
-    def compiled_windows(self, windows: Windows) -> Windows:
-        """As compiled code takes them: numbers are constants to it, tensors are not."""
-        return windows.run_time() if self.hp.compile and self.hp.attention == "fa4" else windows
-
     def train_step(self, batches: list[Batch], touched: TouchedRows | None, now: Plan) -> StepLoss:
         """One optimizer step on this rank's batches."""
         self.model.set_stage(now.index)
@@ -1437,7 +1422,7 @@ class Run:
             rows = self.model.lookup(batch)
         for row in (rows.embed, rows.bigram, *rows.value):
             row.requires_grad_()
-        loss = self.loss_of(batch, rows, self.compiled_windows(windows), mtp_weights)
+        loss = self.loss_of(batch, rows, windows, mtp_weights)
         loss.backward()
         self.optimizer.add_table_gradients(batch, rows)
         return loss.detach()
@@ -1452,7 +1437,7 @@ class Run:
         windows = now.windows._replace(long=long, max_doc=validation.max_doc, segment=0)
         total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)  # loss, count
         for batch in itertools.islice(validation.batches(), chunks):
-            losses = self.val_losses_of(batch, self.model.lookup(batch), self.compiled_windows(windows))
+            losses = self.val_losses_of(batch, self.model.lookup(batch), windows)
             total += torch.stack([losses.double().sum(), total.new_tensor(len(losses))])
         dist.all_reduce(total)
         return (total[0] / total[1]).item()
@@ -2540,7 +2525,7 @@ def scatter_add_rows(rows: Tensor, ids: Tensor, out: Tensor, order: Tensor | Non
 SCATTER_ROWS = 16  # of one program
 
 
-# ==== 9. Attention: attention(q, k, v, cu_seqlens, (max_len, window, scale), gate) with interchangeable backends ====
+# ==== 9. Attention: attention(q, k, v, cu_seqlens, max_len, window, scale, gate) with interchangeable backends ====
 
 REFERENCE_BLOCK = 256  # queries at a time, so that the mask stays small
 GATE_MIN = 1e-30  # what a gate counts as at least where its output is divided by it again
@@ -2551,19 +2536,15 @@ def gated(y: Tensor, gate: Tensor | None) -> Tensor:
     return y if gate is None else (gate[..., None] * y).to(y.dtype)
 
 
-Reach = tuple[int, int, float]  # see Windows.reach
-
-
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, reach: Reach,
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int, scale: float,
                         gate: Tensor | None = None) -> Tensor:
     """Causal attention inside documents with a left window, in plain PyTorch; runs on any device.
 
     q, k, v [T, h, d]; cu_seqlens int32, document ends from 0 to T, padded with T. A query sees itself and the `window`
-    tokens before it in its document. Returns [T, h, d], times gate [T, h] if given. The longest document, first of
-    `reach`, is for other backends.
+    tokens before it in its document. Returns [T, h, d], times gate [T, h] if given. max_len, the longest document, is
+    for other backends.
     """
     T = q.size(0)
-    _, window, scale = reach
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, h, T, d]
     position = torch.arange(T, device=q.device)
     document = torch.searchsorted(cu_seqlens, position.to(cu_seqlens.dtype), right=True)
@@ -2577,12 +2558,11 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, rea
     return gated(torch.cat(out, dim=2)[0].transpose(0, 1), gate)
 
 
-def attention_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, reach: Reach,
+def attention_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int, scale: float,
                     gate: Tensor | None = None) -> Tensor:
     """attention_reference by the varlen kernels that torch ships (FlashAttention-2; GPU, bf16)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    max_len, window, scale = reach
     out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, scale=scale, window_size=(window, 0))
     return gated(out, gate)
 
@@ -2620,17 +2600,12 @@ def gated_flash4() -> tuple[type, dict]:
     return Gated, {}
 
 
-def numbers(reach: Tensor) -> Reach:
-    max_len, window, scale = reach.tolist()
-    return int(max_len), int(window), scale
-
-
 @op(shapes=lambda q, k, v, *_: (torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
-def flash4(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cu_seqlens: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+def flash4(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cu_seqlens: Tensor, max_len: int, window: int,
+           scale: float) -> tuple[Tensor, Tensor]:
     """Output [T, h, d], times gate [T, h], and log-sum-exp [h, T] fp32 of FlashAttention-4 (package flash-attn-4)."""
     from flash_attn.cute import interface
 
-    max_len, window, scale = numbers(reach)
     kernel, kept = gated_flash4()
     lse = gate.mT.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     with patch.object(interface, "FlashAttentionForwardSm90", kernel), patch.object(
@@ -2702,14 +2677,14 @@ def flash4_preprocess(out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor, cu_s
 @op(shapes=lambda q, k, v, *_: (
     torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), q.new_empty(q.shape[:2], dtype=torch.float32)))
 def flash4_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor,
-                    cu_seqlens: Tensor, reach: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                    cu_seqlens: Tensor, max_len: int, window: int,
+                    scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of flash4's q, k, v and gate (fp32) from its results and the gradient dout of out.
 
     flash4_preprocess takes the place of the package's first kernel, which would not hand out the sums.
     """
     from flash_attn.cute import interface
 
-    max_len, window, scale = numbers(reach)
     dots = []
 
     def preprocess(out, dout, sums, lse, lse2, zero, cu_seqlens, _used, _dlse, _dtype, _d, _d_v, block, **_):
@@ -2729,24 +2704,24 @@ class Flash4(torch.autograd.Function):
     the sums of the output before the gate times dy."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cu_seqlens: Tensor, reach: Tensor) -> Tensor:
-        out, lse = flash4(q, k, v, gate, cu_seqlens, reach)
-        ctx.save_for_backward(q, k, v, out, lse, gate, cu_seqlens, reach)
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cu_seqlens: Tensor, *options) -> Tensor:
+        out, lse = flash4(q, k, v, gate, cu_seqlens, *options)
+        ctx.save_for_backward(q, k, v, gate, cu_seqlens, out, lse)
+        ctx.options = options
         return out
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        q, k, v, out, lse, gate, *more = ctx.saved_tensors
-        *grads, dgate = flash4_backward(q, k, v, out, dy, lse, gate, *more)
-        return *grads, dgate.to(gate.dtype), None, None
+        q, k, v, gate, cu_seqlens, out, lse = ctx.saved_tensors
+        *grads, dgate = flash4_backward(q, k, v, out, dy, lse, gate, cu_seqlens, *ctx.options)
+        return *grads, dgate.to(gate.dtype), None, None, None, None
 
 
-def attention_flash4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, reach: Reach | Tensor,
+def attention_flash4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int, scale: float,
                      gate: Tensor | None = None) -> Tensor:
-    """attention_reference by FlashAttention-4. `reach` may be a tensor on the CPU, see Windows.run_time."""
+    """attention_reference by FlashAttention-4."""
     gate = q.new_ones(q.shape[:2]) if gate is None else gate
-    reach = reach if isinstance(reach, Tensor) else torch.tensor(reach, dtype=torch.float64, device="cpu")
-    return Flash4.apply(q, k, v, gate, cu_seqlens, reach)
+    return Flash4.apply(q, k, v, gate, cu_seqlens, max_len, window, scale)
 
 
 def load_flash4() -> Callable:
@@ -2755,10 +2730,9 @@ def load_flash4() -> Callable:
     return attention_flash4
 
 
-def attention_flash3(varlen: Callable, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, reach: Reach,
-                     gate: Tensor | None = None) -> Tensor:
+def attention_flash3(varlen: Callable, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int,
+                     scale: float, gate: Tensor | None = None) -> Tensor:
     """attention_reference by FlashAttention-3's function `varlen` (Hopper)."""
-    max_len, window, scale = reach
     out = varlen(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, softmax_scale=scale, causal=True,
                  window_size=(window, 0))
     return gated(out[0] if isinstance(out, tuple) else out, gate)  # some versions add the log-sum-exp
@@ -2775,7 +2749,6 @@ def load_flash3() -> Callable:
     return partial(attention_flash3, flash3.flash_attn_varlen_func)
 
 
-FLASH4_DIMS = 32, 64, 128  # widths of heads that flash4_preprocess takes
 # How to get each; the fastest first: fa4 takes 0.6 of torch's time at 49,152 tokens (H200); fa3 has not been measured
 ATTENTION_BACKENDS = {"fa4": load_flash4, "fa3": load_flash3, "torch": lambda: attention_torch,
                       "reference": lambda: attention_reference}
@@ -2967,7 +2940,7 @@ def run_attention_inputs(layer: Layer, ops: Ops, *tensors: Tensor) -> tuple[Tens
 def run_attention(ops: Ops, q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     T = len(q)
     ends = torch.tensor([0, T // 3, T // 3 + 1, T, T], dtype=torch.int32, device=q.device)
-    return ops.attention(q, k, v, ends, (T - T // 3, T // 4, 0.1), gate.sigmoid())
+    return ops.attention(q, k, v, ends, T - T // 3, T // 4, 0.1, gate.sigmoid())
 
 
 def run_linear_sum(ops: Ops, y: Tensor, o: Tensor, x: Tensor, x0: Tensor, bigram: Tensor, lambdas: Tensor) -> Tensor:

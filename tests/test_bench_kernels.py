@@ -48,14 +48,13 @@ def test_work(small, name, flop, numbers):
 
 def test_attention_counts_what_a_query_sees(small, monkeypatch):
     """Pairs of query and key, one by one, of the documents and the window that the backend gets."""
-    def attend(q, k, v, ends, reach, gate):
-        longest, window, scale = reach
+    def attend(q, k, v, ends, longest, window, scale, gate):
         document = [sum(e <= i for e in ends.tolist()) for i in range(len(q))]
         pairs.append(sum(document[i] == document[j] and 0 <= i - j <= window
                          for i in range(len(q)) for j in range(len(q))))
         seen.append((len(q), window, len(set(document))))
         assert longest == ends.diff().max() and scale == 0.1 and gate.shape == q.shape[:2]
-        return t.attention_reference(q, k, v, ends, reach, gate)
+        return t.attention_reference(q, k, v, ends, longest, window, scale, gate)
 
     monkeypatch.setattr(t, "ATTENTION_BACKENDS", dict.fromkeys(("torch", "fa4"), lambda: attend))
     monkeypatch.setattr(t, "STAGES", [stage._replace(short=stage.batch, long=3) for stage in t.STAGES])

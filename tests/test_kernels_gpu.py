@@ -159,7 +159,7 @@ class TestGPU:
 
         def results(f, dtype=BF16):
             gate = to(FP64 if dtype == FP64 else FP32, *inputs[3:])
-            return gradients(lambda q, k, v, *gate: f(q, k, v, ends, (max(lengths), window, 0.1), *gate),
+            return gradients(lambda q, k, v, *gate: f(q, k, v, ends, max(lengths), window, 0.1, *gate),
                              [*to(dtype, *inputs[:3]), *gate], dy.to(dtype))
 
         as_good(results(t.ATTENTION_BACKENDS[backend]()), results(t.attention_reference),

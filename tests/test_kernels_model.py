@@ -136,7 +136,7 @@ class TestInterpreted(k.Interpreted):
         mask = torch.where((back >= 0) & (back <= 9) & (document[:, None] == document), 0.0, -torch.inf)
 
         def results(f, dtype):
-            return gradients(lambda q, k, v, *gate: f(q, k, v, ends, (52, 9, 0.3), *gate), to(dtype, *inputs),
+            return gradients(lambda q, k, v, *gate: f(q, k, v, ends, 52, 9, 0.3, *gate), to(dtype, *inputs),
                              dy.to(dtype))
         for a, b in zip(results(t.attention_flash4, FP32), results(t.attention_reference, FP64), strict=True):
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
@@ -192,11 +192,11 @@ def test_flash3_is_called_right(monkeypatch):
     """With a stand-in for its module that checks the call, inside one compiled graph."""
     def varlen(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, causal, window_size):
         assert cu_q is cu_k and max_q == max_k and causal and window_size == (9, 0)
-        return t.attention_reference(q, k, v, cu_q, (max_q, window_size[0], softmax_scale)), None
+        return t.attention_reference(q, k, v, cu_q, max_q, window_size[0], softmax_scale), None
 
     monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_varlen_func=varlen))
     q, k, v = torch.randn(3, 40, 2, 16)
-    options = torch.tensor([0, 17, 40], dtype=torch.int32), (23, 9, 0.1)
+    options = torch.tensor([0, 17, 40], dtype=torch.int32), 23, 9, 0.1
     attend = torch.compile(t.ATTENTION_BACKENDS["fa3"](), fullgraph=True, backend="aot_eager")
     for gate in (None, torch.rand(40, 2)):
         torch.testing.assert_close(attend(q, k, v, *options, gate), t.attention_reference(q, k, v, *options, gate))

@@ -84,24 +84,3 @@ def test_recompute():
     assert found[0][-1].any() or found[0][3].any()
     for ours, kept in zip(*found, strict=True):
         torch.testing.assert_close(ours, kept, rtol=1e-5, atol=1e-6)
-
-
-def test_windows_at_run_time():
-    """Code that is compiled once serves other windows, where the operation reads them when it runs."""
-    calls = []
-
-    @t.op(shapes=lambda q, *_: torch.empty_like(q), cpu=True)
-    def reads_when_run(q: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
-        calls.append(t.numbers(reach))
-        return q + calls[-1][1]
-
-    def f(x, windows):
-        return 2 * reads_when_run(x, windows.reach(True, True)) + windows.segment
-
-    torch._dynamo.utils.counters.clear()
-    compiled, x = torch.compile(f, fullgraph=True, dynamic=False, backend="aot_eager"), torch.randn(5)
-    for windows in (t.Windows(4, 12, 17, 0.2, 8), t.Windows(5, 13, 18, 0.3, 8)):
-        assert windows.reach(False, False) == (windows.max_doc, windows.short, windows.scale)
-        assert torch.equal(compiled(x, windows.run_time()), 2 * (x + windows.long) + 8)
-    assert calls == [(34, 12, 0.2), (36, 13, 0.3)]
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -448,7 +448,7 @@ def test_attention_reference(T, starts, window):
     q, k, v = (rng.standard_normal((T, 2, 3)) for _ in range(3))
     cu = torch.full((16,), T, dtype=torch.int32)
     cu[: len(starts)] = torch.tensor(starts, dtype=torch.int32)
-    ours = t.attention_reference(*(torch.from_numpy(x) for x in (q, k, v)), cu, (T, window, 0.7))
+    ours = t.attention_reference(*(torch.from_numpy(x) for x in (q, k, v)), cu, T, window, 0.7)
     assert ours.shape == (T, 2, 3)
     assert np.abs(ours.numpy() - slow_attention(q, k, v, starts, window, 0.7)).max() < 1e-12
 
@@ -462,7 +462,7 @@ def test_attention_reference_gradients():
     direction = torch.randn(T, 2, 2, generator=generator, dtype=torch.double)
 
     def value(*args):
-        return (t.attention_reference(*args, cu, (T, 6, 0.5)) * direction).sum()
+        return (t.attention_reference(*args, cu, T, 6, 0.5) * direction).sum()
 
     grads = torch.autograd.grad(value(q, k, v), (q, k, v))
     for number, grad in enumerate(grads):

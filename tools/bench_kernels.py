@@ -99,8 +99,8 @@ def attention(backend: str, stage: t.Stage, long: bool) -> Row:
     # query i of a document sees min(i, window) + 1 keys, at 4 d FLOP forward and 10 d backward each
     inside = lengths.clamp_max(window + 1)
     seen = (inside * (inside + 1) // 2 + (lengths - inside) * (window + 1)).sum().item()
-    ends, reach = ends.to(DEVICE), (lengths.max().item(), window, t.Recipe().attn_scale)
-    ops = t.HOPPER._replace(attention=lambda q, k, v, _ends, _reach, gate: attend(q, k, v, ends, reach, gate))
+    options = ends.to(DEVICE), lengths.max().item(), window
+    ops = t.HOPPER._replace(attention=lambda q, k, v, _ends, _longest, _window, *more: attend(q, k, v, *options, *more))
     inputs = t.case_inputs(case, SIZES | dict(T=T), DTYPE, DEVICE)
     size = 3 * sum(x.nbytes for x in inputs) + 2 * inputs[0].nbytes
     return Row(f"attention, {backend}", f"T={T} window={window} documents={documents}",
