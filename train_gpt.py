@@ -62,6 +62,9 @@ from types import NoneType, SimpleNamespace, UnionType
 from typing import Literal, NamedTuple, NoReturn
 from unittest.mock import patch
 
+if __name__ == "__main__":  # before torch, whose import takes seconds and reads the environment
+    signal.signal(signal.SIGINT, lambda *_: (print("interrupted by SIGINT", file=sys.stderr), os._exit(130)))
+
 import numpy as np
 import torch
 import torch.distributed as dist
