@@ -1,5 +1,6 @@
 """Shared set-up: the script importable as a module, a process group of one, small shards."""
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-torch.set_num_threads(1)  # threads that wait for each other take ten times as long on a busy machine
+# Threads that wait for each other take ten times as long on a busy machine: one here, and in what tests start
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 # Files that take longest, which begin first, so that two processes end at about the same time

@@ -386,6 +386,32 @@ def test_check_reads_everything_and_writes_nothing(tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
+@pytest.fixture
+def standin(tmp_path, monkeypatch):
+    """Let the script import a torch that is this code."""
+    def write(code):
+        (tmp_path / "torch.py").write_text(f"import os, signal, sys, time\n{code}\n")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return write
+
+
+def test_interrupt_while_torch_is_imported(standin):
+    """A line and the status of Ctrl-C, not a traceback; also where a library would catch the exception."""
+    standin("try:\n    signal.raise_signal(signal.SIGINT)\n    time.sleep(9)\nexcept BaseException:\n    pass")
+    done = run("--preset=demo", timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted by SIGINT\n")
+
+
+@pytest.mark.parametrize("given, spins", [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"),
+                                          ({"OMP_WAIT_POLICY": "active"}, None)])
+def test_threads_that_wait_sleep_soon(standin, monkeypatch, given, spins):
+    """OpenMP's threads are told before torch loads them; a user's own setting stays."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    standin("print(os.environ.get('GOMP_SPINCOUNT')); sys.exit()")
+    assert run("--preset=demo", timeout=30, **given).stdout == f"{spins}\n"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="run.sh trains the record where there is a GPU")
 def test_one_command_runs_the_demo(tmp_path):
     """./run.sh without a GPU says so, trains the demo, here fewer and smaller steps, and ends with loss and time."""
