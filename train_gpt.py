@@ -2756,6 +2756,7 @@ def load_flash3() -> Callable:
     return partial(attention_flash3, flash3.flash_attn_varlen_func)
 
 
+FLASH4_DIMS = 32, 64, 128  # widths of heads that flash4_preprocess takes
 # How to get each; the fastest first: fa4 takes 0.6 of torch's time at 49,152 tokens (H200); fa3 has not been measured
 ATTENTION_BACKENDS = {"fa4": load_flash4, "fa3": load_flash3, "torch": lambda: attention_torch,
                       "reference": lambda: attention_reference}
