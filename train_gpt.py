@@ -291,18 +291,6 @@ class Recipe:
         return self.vocab_size - 1
 
     @property
-    def num_tokens(self) -> int:
-        """That a run trains on."""
-        bounds = itertools.pairwise(stage_bounds(self))
-        return sum((end - first) * stage.batch * self.batch_unit for (first, end), stage in zip(bounds, self.stages))
-
-    @property
-    def token_flops(self) -> int:
-        """Of one token's products with weights: 2 for each weight forward, 4 backward. Attention's are not counted."""
-        L, A, D, F, V = (self.sizes[letter] for letter in "LADFV")
-        return 6 * (A * 4 * D * D + L * 2 * D * F + D * V)
-
-    @property
     def attn_layers(self) -> list[int]:
         """The layers with attention, in the order of the banks."""
         return [i for i, layer in enumerate(self.layers) if layer.window]
@@ -1539,24 +1527,8 @@ def main() -> None:
             asked, hp = hp, on_every_rank(lambda: choose_backends(hp, ranks.device))
             on_every_rank(lambda: check_data(hp))
             saved = on_every_rank(lambda: read_checkpoint(hp.resume, hp))
-            run, logs = None, []
-            for trial in trials(hp, args.trials):
-                log = on_every_rank(partial(Log, trial, ranks))
-                with Watch(ranks, log) as watch:
-                    log_environment(log, trial, ranks)
-                    for notice in notices(asked, hp, ranks.device):
-                        log(f"warning: {notice}")
-                    if run:
-                        run.restart(trial)
-                    run = run or Run(trial, ranks, choose_ops(hp))
-                    status = train(run, log, watch, saved)
-                log.close()
-                logs.append(log.path)
-                if status:
-                    break
+            status = train_trials(trials(hp, args.trials), ranks, saved, [*notices(asked, hp, ranks.device)])
             dist.destroy_process_group()
-            if len(logs) > 1 and ranks.rank == 0:
-                subprocess.run([sys.executable, Path(__file__).with_name("tools") / "verify.py", *logs])
             sys.exit(status)
 
 # ==== 8. Kernels: what PLAIN and HOPPER are made of, each kernel under its reference of the same signature ====
@@ -1609,8 +1581,8 @@ def op(reference: Callable | None = None, shapes: Callable | None = None, cpu: b
 
 
 def remembered(shapes: Callable) -> Callable:
-    """`shapes` for a compiler's fake tensors, but the results are remembered by sizes: fake tensors, with a reference run
-    for each use of an operation, took a fifth of the time before the first step (records/2026-11-26_plain)."""
+    """`shapes` for a compiler's fake tensors, but its results are remembered by sizes: fake tensors, with a reference run
+    for each use of an operation, took a fifth of the start (records/2026-11-26_plain)."""
     known = {}
 
     def fake(*args):
@@ -3298,13 +3270,6 @@ def parse_args(argv: list[str]) -> tuple[Recipe, argparse.Namespace]:
     return hp, args
 
 
-def trials(hp: Recipe, count: int) -> list[Recipe]:
-    """hp alone, or so many times with the next seeds and names."""
-    name = hp.run_id or time.strftime("%Y%m%d-%H%M%S")
-    seeds = range(hp.seed, hp.seed + count)
-    return [replace(hp, seed=seed, run_id=f"{name}_seed{seed}" if count > 1 else name) for seed in seeds]
-
-
 def help_text(preset: str) -> str:
     """Every key with its meaning, choices and value in the preset, from where it is declared; and how to set cells."""
     lines = [(__doc__ or "").split("\n\n")[0].strip(), "", f"--preset={preset}: one of {', '.join(PRESETS)}",
@@ -3505,6 +3470,37 @@ def on_every_rank(f: Callable) -> object:
     return result
 
 
+# --- Trials
+
+def trials(hp: Recipe, count: int) -> list[Recipe]:
+    """hp alone, or so many times with the next seeds and names."""
+    name = hp.run_id or time.strftime("%Y%m%d-%H%M%S")
+    seeds = range(hp.seed, hp.seed + count)
+    return [replace(hp, seed=seed, run_id=f"{name}_seed{seed}" if count > 1 else name) for seed in seeds]
+
+
+def train_trials(recipes: list[Recipe], ranks: Ranks, saved: dict | None, warnings: list[str]) -> int:
+    """Train recipes that differ in seed and name, one after the other; the last exit status. One set-up serves all."""
+    run, logs = None, []
+    for hp in recipes:
+        log = on_every_rank(partial(Log, hp, ranks))
+        with Watch(ranks, log) as watch:
+            log_environment(log, hp, ranks)
+            for text in warnings:
+                log(f"warning: {text}")
+            if run:
+                run.restart(hp)
+            run = run or Run(hp, ranks, choose_ops(hp))
+            status = train(run, log, watch, saved)
+        log.close()
+        logs.append(log.path)
+        if status:
+            break
+    if len(logs) > 1 and ranks.rank == 0:
+        subprocess.run([sys.executable, Path(__file__).with_name("tools") / "verify.py", *logs])
+    return status
+
+
 # --- What runs beside the training: a thread that prepares batches, and graphs
 
 class Ahead:
@@ -3687,8 +3683,16 @@ class Log:
         if cuda:
             self(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB "
                  f"reserved: {torch.cuda.max_memory_reserved() // 2**20} MiB")
-        flops = hp.token_flops * hp.num_tokens / ranks.world / max(ms, 1e-3) / 1e9  # ms to TFLOP/s
-        self(f"speed: {flops:.3g} TFLOP/s on each, counting products with weights")
+        speed = run_flops(hp) / ranks.world / max(ms, 1e-3) / 1e9  # ms to TFLOP/s
+        self(f"speed: {speed:.3g} TFLOP/s on each, counting products with weights")
+
+
+def run_flops(hp: Recipe) -> int:
+    """Of a run's products with weights: for each weight and token 2 forward and 4 backward. Attention's are not
+    counted, and the head counts all its classes."""
+    L, A, D, F, V = (hp.sizes[letter] for letter in "LADFV")
+    tokens = sum(plan(step, hp).batch_tokens for step in range(hp.num_steps))
+    return 6 * (A * 4 * D * D + L * 2 * D * F + D * V) * tokens
 
 
 def log_environment(log: Log, hp: Recipe, ranks: Ranks) -> None:
