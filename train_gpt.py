@@ -1581,8 +1581,8 @@ def op(reference: Callable | None = None, shapes: Callable | None = None, cpu: b
 
 
 def remembered(shapes: Callable) -> Callable:
-    """`shapes` for a compiler's fake tensors, but its results are remembered by sizes: fake tensors, with a reference run
-    for each use of an operation, took a fifth of the start (records/2026-11-26_plain)."""
+    """`shapes` for a compiler's fake tensors, but its results are remembered by sizes: fake tensors, with a reference
+    run for each use of an operation, took a fifth of the start (records/2026-11-26_plain)."""
     known = {}
 
     def fake(*args):
