@@ -110,12 +110,12 @@ def runs(base, tmp_path_factory):
     return {name: future.result() for name, future in done.items()}
 
 
-LOST = (r"rank {} gave no sign of life for \d+ s, last in step \d at \w+ \(.*:\d+\): "
+LOST = (r"rank {} gave no sign of life for \d+ s, last in step \d at \S+ \(.*:\d+\): "
         "killed, out of memory, stopped or cut off")
 ERRORS = {  # the end of the one error line
     "kill": LOST.format(1),
     "stop": LOST.format(0),
-    "hang": r"no rank finished a step for \d+ s, a rank hangs: rank 0 in step 6 at \w+ \(train_gpt.py:\d+\), "
+    "hang": r"no rank finished a step for \d+ s, a rank hangs: rank 0 in step 6 at \S+ \(train_gpt.py:\d+\), "
             r"rank 1 in step 6 at faulty \(faulty.py:\d+\)",
     "raise": r"rank 1, step 6: ValueError: a test's error",
     "inf": r"the training loss of step 6 is (nan|inf) on rank 1; to find its origin: python tools/find_nan\.py .*"
