@@ -7,13 +7,13 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import pytest
 import runlogs
 import torch
@@ -23,9 +23,9 @@ import train_gpt as t
 ROOT = Path(t.__file__).parent
 CPU = torch.device("cpu")
 ONE = t.Ranks(0, 1, CPU)
-LAUNCH = [sys.executable, str(ROOT / "tools" / "launch.py"), "--standalone", "--nproc_per_node=2"]
+LAUNCH = [ROOT / "tools" / "launch.py", "--standalone", "--nproc_per_node=2"]
 N = 100  # steps; no run here gets as far
-SIZES = dict(model_dim=48, head_dim=8, vocab_size=256, batch_unit=128, val_tokens=512, val_chunk=256, val_every=4,
+SIZES = dict(model_dim=48, head_dim=8, vocab_size=256, batch_unit=64, val_tokens=256, val_chunk=128, val_every=4,
              num_scheduled_iterations=N - 2, num_extension_iterations=2)
 FASTER = 0.4  # of the time between looks
 # The script, with a fault when the named rank begins its sixth step
@@ -61,12 +61,12 @@ def base(byte_files):
     return dataclasses.replace(t.PRESETS["demo"], **SIZES, **byte_files)
 
 
-def processes(marker):
-    """Processes, zombies apart, whose command line holds a text."""
+def processes(folder):
+    """Processes, zombies apart, that run in a folder."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in Path("/proc").glob("[0-9]*/cwd"):
         with contextlib.suppress(OSError):
-            if marker.encode() in path.read_bytes():
+            if path.readlink() == folder:
                 found.append(int(path.parent.name))
     return found
 
@@ -78,10 +78,9 @@ class Faulty:
         script, hp = folder / "faulty.py", dataclasses.replace(hp, log_dir=str(folder), run_id="run", **more)
         script.write_text(FAULTY)
         args = [f"--{name}={getattr(hp, name)}" for name in t.KEYS]
-        launcher = LAUNCH if world > 1 else [sys.executable]
         with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
-            process = subprocess.Popen([*launcher, script, *args], stdout=out, stderr=err,
-                                       env=os.environ | {"OMP_NUM_THREADS": "1", "FAULT": fault})
+            process = forks.Program(*LAUNCH if world > 1 else [], script, *args, stdout=out, stderr=err, cwd=folder,
+                                    env=os.environ | {"FAULT": fault})
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
             while "SIGSTOP" in fault and process.poll() is None:  # torchrun takes 30 s more to end a stopped rank
                 left = children.read_text().split()
@@ -89,7 +88,7 @@ class Faulty:
                     os.kill(int(left[0]), signal.SIGKILL)
                 time.sleep(0.1)
             self.status = process.wait(timeout=60)
-        self.left = processes(str(script))
+        self.left = processes(folder)
         self.out, self.err = (folder / "out").read_text(), (folder / "err").read_text()
         self.log = (folder / "run.txt").read_text()
         self.results, self.path, self.folder = self.log.split("=" * 100)[-1], folder / "run.txt", folder
