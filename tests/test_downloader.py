@@ -18,6 +18,7 @@ import time
 import types
 from pathlib import Path
 
+import forks
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
@@ -149,8 +150,9 @@ def command(environment, tmp_path):
 @pytest.fixture
 def run(command, tmp_path):
     """Run the script with target folder tmp_path/out."""
-    def start(port, *arguments, **options):
-        return subprocess.run(**command(port, *arguments, "--out", tmp_path / "out", **options), timeout=60)
+    def start(port, *arguments):
+        about = command(port, *arguments, "--out", tmp_path / "out")
+        return forks.run(*about["args"][1:], env=about["env"], cwd=tmp_path)
     return start
 
 
@@ -395,9 +397,11 @@ def test_killed_download_is_cleared_away(hub, command, run, tmp_path):
     assert shards_in(out) == expected(hub, VAL, TRAIN_1)
 
 
-def test_disk_that_takes_no_more(unmeasured, hub, run, tmp_path):
+def test_disk_that_takes_no_more(unmeasured, hub, command, tmp_path):
     limit = len(shard(0)) // 2
-    result = run(hub.server_port, 1, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    result = subprocess.run(
+        **command(hub.server_port, 1, "--out", tmp_path / "out"), timeout=60,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert_one_error_line(result, str(tmp_path / "out"), "File too large", "choose another --out")
     assert shards_in(tmp_path / "out") == {}
 

@@ -8,13 +8,13 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import numpy as np
 import pytest
 import runlogs
@@ -25,9 +25,9 @@ import train_gpt as t
 ROOT = Path(t.__file__).parent
 CPU = torch.device("cpu")
 ONE = t.Ranks(0, 1, CPU)
-LAUNCH = [sys.executable, str(ROOT / "tools" / "launch.py"), "--standalone", "--nproc_per_node=2"]
+LAUNCH = [ROOT / "tools" / "launch.py", "--standalone", "--nproc_per_node=2"]
 N = 100  # steps; no run here gets as far
-SIZES = dict(model_dim=48, head_dim=8, vocab_size=256, batch_unit=128, val_tokens=512, val_chunk=256, val_every=4,
+SIZES = dict(model_dim=48, head_dim=8, vocab_size=256, batch_unit=64, val_tokens=256, val_chunk=128, val_every=4,
              num_scheduled_iterations=N - 2, num_extension_iterations=2)
 FASTER = 0.4  # of the time between looks
 # The script, with a fault when the named rank begins its sixth step
@@ -63,12 +63,12 @@ def base(byte_files):
     return dataclasses.replace(t.PRESETS["demo"], **SIZES, **byte_files)
 
 
-def processes(marker):
-    """Processes, zombies apart, whose command line holds a text."""
+def processes(folder):
+    """Processes, zombies apart, that run in a folder."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in Path("/proc").glob("[0-9]*/cwd"):
         with contextlib.suppress(OSError):
-            if marker.encode() in path.read_bytes():
+            if path.readlink() == folder:
                 found.append(int(path.parent.name))
     return found
 
@@ -80,10 +80,9 @@ class Faulty:
         script, hp = folder / "faulty.py", dataclasses.replace(hp, log_dir=str(folder), run_id="run", **more)
         script.write_text(FAULTY)
         args = [f"--{name}={getattr(hp, name)}" for name in t.KEYS]
-        launcher = LAUNCH if world > 1 else [sys.executable]
         with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
-            process = subprocess.Popen([*launcher, script, *args], stdout=out, stderr=err,
-                                       env=os.environ | {"OMP_NUM_THREADS": "1", "FAULT": fault})
+            process = forks.Program(*LAUNCH if world > 1 else [], script, *args, stdout=out, stderr=err, cwd=folder,
+                                    env=os.environ | {"FAULT": fault})
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
             while "SIGSTOP" in fault and process.poll() is None:  # torchrun takes 30 s more to end a stopped rank
                 left = children.read_text().split()
@@ -91,7 +90,7 @@ class Faulty:
                     os.kill(int(left[0]), signal.SIGKILL)
                 time.sleep(0.1)
             self.status = process.wait(timeout=60)
-        self.left = processes(str(script))
+        self.left = processes(folder)
         self.out, self.err = (folder / "out").read_text(), (folder / "err").read_text()
         self.log = (folder / "run.txt").read_text()
         self.results, self.path, self.folder = self.log.split("=" * 100)[-1], folder / "run.txt", folder
@@ -112,12 +111,12 @@ def runs(base, tmp_path_factory):
     return {name: future.result() for name, future in done.items()}
 
 
-LOST = (r"rank {} gave no sign of life for \d+ s, last in step \d at \w+ \(.*:\d+\): "
+LOST = (r"rank {} gave no sign of life for \d+ s, last in step \d at \S+ \(.*:\d+\): "
         "killed, out of memory, stopped or cut off")
 ERRORS = {  # the end of the one error line
     "kill": LOST.format(1),
     "stop": LOST.format(0),
-    "hang": r"no rank finished a step for \d+ s, a rank hangs: rank 0 in step 6 at \w+ \(train_gpt.py:\d+\), "
+    "hang": r"no rank finished a step for \d+ s, a rank hangs: rank 0 in step 6 at \S+ \(train_gpt.py:\d+\), "
             r"rank 1 in step 6 at faulty \(faulty.py:\d+\)",
     "raise": r"rank 1, step 6: ValueError: a test's error",
     "inf": r"the training loss of step 6 is (nan|inf) on rank 1; to find its origin: python tools/find_nan\.py .*"

@@ -4,21 +4,21 @@ import math
 import os
 import re
 import subprocess
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
 
 import find_nan
+import forks
 import pytest
 import torch
 
 import train_gpt as t
 
 ROOT = Path(t.__file__).parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 ONE = t.Ranks(0, 1, torch.device("cpu"))
-SIZES = dict(model_dim=48, head_dim=8, vocab_size=256, batch_unit=128, val_tokens=512, val_chunk=256, val_every=0,
+SIZES = dict(model_dim=48, head_dim=8, vocab_size=256, batch_unit=64, val_tokens=256, val_chunk=128, val_every=0,
              num_scheduled_iterations=6, num_extension_iterations=2, run_id="run")
 SCRIPT = f"""
 import sys
@@ -45,16 +45,15 @@ def arguments(hp, **more):
     return [f"--{name}={getattr(hp, name)}" for name in t.KEYS]
 
 
-def run(command, **env):
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.run(command, env=clean | {"OMP_NUM_THREADS": "1"} | env, cwd=ROOT, capture_output=True,
-                          text=True, timeout=120)
+def run(*args):
+    return forks.run(*args, env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
+                     cwd=ROOT)
 
 
-def poisoned(where, victim, train_step=t.Run.train_step):
-    """train_step, with a nan in the fourth step of one rank."""
+def poisoned(where, victim, at=2, train_step=t.Run.train_step):
+    """train_step, with a nan in one step of one rank."""
     def step(run, batches, touched, now):
-        bad = now.step == 3 and run.ranks.rank == victim
+        bad = now.step == at - 1 and run.ranks.rank == victim
         if bad and where == "forward":
             run.model.resid_lambdas.data[3, 1] = 3e38
         if bad and where == "update":
@@ -72,22 +71,22 @@ def test_place_of_the_first_nan(hp, monkeypatch, where):
     """Operation, layer, rank and step, in one line."""
     monkeypatch.setattr(t.Run, "train_step", poisoned(where, victim=0))
     found = find_nan.find(hp, ONE)
-    assert re.fullmatch(rf"it began on rank 0 in step 4 with {FOUND[where]}", found), found
+    assert re.fullmatch(rf"it began on rank 0 in step 2 with {FOUND[where]}", found), found
 
 
 def test_nan_on_one_of_two_ranks(hp, tmp_path):
     """That rank is named, once; nothing is written."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    done = run([*TORCHRUN, "--nproc_per_node=2", tmp_path / "script.py", *arguments(hp, log_dir=tmp_path / "logs")])
+    done = run(*TORCHRUN, "--nproc_per_node=2", tmp_path / "script.py", *arguments(hp, log_dir=tmp_path / "logs"))
     assert done.returncode == 0, done.stderr
-    expected = rf"it began on rank 1 in step 4 with {FOUND['forward']}\n"
+    expected = rf"it began on rank 1 in step 2 with {FOUND['forward']}\n"
     assert re.fullmatch(expected, done.stdout), done.stdout
     assert os.listdir(tmp_path) == ["script.py"]
 
 
 def test_all_finite(hp):
     """One line that suspects the hardware."""
-    done = run([sys.executable, "tools/find_nan.py", *arguments(hp)])
+    done = run("tools/find_nan.py", *arguments(hp))
     assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: all is finite in steps 1 to 8: suspect the hardware")
 
@@ -102,7 +101,7 @@ def test_from_a_checkpoint(hp, tmp_path, monkeypatch):
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     path = tmp_path / "run_step3.pt"
     hp = replace(hp, resume=str(path))
-    steps, poison = [], poisoned("forward", victim=0)
+    steps, poison = [], poisoned("forward", victim=0, at=4)
     monkeypatch.setattr(t.Run, "train_step", lambda *args: steps.append(args[-1].step) or poison(*args))
     assert "step 4 with aten.mul.Tensor" in find_nan.find(hp, ONE)
     assert steps == [3, 3]
@@ -117,13 +116,15 @@ def test_from_a_checkpoint(hp, tmp_path, monkeypatch):
 def test_what_a_run_prints_can_be_pasted(hp):
     """A rate far too high stops a run within 10 steps; its last line holds the command that finds the operation."""
     args = arguments(hp, muon_lr=1e38, num_scheduled_iterations=60)
-    done = run([sys.executable, "train_gpt.py", *args])
+    done = run("train_gpt.py", *args)
     found = re.search(r"^error: the training loss of step 2 is (?:nan|inf) on rank 0; to find its origin: (.*)$",
                       done.stderr, re.M)
     assert done.returncode == 1 and found, done.stderr
     assert max(int(step) for step in re.findall(r"^step:(\d+)/62 ", done.stdout, re.M)) <= 12
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    pasted = run(["bash", "-c", found[1]], PATH=path)
+    words = subprocess.check_output(["bash", "-c", f"printf '%s\\0' {found[1]}"], text=True)
+    python, *command = words.removesuffix("\0").split("\0")
+    assert python == "python"
+    pasted = run(*command)
     assert pasted.returncode == 0, pasted.stderr
     assert re.fullmatch(r"it began on rank 0 in step [12] with aten\..* in .*, and reached .*\n", pasted.stdout)
 

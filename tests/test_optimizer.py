@@ -425,17 +425,12 @@ def test_head_loss_fp8_clamps_large_weights():
 
 
 def slow_attention(q, k, v, documents, window, scale):
-    """A query at a time, in float64."""
-    T, heads, _ = q.shape
-    out = np.zeros(v.shape)
-    for head in range(heads):
-        for i in range(T):
-            start = max(s for s in documents if s <= i)
-            first = max(start, i - window)
-            scores = np.array([scale * q[i, head] @ k[j, head] for j in range(first, i + 1)])
-            e = np.exp(scores - scores.max())
-            out[i, head] = (e / e.sum()) @ v[first : i + 1, head]
-    return out
+    """All pairs of query and key, in float64."""
+    T = len(q)
+    first = np.array([max(i - window, max(s for s in documents if s <= i)) for i in range(T)])
+    seen = (np.arange(T) >= first[:, None]) & (np.arange(T) <= np.arange(T)[:, None])
+    e = np.where(seen, np.exp(scale * np.einsum("ihd,jhd->hij", q, k)), 0)
+    return np.einsum("hij,jhd->ihd", e / e.sum(2, keepdims=True), v)
 
 
 @pytest.mark.parametrize("window", [0, 1, 17, 255, 256, 257, 5000])

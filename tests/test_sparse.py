@@ -1,18 +1,18 @@
 """The sparse exchange of the bigram table's gradient: against the dense reduction, and the row counts it relies on."""
 
 import dataclasses
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the ranks
 import train_gpt as t
 
 R, CPU = 8, torch.device("cpu")
@@ -90,9 +90,7 @@ def worker(rank, hp, folder):
 def trained(tmp_path_factory):
     """What train returns on each of eight gloo ranks: [rank][dtype][sparse]."""
     folder = tmp_path_factory.mktemp("ranks")
-    # a process without threads or groups, which can fork: torch is imported once, not eight times
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(t.__file__).parent)}
-    done = subprocess.run([sys.executable, __file__, folder], env=env, capture_output=True, text=True, timeout=120)
+    done = forks.run(__file__, folder)  # a process without threads or groups, which can fork
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(R)]
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -29,8 +30,7 @@ SMALL = dataclasses.replace(t.PRESETS["demo"], **SIZES)
 def plan_lines(cwd, *args):
     """Lines that --plan prints in a folder without data or torchrun."""
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run([sys.executable, str(SCRIPT), "--plan", *args], cwd=cwd, env=env, capture_output=True,
-                          text=True, timeout=60)
+    done = forks.run(SCRIPT, "--plan", *args, cwd=cwd, env=env)
     assert done.returncode == 0 and done.stderr == ""
     assert os.listdir(cwd) == []  # and nothing is written
     return done.stdout.splitlines()
@@ -231,12 +231,12 @@ def cells(hp, *texts):
     return hp
 
 
-def one_line(monkeypatch, capsys, hp, *args):
-    """The one line with which a run of these arguments, and of hp as the demo, ends at the start."""
+def one_line(monkeypatch, capsys, hp, *args, kinds=((), ("--plan",), ("--check",))):
+    """The one line with which these kinds of a run of these arguments, and of hp as the demo, end at the start."""
     monkeypatch.setitem(t.PRESETS, "demo", hp)
     monkeypatch.setattr(t.dist, "is_initialized", lambda: False)
     lines = set()
-    for flags in ([], ["--plan"], ["--check"]):
+    for flags in kinds:
         monkeypatch.setattr(sys, "argv", ["train_gpt.py", "--preset=demo", *flags, *args])
         with pytest.raises(SystemExit) as ended:
             t.main()
@@ -276,7 +276,7 @@ def one_line(monkeypatch, capsys, hp, *args):
     ({"READOUT.minus": "midle"}, None, "early, middle"),
 ], ids=str)
 def test_bad_cell(monkeypatch, capsys, edits, place, allowed):
-    """Set by --set or edited in the script, it ends every kind of run with its name and what is allowed."""
+    """Set by --set or edited in the script, it ends a run with its name and what is allowed."""
     hp, args = SMALL, []
     for name, value in edits.items():
         table, row, column = name.split(".") if name.count(".") == 2 else (*name.split(".")[:1], 0, name.split(".")[1])
@@ -289,7 +289,8 @@ def test_bad_cell(monkeypatch, capsys, edits, place, allowed):
             hp = dataclasses.replace(hp, **{table.lower(): rows})
         text = ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else value
         args.append(f"--set={name}={text}")
-    for line in (one_line(monkeypatch, capsys, hp), one_line(monkeypatch, capsys, SMALL, *args)):
+    for line in (one_line(monkeypatch, capsys, hp, kinds=[()]),
+                 one_line(monkeypatch, capsys, SMALL, *args, kinds=[("--plan",)])):
         assert (place or name) in line and allowed in line, line
 
 
@@ -320,6 +321,7 @@ def test_set_is_typed():
     (["PARAMS.smear_gate.rule=normuon"], ["PARAMS.smear_gate.rule", "use adam"]),
 ], ids=str)
 def test_bad_set(monkeypatch, capsys, edits, parts):
+    """So does a --set that names no cell, or gives what no cell takes: every kind of run."""
     line = one_line(monkeypatch, capsys, SMALL, *(f"--set={edit}" for edit in edits))
     assert edits[0].split("=")[0].split(".")[0] in line and all(part in line for part in parts), line
 
@@ -343,7 +345,8 @@ def test_missing_parameter(row):
 ])
 def test_bad_rows(monkeypatch, capsys, table, change, parts):
     """Rows that are missing or too many: the line says which, and on which side."""
-    line = one_line(monkeypatch, capsys, dataclasses.replace(SMALL, **{table: change(getattr(SMALL, table))}))
+    hp = dataclasses.replace(SMALL, **{table: change(getattr(SMALL, table))})
+    line = one_line(monkeypatch, capsys, hp, kinds=[("--check",)])
     assert all(part in line for part in parts), line
 
 
@@ -365,11 +368,10 @@ def edited(folder, *edits):
      ["LAYERS.8.reads='midle'", "none or early or middle"]),
     (("    Stage(1 / 3, 3, 16, 5, 11, 1.73, (1.0,), (1.0,)),\n", ""), ["STAGES.*.length", "add up to 1"]),
 ])
-def test_bad_edit_without_assertions(tmp_path, unmeasured, edit, parts):
+def test_bad_edit_without_assertions(tmp_path, edit, parts):
     """So do edits of the script itself, in a process that skips assertions."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"PYTHONOPTIMIZE": "1"}
-    done = subprocess.run([sys.executable, edited(tmp_path, edit), "--plan"], env=env, cwd=tmp_path,
-                          capture_output=True, text=True, timeout=120)
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    done = forks.run(edited(tmp_path, edit), "--plan", env=env, cwd=tmp_path, optimized=True)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
     assert all(part in done.stderr for part in ["error: ", *parts]), done.stderr
 
@@ -486,14 +488,13 @@ def test_switched_off(small, base, edits, check):
        "        x0, gate_in = ops.first_columns(x0 * self.x0_scale[0], GATE_INPUTS)\n")], lambda x: x["x0_scale"] != 1),
 ], ids=["one more layer is a row", "one more stage is a row and a length", "Adam for a bank is its row",
         "one more parameter is a row and its use"])
-def test_places_of_an_edit(tmp_path, small, unmeasured, edits, check):
+def test_places_of_an_edit(tmp_path, small, edits, check):
     """What a change of the algorithm takes; the edited script trains, and its checkpoint has what is new."""
     keys = SIZES | dict(num_scheduled_iterations=6, train_files=small.train_files, val_files=small.val_files,
                         save_final=True, run_id="new", log_dir=tmp_path)
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run([sys.executable, edited(tmp_path, *edits), "--preset=demo",
-                           *(f"--{key}={value}" for key, value in keys.items())], env=env, cwd=tmp_path,
-                          capture_output=True, text=True, timeout=300)
+    done = forks.run(edited(tmp_path, *edits), "--preset=demo", *(f"--{key}={value}" for key, value in keys.items()),
+                     env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert check(torch.load(tmp_path / "new_step7.pt", weights_only=True)["tensors"])
 

@@ -1,10 +1,9 @@
 """--trials: several seeds after one set-up, each as if it had been started alone."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 
 import train_gpt as t
@@ -13,11 +12,11 @@ ROOT = Path(t.__file__).resolve().parent
 
 
 def start(files, folder, *args):
-    return subprocess.run(
-        [sys.executable, ROOT / "train_gpt.py", "--preset=demo", "--model_dim=48", "--head_dim=8", "--batch_unit=128",
-         "--vocab_size=256", "--val_tokens=1024", "--val_chunk=256", "--num_scheduled_iterations=6", "--val_every=3",
-         "--num_extension_iterations=2", f"--log_dir={folder}", *(f"--{k}={v}" for k, v in files.items()), *args],
-        capture_output=True, text=True, timeout=120)
+    return forks.run(
+        ROOT / "train_gpt.py", "--preset=demo", "--model_dim=48", "--head_dim=8", "--batch_unit=128",
+        "--vocab_size=256", "--val_tokens=1024", "--val_chunk=256", "--num_scheduled_iterations=6", "--val_every=3",
+        "--num_extension_iterations=2", f"--log_dir={folder}", *(f"--{k}={v}" for k, v in files.items()), *args,
+        timeout=120)
 
 
 def lines(path):
