@@ -325,17 +325,18 @@ def mini(recipe: Recipe) -> Recipe:
     return replace(recipe, model_dim=512, num_heads=4, batch_unit=32_768, val_chunk=65_536, bigram_ratio=1)
 
 
-# Record #80 plus parts of record #92, each switched by a cell: --set 'STAGES.*.classes=0' trains over all classes
-_, _, THIRD, EXTENSION = STAGES
-FRONTIER = replace(Recipe(), stages=(
-    *(stage._replace(classes=10_240) for stage in STAGES[:2]),
-    THIRD._replace(length=0.16, classes=14_336),
-    THIRD._replace(length=0.12, classes=24_576),
-    THIRD._replace(length=1 / 3 - 0.28),
-    EXTENSION,
-))
-PRESETS = {"record80": Recipe(), "frontier": FRONTIER, "mini": mini(Recipe()), "demo": small(Recipe()),
-           "frontier_demo": small(FRONTIER)}
+def frontier(recipe: Recipe) -> Recipe:
+    """The recipe plus parts of record #92, each switched by a cell: --set 'STAGES.*.classes=0' takes all classes."""
+    scheduled = [stage for stage in recipe.stages if stage.length is not None]
+    stages = [stage._replace(classes=10_240) for stage in scheduled[:-1]]
+    for share, classes in ((0.48, 14_336), (0.36, 24_576), (0.16, 0)):  # as #92's changes lie in its third stage
+        stages += [stage._replace(length=share * stage.length, classes=classes) for stage in scheduled[-1:]]
+    return replace(recipe, stages=(*stages, *(stage for stage in recipe.stages if stage.length is None)))
+
+
+RECORD80 = Recipe()
+PRESETS = {"record80": RECORD80, "frontier": frontier(RECORD80), "mini": mini(RECORD80), "demo": small(RECORD80),
+           "frontier_demo": small(frontier(RECORD80))}
 
 
 class Windows(NamedTuple):

@@ -309,8 +309,8 @@ def bad_arguments(name, folder):
 
 
 # Told by what starts the ranks, and one each of: data, keys, files that are written
-AS_A_PROCESS = ("three ranks", "half a launch", "two ranks, said by WORLD_SIZE alone", "no GPU", "wrong magic",
-                "wrong type", "log_dir is a file")
+AS_A_PROCESS = ("three ranks", "half a launch", "two ranks, said by WORLD_SIZE alone", "no GPU",
+                "no GPU, though asked for", "wrong magic", "wrong type", "log_dir is a file")
 
 
 @pytest.mark.parametrize("name", BAD)
