@@ -125,12 +125,12 @@ def test_targets_are_places():
     assert next(t.Validation(hp, ranks).batches()).candidates.shape == (1, 0)
 
 
-def test_off_is_record80():
+def test_off_is_record80(byte_files):
     """Without candidates, frontier's schedule, batches and losses are record80's, to the last bit."""
     losses = []
     for preset in ("demo", "frontier_demo"):
-        hp = dataclasses.replace(t.PRESETS[preset], model_dim=48, head_dim=8, batch_unit=128,
-                                 num_scheduled_iterations=30)
+        hp = dataclasses.replace(t.PRESETS[preset], **byte_files, model_dim=48, head_dim=8, batch_unit=128,
+                                 vocab_size=256, num_scheduled_iterations=30)
         hp = dataclasses.replace(hp, stages=tuple(stage._replace(classes=0) for stage in hp.stages))
         ranks = t.Ranks(0, 1, torch.device("cpu"))
         run = t.Run(hp, ranks)

@@ -64,23 +64,16 @@ def test_fp8_head(gpu, capability, fp8):
     assert len(said) == (not fp8)
 
 
-def test_recompute():
-    """Loss and gradients are the same, to the last bit, and so in one compiled graph."""
-    found = []
-    for recompute in (False, True):
-        hp = replace(t.PRESETS["demo"], model_dim=48, head_dim=8, batch_unit=128, kernels="plain", recompute=recompute,
-                     attention="reference")
-        run = t.Run(hp, t.Ranks(0, 1, torch.device("cpu")), t.choose_ops(hp))
-        with torch.no_grad():  # projections that begin with zeros would hide the MLPs
-            for p in run.model.parameters():
-                p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-        batches, _ = next(t.train_batches(hp, run.ranks, range(1)))
-        now = t.plan(0, hp)
-        run.model.set_stage(0)
-        run.loss_of = torch.compile(run.model.train_loss, fullgraph=True, backend="aot_eager") if recompute else (
-            run.model.train_loss)
-        loss = run.add_gradients(batches[0], now.windows, torch.tensor(now.mtp_weights))
-        found.append([loss, *(p.grad.clone() for p in run.model.parameters() if p.grad is not None)])
-    assert found[0][-1].any() or found[0][3].any()
-    for ours, kept in zip(*found, strict=True):
-        torch.testing.assert_close(ours, kept, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recompute(compiled):
+    """The MLP and its gradients are the same, also in one compiled graph; the operations are chosen by the recipe."""
+    hp = replace(t.PRESETS["demo"], kernels="plain", attention="reference", recompute=True)
+    ops, case = t.choose_ops(hp), t.CASES["MLP"]
+    assert ops.mlp is not t.PLAIN.mlp and t.choose_ops(replace(hp, recompute=False)).mlp is t.PLAIN.mlp
+    if compiled:
+        mlp = torch.compile(lambda *x: ops.mlp(t.Stream(x[0]), *x[1:]).x, fullgraph=True, backend="aot_eager")
+        ops = ops._replace(mlp=lambda x, *weights: t.Stream(mlp(x.x, *weights)))
+    inputs = t.case_inputs(case, dict(T=40, D=24, F=72), torch.float32, "cpu")
+    for ours, kept in zip(*(t.case_results(case, x, inputs) for x in (ops, t.PLAIN)), strict=True):
+        assert kept.any()
+        torch.testing.assert_close(ours, kept)
