@@ -382,10 +382,10 @@ def test_shape_in_other_letters():
         t.check_recipe(cells(preset, "PARAMS.vo_bank.shape=A*2 H*d D", "PARAMS.mlp_bank.shape=2*L 4*D D"))
 
 
-def test_help_without_docstrings():
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"PYTHONOPTIMIZE": "2"}
-    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], env=env, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "") and all(f"\n  --{name}=" in done.stdout for name in t.KEYS)
+def test_help_without_docstrings(monkeypatch):
+    """As PYTHONOPTIMIZE=2 leaves the script."""
+    monkeypatch.setattr(t, "__doc__", None)
+    assert all(f"\n  --{name}=" in t.help_text("record80") for name in t.KEYS)
 
 
 def trained(hp, steps=4):
