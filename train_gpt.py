@@ -520,6 +520,9 @@ class Documents:
         self.starts = np.flatnonzero(tokens == bos).tolist()
         self.ends = [*self.starts[1:], len(tokens)]
 
+    def join(self, slices: list[tuple[int, int]]) -> np.ndarray:
+        return np.concatenate([self.tokens[start:end] for start, end in slices])
+
     def segments(self, first: int, length: int, max_doc: int) -> tuple[list[list[tuple[int, int]]], int] | None:
         """SEGMENTS lists of document slices, `length` tokens each, from document number `first` on, and the number of
         the next; None if too few documents are left.
@@ -658,8 +661,7 @@ class TouchLog:
 
     def mark(self, documents: Documents, segments: list[list[tuple[int, int]]]) -> None:
         for s, slices in enumerate(segments):
-            tokens = np.concatenate([documents.tokens[a:b] for a, b in slices])
-            self.touched[s % self.ranks.world, bigram_ids(tokens[:-1], self.rows)] = True
+            self.touched[s % self.ranks.world, bigram_ids(documents.join(slices)[:-1], self.rows)] = True
 
     def exchange(self) -> TouchedRows:
         """What this rank sends and receives in an update, with which the log starts anew."""
@@ -687,7 +689,7 @@ def train_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int],
         if log:
             log.mark(documents, segments)
             touched = log.exchange() if due(bigram, now.step) else None
-        own = [(np.concatenate([documents.tokens[a:b] for a, b in slices]), np.cumsum([b - a for a, b in slices]))
+        own = [(documents.join(slices), np.cumsum([b - a for a, b in slices]))
                for slices in segments[ranks.rank :: ranks.world]]
         candidates = [sweep.choose(segment, tokens[1:], now.stage.classes)
                       for segment, (tokens, _) in zip(range(ranks.rank, SEGMENTS, ranks.world), own)]
@@ -2435,8 +2437,8 @@ def head_gradients(x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, fp8: 
 
 
 class HeadLoss(torch.autograd.Function):
-    """sum over positions of softcapped_mtp_loss(x w): product, loss and both gradients, `rows` tokens at a time, so
-    that no logits are kept.
+    """sum over positions of softcapped_mtp_loss(x w): product, loss and both gradients at once, so that no logits are
+    kept.
 
     x [T, D], w [D, V], candidates [n, classes], targets [T, k], weights [k] -> 0-dim fp32. The softmax of each of n
     segments is over its candidates, or over all columns of w if there are none. With fp8, the products run as e4m3 x
@@ -3366,8 +3368,7 @@ def check_candidates(now: Plan, documents: Documents, segments: list[list[tuple[
     if classes == 0:
         return
     for number, slices in enumerate(segments):
-        tokens = np.concatenate([documents.tokens[a:b] for a, b in slices])
-        distinct = np.count_nonzero(np.bincount(tokens[1:]))
+        distinct = np.count_nonzero(np.bincount(documents.join(slices)[1:]))
         require(distinct <= classes, f"STAGES.{now.index}.classes={classes}: segment {number} of step {now.step} has "
                 f"{distinct} different targets; use {round_up(distinct, 128)} or more")
 
@@ -3480,18 +3481,19 @@ def trials(hp: Recipe, count: int) -> list[Recipe]:
     return [replace(hp, seed=seed, run_id=f"{name}_seed{seed}" if count > 1 else name) for seed in seeds]
 
 
-def train_trials(recipes: list[Recipe], ranks: Ranks, saved: dict | None, warnings: list[str]) -> int:
+def train_trials(recipes: list[Recipe], ranks: Ranks, saved: dict | None, notes: list[str]) -> int:
     """Train recipes that differ in seed and name, one after the other; the last exit status. One set-up serves all."""
     run, logs = None, []
     for hp in recipes:
         log = on_every_rank(partial(Log, hp, ranks))
         with Watch(ranks, log) as watch:
             log_environment(log, hp, ranks)
-            for text in warnings:
+            for text in notes:
                 log(f"warning: {text}")
             if run:
                 run.restart(hp)
-            run = run or Run(hp, ranks, choose_ops(hp))
+            else:
+                run = Run(hp, ranks, choose_ops(hp))
             status = train(run, log, watch, saved)
         log.close()
         logs.append(log.path)

@@ -40,7 +40,6 @@ import train_gpt as t
 ROOT = Path(__file__).resolve().parents[1]
 
 MIN_PYTHON = (3, 11)  # numpy's pinned version asks for it
-FP8_CAPABILITY = (8, 9)
 RUN_MEMORY = 32 * 2**30  # bytes; a run of the record allocated 30,863 MiB on one H200
 RUN_PACKAGES = ("torch", "triton", "numpy", "tqdm")
 RUN_SHARDS = 9  # train shards that run.sh downloads
@@ -180,8 +179,8 @@ def check_fp8(case: Case) -> Line:
     if case.device.type == "cpu":
         return Line("fail", "the head's products need a GPU")
     capability = torch.cuda.get_device_capability()
-    if capability < FP8_CAPABILITY:
-        return Line("fail", "capability {}.{}, but FP8 begins with {}.{}".format(*capability, *FP8_CAPABILITY))
+    if capability < t.FP8_CAPABILITY:
+        return Line("fail", "capability {}.{}, but FP8 begins with {}.{}".format(*capability, *t.FP8_CAPABILITY))
     error = fp8_error(case.device)
     return Line("fail" if error else "ok", f"a small product on the GPU is off by {error}")
 
