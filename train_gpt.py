@@ -340,13 +340,19 @@ PRESETS = {"record80": RECORD80, "frontier": frontier(RECORD80), "mini": mini(RE
 
 
 class Windows(NamedTuple):
-    """What attention sees, in tokens; constants to the compiler."""
+    """What attention sees, in tokens; constants to the compiler, but see at_run_time."""
 
-    short: int
-    long: int
+    short: int | Tensor
+    long: int | Tensor
     max_doc: int  # no document is longer
     scale: float  # of the softmax
     segment: int = 0  # positions, smear, key offset and targets begin anew every so many tokens; 0: never
+
+    def at_run_time(self) -> Windows:
+        """The same for an operation that reads a window with max_doc and scale, now units, from a tensor on the CPU: so
+        code is compiled for them once."""
+        short, long = (torch.tensor([x, self.max_doc, self.scale], dtype=torch.float64) for x in (self.short, self.long))
+        return self._replace(short=short, long=long, max_doc=1, scale=1.0)
 
 
 class Plan(NamedTuple):
@@ -1392,6 +1398,9 @@ class Run:
         self.micro_step = Replay(self.add_gradients, hp.graphs and hp.compile and ranks.device.type == "cuda")
         self.ready = False
 
+    def attended(self, windows: Windows) -> Windows:
+        return windows.at_run_time() if self.model.ops.attention is attention_flash4 else windows
+
     def restart(self, hp: Recipe) -> None:
         """Weights and optimizer as a run of hp begins with, whose seed and names alone are others."""
         self.hp = self.optimizer.hp = hp  # not the model's, which its compiled functions are bound to
@@ -1420,7 +1429,7 @@ class Run:
             rows = self.model.lookup(batch)
         for row in (rows.embed, rows.bigram, *rows.value):
             row.requires_grad_()
-        loss = self.loss_of(batch, rows, windows, mtp_weights)
+        loss = self.loss_of(batch, rows, self.attended(windows), mtp_weights)
         loss.backward()
         self.optimizer.add_table_gradients(batch, rows)
         return loss.detach()
@@ -1435,7 +1444,7 @@ class Run:
         windows = now.windows._replace(long=long, max_doc=validation.max_doc, segment=0)
         total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)  # loss, count
         for batch in itertools.islice(validation.batches(), chunks):
-            losses = self.val_losses_of(batch, self.model.lookup(batch), windows)
+            losses = self.val_losses_of(batch, self.model.lookup(batch), self.attended(windows))
             total += torch.stack([losses.double().sum(), total.new_tensor(len(losses))])
         dist.all_reduce(total)
         return (total[0] / total[1]).item()
@@ -2582,12 +2591,20 @@ def gated_flash4() -> tuple[type, dict]:
     return Gated, {}
 
 
+def attended_now(max_len: int, window: Tensor, scale: float) -> tuple[int, int, float]:
+    """The numbers for a window of Windows.at_run_time and its units."""
+    tokens, longest, softmax_scale = window.tolist()
+    return max_len * int(longest), int(tokens), scale * softmax_scale
+
+
 @op(shapes=lambda q, k, v, *_: (torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
-def flash4(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cu_seqlens: Tensor, max_len: int, window: int,
+def flash4(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cu_seqlens: Tensor, max_len: int, window: Tensor,
            scale: float) -> tuple[Tensor, Tensor]:
-    """Output [T, h, d], times gate [T, h], and log-sum-exp [h, T] fp32 of FlashAttention-4 (package flash-attn-4)."""
+    """Output [T, h, d], times gate [T, h], and log-sum-exp [h, T] fp32 of FlashAttention-4 (package flash-attn-4).
+    window: as of Windows.at_run_time."""
     from flash_attn.cute import interface
 
+    max_len, window, scale = attended_now(max_len, window, scale)
     kernel, kept = gated_flash4()
     lse = gate.mT.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     with patch.object(interface, "FlashAttentionForwardSm90", kernel), patch.object(
@@ -2659,7 +2676,7 @@ def flash4_preprocess(out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor, cu_s
 @op(shapes=lambda q, k, v, *_: (
     torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), q.new_empty(q.shape[:2], dtype=torch.float32)))
 def flash4_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor,
-                    cu_seqlens: Tensor, max_len: int, window: int,
+                    cu_seqlens: Tensor, max_len: int, window: Tensor,
                     scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of flash4's q, k, v and gate (fp32) from its results and the gradient dout of out.
 
@@ -2667,6 +2684,7 @@ def flash4_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, 
     """
     from flash_attn.cute import interface
 
+    max_len, window, scale = attended_now(max_len, window, scale)
     dots = []
 
     def preprocess(out, dout, sums, lse, lse2, zero, cu_seqlens, _used, _dlse, _dtype, _d, _d_v, block, **_):
@@ -2699,10 +2717,11 @@ class Flash4(torch.autograd.Function):
         return *grads, dgate.to(gate.dtype), None, None, None, None
 
 
-def attention_flash4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int, scale: float,
-                     gate: Tensor | None = None) -> Tensor:
+def attention_flash4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int | Tensor,
+                     scale: float, gate: Tensor | None = None) -> Tensor:
     """attention_reference by FlashAttention-4."""
     gate = q.new_ones(q.shape[:2]) if gate is None else gate
+    window = window if isinstance(window, Tensor) else torch.tensor([window, 1, 1], dtype=torch.float64, device="cpu")
     return Flash4.apply(q, k, v, gate, cu_seqlens, max_len, window, scale)
 
 
