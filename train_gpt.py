@@ -106,6 +106,8 @@ class Layer(NamedTuple):
     value_gate: bool = True  # it is gated
     reads: str | None = None  # attention reads the stream after this layer; None: as it is
     skip_from: str | None = None  # at first, add the gated stream after this layer
+    fp8_qkv: bool = False  # training multiplies with Q, K and V in FP8
+    fp8_mlp: bool = False  # and with the MLP's matrices
 
 
 LAYERS = (
@@ -310,14 +312,19 @@ class Recipe:
             F=self.mlp_dim or 4 * self.model_dim)
 
 
+def without_fp8(recipe: Recipe) -> Recipe:
+    layers = tuple(layer._replace(fp8_qkv=False, fp8_mlp=False) for layer in recipe.layers)
+    return replace(recipe, fp8_head=False, layers=layers)
+
+
 def small(recipe: Recipe) -> Recipe:
     """The same recipe at a size that two CPU cores train in two minutes."""
     sample = Path(__file__).with_name("data") / "sample"
     return replace(
-        recipe, train_files=f"{sample}/fineweb_train_*.bin", val_files=f"{sample}/fineweb_val_*.bin",
+        without_fp8(recipe), train_files=f"{sample}/fineweb_train_*.bin", val_files=f"{sample}/fineweb_val_*.bin",
         val_tokens=8192, val_chunk=1024, num_scheduled_iterations=60, num_extension_iterations=4, val_every=20,
         batch_unit=512, micro_tokens=512, block=16, model_dim=96, head_dim=16, bigram_ratio=1, muon_momentum_warmup=30,
-        muon_momentum_cooldown=8, dtype="float32", fp8_head=False, compile=False, device="cpu")
+        muon_momentum_cooldown=8, dtype="float32", compile=False, device="cpu")
 
 
 def mini(recipe: Recipe) -> Recipe:
@@ -326,12 +333,15 @@ def mini(recipe: Recipe) -> Recipe:
 
 
 def frontier(recipe: Recipe) -> Recipe:
-    """The recipe plus parts of record #92, each switched by a cell: --set 'STAGES.*.classes=0' takes all classes."""
+    """The recipe plus parts of record #92, each switched by a cell: --set 'STAGES.*.classes=0' takes all classes, --set
+    'LAYERS.*.fp8_mlp=false' multiplies in bf16."""
+    layers = tuple(layer._replace(fp8_qkv=layer.window is not None, fp8_mlp=True) for layer in recipe.layers)
     scheduled = [stage for stage in recipe.stages if stage.length is not None]
     stages = [stage._replace(classes=10_240) for stage in scheduled[:-1]]
     for share, classes in ((0.48, 14_336), (0.36, 24_576), (0.16, 0)):  # as #92's changes lie in its third stage
         stages += [stage._replace(length=share * stage.length, classes=classes) for stage in scheduled[-1:]]
-    return replace(recipe, stages=(*stages, *(stage for stage in recipe.stages if stage.length is None)))
+    extension = [stage for stage in recipe.stages if stage.length is None]
+    return replace(recipe, layers=layers, stages=(*stages, *extension))
 
 
 RECORD80 = Recipe()
@@ -492,16 +502,18 @@ class Injection(NamedTuple):
 
 
 class Ops(NamedTuple):
-    """What the model computes with: PLAIN says it in PyTorch, HOPPER does it in fused kernels."""
+    """What the model computes with: PLAIN says it in PyTorch, HOPPER does it in fused kernels.
+
+    fp8: None; or the loss scale, of which gradients are, where products are in FP8."""
 
     stream: Callable  # x [T, D] -> Stream
     normed: Callable  # Stream -> Stream: each row over its rms
     first_columns: Callable  # x [T, n], k -> x, x[:, :k]
-    attention_inputs: Callable  # normed Stream, AttentionWeights, ve, cos, sin, Layer -> q, k, v, gate
+    attention_inputs: Callable  # normed Stream, AttentionWeights, ve, cos, sin, Layer, fp8 -> q, k, v, gate
     attention: Callable  # gate softmax(scale q k^T) v in documents and a window
     injections: Callable  # x0, bigram [T, D], their lambdas [A] -> A of Injection
     linear_sum: Callable  # y, o, x, resid [T], Injection -> Stream: y o^T + resid x + injected
-    mlp: Callable  # x, up, down, resid [T] -> Stream: relu(norm(x) up^T)^2 down + resid x
+    mlp: Callable  # x, up, down, resid [T], fp8 -> Stream: relu(norm(x) up^T)^2 down + resid x
     head_loss: Callable  # x [T, D], w [D, V], candidates, targets [T, k], weights, cap, fp8, loss_scale -> loss
     add_rows: Callable  # rows [T, D], ids [T], table, order -> None: table[ids] += rows
 
@@ -823,7 +835,8 @@ class GPT(nn.Module):
         self.named = hp.layer_names
         self.cap = (hp.readout.cap, hp.readout.cap_shift, hp.readout.cap_width)
         self.loss_scale = world / SEGMENTS  # gradients are means over ranks, of sums over a rank's segments
-        self.ops = self.val_ops = PLAIN
+        self.ops = PLAIN
+        self.val_layers = without_fp8(hp).layers
         self.index = -1  # of the stage that the rotary tables are for
         for row in hp.params:
             rows, *rest = param_shape(row, hp)
@@ -891,16 +904,15 @@ class GPT(nn.Module):
 
     def attend(
         self,
-        i: int,  # the layer
+        layer: Layer,
+        j: int,  # its place in banks
         h: Stream,  # normed
         qkv: Tensor,  # [3D, D]
         ve: Tensor | None,  # [T, D]
         batch: Batch,
         windows: Windows,
-        ops: Ops,
     ) -> Tensor:
         """Gated attention before O; [T, D]."""
-        layer = self.hp.layers[i]
         H = self.hp.num_heads
         d = self.hp.head_dim
         T = len(h.x)
@@ -909,22 +921,24 @@ class GPT(nn.Module):
         gated = ve is not None and layer.value_gate
         weights = AttentionWeights(
             qkv=qkv,
-            gate=self.attn_gate_bank[self.bank_index[i]],
+            gate=self.attn_gate_bank[j],
             value_gate=self.ve_gate_bank[layer.value_table] if gated else None,
         )
         cos, sin = (table[: n * (windows.segment or T)] for table in (self.cos, self.sin))
-        q, k, v, gate = ops.attention_inputs(h, weights, ve, cos, sin, layer)  # [T, H, d], gate [T, H]
+        fp8 = self.loss_scale if layer.fp8_qkv else None
+        q, k, v, gate = self.ops.attention_inputs(h, weights, ve, cos, sin, layer, fp8)  # [T, H, d], gate [T, H]
 
         # a paired token becomes two: the same memory seen as [2T, H/2, d]
         q, k, v = (x.reshape(n * T, H // n, d) for x in (q, k, v))
         gate = gate.view(n * T, H // n) if layer.gate else None
         window = windows.short if layer.window == "short" else windows.long
         documents = batch.cu_seqlens * n, windows.max_doc * n
-        y = ops.attention(q, k, v, *documents, window, windows.scale, gate)
+        y = self.ops.attention(q, k, v, *documents, window, windows.scale, gate)
         return y.reshape(T, H * d)
 
-    def trunk(self, batch: Batch, rows: Embeddings, windows: Windows, ops: Ops) -> Tensor:
+    def trunk(self, batch: Batch, rows: Embeddings, windows: Windows, layers: tuple[Layer, ...]) -> Tensor:
         """From tokens to the normalised last hidden state [T, D]."""
+        ops = self.ops
         qkv, o, up, down = self.matrices()
         resid, x0_lambdas, bigram_lambdas = (
             p.bfloat16().float() for p in (self.resid_lambdas, self.x0_lambdas, self.bigram_lambdas))
@@ -942,7 +956,7 @@ class GPT(nn.Module):
 
         # Layers; after: the stream after each layer; normed: its norm, which several layers read
         after, normed = {}, {-1: ops.normed(x)}
-        for i, layer in enumerate(self.hp.layers):
+        for i, layer in enumerate(layers):
             if layer.skip_from is not None:
                 gate = 2 * torch.sigmoid(F.linear(gate_in, self.skip_gate))
                 gate = torch.sigmoid(self.skip_lambda[0]) * gate
@@ -951,9 +965,10 @@ class GPT(nn.Module):
                 j = self.bank_index[i]
                 h = normed[i - 1 if layer.reads is None else self.named[layer.reads]]
                 ve = None if layer.value_table is None else rows.value[layer.value_table]
-                y = self.attend(i, h, qkv[j], ve, batch, windows, ops)
+                y = self.attend(layer, j, h, qkv[j], ve, batch, windows)
                 x = ops.linear_sum(y, o[j], x, resid_attn[i], inject[j])  # y o^T + resid x + injected
-            x = ops.mlp(x, up[i], down[i], resid_mlp[i])  # relu(norm(x) up^T)^2 down + resid x
+            fp8 = self.loss_scale if layer.fp8_mlp else None
+            x = ops.mlp(x, up[i], down[i], resid_mlp[i], fp8)  # relu(norm(x) up^T)^2 down + resid x
             after[i], normed[i] = x, ops.normed(x)
 
         # Read out, without what was there after the middle layer
@@ -962,15 +977,15 @@ class GPT(nn.Module):
 
     def train_loss(self, batch: Batch, rows: Embeddings, windows: Windows, mtp_weights: Tensor) -> Tensor:
         """The loss, summed over positions and times loss_scale; mtp_weights [k] of the next k tokens."""
-        x = self.trunk(batch, rows, windows, self.ops)
+        x = self.trunk(batch, rows, windows, self.hp.layers)
         targets = batch.targets.unflatten(0, (-1, windows.segment or len(batch.targets)))  # [n, S]
         targets = next_targets(targets, len(mtp_weights))
         return self.ops.head_loss(x, self.lm_head, batch.candidates, targets, self.loss_scale * mtp_weights, self.cap,
                                   self.hp.fp8_head, self.loss_scale)
 
     def val_losses(self, batch: Batch, rows: Embeddings, windows: Windows) -> Tensor:
-        """The loss of each position [T]."""
-        x = self.trunk(batch, rows, windows, self.val_ops)
+        """The loss of each position [T], without FP8."""
+        x = self.trunk(batch, rows, windows, self.val_layers)
         losses = []
         for rows, targets in zip(x.split(VAL_HEAD_ROWS), batch.targets.split(VAL_HEAD_ROWS)):
             logits = softcap(rows @ self.lm_head, *self.cap)
@@ -1384,13 +1399,12 @@ class StepLoss(NamedTuple):
 class Run:
     """A model, its optimizer, and the steps that train and validate it."""
 
-    def __init__(self, hp: Recipe, ranks: Ranks, ops: Ops | None = None, val_ops: Ops | None = None):
+    def __init__(self, hp: Recipe, ranks: Ranks, ops: Ops | None = None):
         self.hp = hp
         self.ranks = ranks
         with torch.device(ranks.device):
             self.model = GPT(hp, ranks.world)
         self.model.ops = ops or PLAIN
-        self.model.val_ops = val_ops or self.model.ops
         self.model.initialize(hp)
         self.optimizer = NorMuonAdam(self.model, hp, ranks)
         self.loss_of = maybe_compiled(self.model.train_loss, hp)
@@ -1778,8 +1792,9 @@ PRODUCT_TILE = (128, 192)  # rows, columns; tuned (H200)
 def epilogues_reference() -> dict[str, Callable]:
     """By kind: what becomes of y = a b [m, n], and two tensors whose products are summed over the columns of a tile.
 
-    c, c1, c2, x [m, n], r [m, 1] and s, s0, s1, s2 0-dim. root: r times pre's gradient, for c = relu(pre)^2 and c's
-    gradient y. norm_grad: the gradient of what enters a norm by r and is read by a residual scaled by s."""
+    c, c1, c2, x [m, n], r, f [m, 1] and s, s0, s1, s2, t 0-dim. root: r times pre's gradient, for c = relu(pre)^2 and c's
+    gradient y. norm_grad: the gradient of what enters a norm by r and is read by a residual scaled by s. Those with 8
+    take FP8 numbers, whose scales are in t."""
     def summed(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return y, y, y
 
@@ -1790,18 +1805,33 @@ def epilogues_reference() -> dict[str, Callable]:
         "sum3": lambda y, c, s0, c1, s1, c2, s2: summed(y + s0 * c + s1 * c1 + s2 * c2),
         "root": lambda y, c, r: (2 * r * y * c.sqrt(), 2 * r * y * c.sqrt(), c.sqrt()),
         "norm_grad": lambda y, c, x, s, r: (y + s * c + r * x, c, x),
+        "scaled8": lambda y, t: (t * y,),
+        "rows8": lambda y, r, t: (t * r * y,),
+        "relu_square8": lambda y, t: (F.relu(t * y).square(),),
+        "sum8": lambda y, c, s, t: summed(t * y + s * c),
+        "root8": lambda y, c, t: (2 * t * y * c.sqrt(), 2 * t * y * c.sqrt(), c.sqrt()),
+        "norm_grad8": lambda y, c, x, s, r, f, t: (t * r * y + s * c + f * x, c, x),
     }
 
 
-def product_reference(kind: str, a: Tensor, b: Tensor, operands: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The epilogue of that kind on a b, for a [m, k], b [k, n]: [m, n], and its sums [m, tiles] fp32, or [0]."""
-    operands = [x[:, None] if x.dim() == 1 else x for x in operands]
-    y, *factors = epilogues_reference()[kind](a @ b, *operands)
-    if not factors:
-        return y.to(a.dtype), a.new_empty(0, dtype=torch.float32)
-    terms = factors[0].float() * factors[1].float()
-    columns = PRODUCT_TILE[1]
-    return y.to(a.dtype), F.pad(terms, (0, -terms.size(1) % columns)).view(len(y), -1, columns).sum(2)
+SUMMED = "sum1", "sum3", "root", "norm_grad", "sum8", "root8", "norm_grad8"  # kinds with sums
+TURNED = "relu_square8", "root8"  # kinds whose result comes transposed, too
+
+
+def product_reference(kind: str, a: Tensor, b: Tensor, operands: list[Tensor],
+                      dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The epilogue of that kind on a b, for a [m, k], b [k, n]: y [m, n] of dtype; its sums [m, tiles] fp32, or none [0,
+    tiles]; and y^T [n, m], or none [0, m]. Of FP8 numbers a must be row-major and b column-major."""
+    operands = [x.float() if x.dtype.itemsize == 1 else x[:, None] if x.dim() == 1 else x for x in operands]
+    y = fp8_product(a, b, torch.ones((), device=a.device), torch.float32) if a.dtype.itemsize == 1 else a @ b
+    y, *factors = epilogues_reference()[kind](y, *operands)
+    sums = y.new_empty(0, -(-y.size(1) // PRODUCT_TILE[1]), dtype=torch.float32)
+    if factors:
+        terms = factors[0].float() * factors[1].float()
+        columns = PRODUCT_TILE[1]
+        sums = F.pad(terms, (0, -terms.size(1) % columns)).view(len(y), -1, columns).sum(2)
+    y = to_fp8(y, dtype) if dtype.itemsize == 1 else y.to(dtype)
+    return y, sums, y.mT.contiguous() if kind in TURNED else y.new_empty(0, len(y))
 
 
 @cache
@@ -1836,35 +1866,56 @@ def quack_products() -> dict[str, tuple[list[str], Callable]]:
     def norm_grad(acc, c, x, s, r):
         return {"D": acc + s * c + r * x, "sums": (c, x)}
 
-    def scaled(acc, scale):
-        return {"D": acc * scale}
+    def scaled8(acc, t):
+        return {"D": t * acc}
+
+    def rows8(acc, r, t):
+        return {"D": t * r * acc}
+
+    def relu_square8(acc, t):
+        positive = cute.arch.fmax(t * acc, 0.0)
+        y = positive * positive
+        return {"D": y, "turned": y}
+
+    def sum8(acc, c, s, t):
+        y = t * acc + s * c
+        return {"D": y, "sums": (y, y)}
+
+    def root8(acc, c, t):
+        pre = cute.math.sqrt(c, fastmath=True)
+        y = 2.0 * t * acc * pre
+        return {"D": y, "turned": y, "sums": (y, pre)}
+
+    def norm_grad8(acc, c, x, s, r, f, t):
+        return {"D": t * r * acc + s * c + f * x, "sums": (c, x)}
 
     rows, columns = PRODUCT_TILE
     config = GemmConfig(tile_m=rows, tile_n=columns, pingpong=True, cluster_m=2, is_dynamic_persistent=False)
-    ops, reduces = {"r": ColVecLoad("r")}, {"sums": ColVecReduce("sums", scaled=True)}
-    plain, by_row = gemm_epilogue(), gemm_epilogue(ops=ops)
-    summed, summed_by_row = gemm_epilogue(reduces=reduces), gemm_epilogue(ops=ops, reduces=reduces)
-    kinds = {none: plain, relu_square: by_row, sum1: summed, sum3: summed, root: summed_by_row,
-             norm_grad: summed_by_row}
-    fp8 = partial(plain(scaled).gemm, tile_M=config.tile_m, tile_N=config.tile_n, pingpong=config.pingpong,
-                  cluster_M=config.cluster_m, b_kn=True,
-                  post_init_attrs=(("fp8_slow_accum", False),))  # its sums stay in the tensor cores
-    kernels = {f.__name__: (list(inspect.signature(f).parameters)[1:], partial(kind(f), config=config, tuned=False))
-               for f, kind in kinds.items()}
-    return kernels | {"scaled": (["scale"], fp8)}
+    kernels = {}
+    for f in (none, relu_square, sum1, sum3, root, norm_grad, scaled8, rows8, relu_square8, sum8, root8, norm_grad8):
+        names = list(inspect.signature(f).parameters)[1:]
+        kind = gemm_epilogue(
+            outputs=("turned",) * (f.__name__ in TURNED), ops={x: ColVecLoad(x) for x in "rf" if x in names},
+            reduces={"sums": ColVecReduce("sums", scaled=True)} if f.__name__ in SUMMED else None)(f)
+        kernels[f.__name__] = names, partial(
+            kind.gemm, tile_M=PRODUCT_TILE[0], tile_N=PRODUCT_TILE[1], pingpong=True, cluster_M=2, b_kn=True,
+            post_init_attrs=(("fp8_slow_accum", False),))  # FP8's sums stay in the tensor cores
+    return kernels
 
 
 @op(product_reference, cpu=False)
-def product(kind: str, a: Tensor, b: Tensor, operands: list[Tensor]) -> tuple[Tensor, Tensor]:
+def product(kind: str, a: Tensor, b: Tensor, operands: list[Tensor],
+            dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     names, kernel = quack_products()[kind]
-    more = dict(zip(names, operands, strict=True))
-    first = [more.pop("c")] if "c" in more else []
-    if "r" in more:
-        more["r"] = more["r"][None]
-    sums = a.new_empty(0, dtype=torch.float32)
-    if kind not in ("none", "relu_square"):
-        more["sums"] = sums = sums.new_empty(len(a), -(-b.size(1) // PRODUCT_TILE[1]))
-    return kernel(a, b, *first, **more)["D"], sums
+    more = {name: x[None] if x.dim() == 1 else x for name, x in zip(names, operands, strict=True)}
+    m, n = len(a), b.size(1)
+    y = a.new_empty(m, n, dtype=dtype)
+    sums = a.new_empty(m if kind in SUMMED else 0, -(-n // PRODUCT_TILE[1]), dtype=torch.float32)
+    turned = y.new_empty(n if kind in TURNED else 0, m)
+    more |= {"sums": sums} if kind in SUMMED else {}
+    more |= {"turned": turned.mT} if kind in TURNED else {}
+    kernel(a, b, y, more.pop("c", None), epi_args=more)
+    return y, sums, turned
 
 
 WEIGHT_GRAD_ROWS = 1536  # tuned (H200): cuBLAS makes 2,304 x 768 in 0.259 ms, as 1,536 + 768 rows in 0.242
@@ -1896,25 +1947,31 @@ class FoldedNorm(torch.autograd.Function):
 
 
 class NormedLinear(torch.autograd.Function):
-    """F.linear(x, w) of a FoldedNorm x [T, D], but for the factor r [T], and the gates of x's first columns."""
+    """F.linear(x, w) of a FoldedNorm x [T, D], but for the factor r [T] unless fp8, and the gates of x's first columns."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, r: Tensor, w: Tensor, ve_first: Tensor | None, w_gate: Tensor,
-                w_value: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(ctx, x: Tensor, r: Tensor, w: Tensor, ve_first: Tensor | None, w_gate: Tensor, w_value: Tensor | None,
+                fp8: float | None) -> tuple[Tensor, Tensor, Tensor | None]:
         gate, value_gate = gates(x[:, :GATE_INPUTS], r, ve_first, w_gate, w_value)
-        ctx.save_for_backward(x, r, w, ve_first, w_gate, w_value, gate, value_gate)
-        return product("none", x, w.mT, [])[0], gate, None if w_value is None else value_gate
+        u, kept = fp8_linear(x, r, w, True) if fp8 else (product("none", x, w.mT, [], x.dtype)[0], ())
+        ctx.save_for_backward(x, r, w, ve_first, w_gate, w_value, gate, value_gate, *kept)
+        ctx.fp8 = fp8
+        return u, gate, None if w_value is None else value_gate
 
     @staticmethod
     def backward(ctx, du: Tensor, dgate: Tensor, dvalue_gate: Tensor | None):
-        x, r, w, ve_first, w_gate, w_value, gate, value_gate = ctx.saved_tensors
-        dw = weight_grad(du, x)  # first: cuBLAS gives autograd's thread the CUDA context that tensor descriptors need
-        dx, _ = product("none", du, w, [])
+        x, r, w, ve_first, w_gate, w_value, gate, value_gate, *kept = ctx.saved_tensors
+        if ctx.fp8:
+            dx, dw = fp8_linear_gradients(du, r, kept, ctx.fp8, True)
+        else:
+            dw = weight_grad(du, x)  # first: cuBLAS gives autograd's thread the CUDA context that tensor maps need
+            dx, _, _ = product("none", du, w, [], x.dtype)
         dgate_in, dve_first, dw_gates = gates_backward(
             x[:, :GATE_INPUTS], r, ve_first, w_gate, w_value, gate, value_gate, dgate, dvalue_gate)
         add_columns(dx, dgate_in)
         dw_gate, dw_value = dw_gates.sum(0).to(w_gate.dtype).split([len(w_gate), dw_gates.size(1) - len(w_gate)])
-        return (dx, None, dw, None if ve_first is None else dve_first, dw_gate, None if w_value is None else dw_value)
+        return (dx, None, dw, None if ve_first is None else dve_first, dw_gate, None if w_value is None else dw_value,
+                None)
 
 
 def injections_backward_reference(x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor,
@@ -1996,7 +2053,7 @@ class LinearSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, c: Tensor, s: Tensor, added: Tensor, x0: Tensor, bigram: Tensor, s0: Tensor,
                 s1: Tensor) -> tuple[Tensor, Tensor]:
-        y, squares = product("sum3", x, w.mT, [c, s[0], x0, s0, bigram, s1])
+        y, squares, _ = product("sum3", x, w.mT, [c, s[0], x0, s0, bigram, s1], x.dtype)
         r = inverse_rms(squares, y.size(1))
         ctx.mark_non_differentiable(r)
         ctx.save_for_backward(x, w, c, s)
@@ -2006,7 +2063,7 @@ class LinearSum(torch.autograd.Function):
     def backward(ctx, dy: Tensor, _):
         x, w, c, s = ctx.saved_tensors
         dc, ds = (s[:, None] * dy).to(dy.dtype), (dy.float() * c.float()).sum(1)
-        return product("none", dy, w, [])[0], dy.mT @ x, dc, ds, dy, None, None, None, None
+        return product("none", dy, w, [], dy.dtype)[0], dy.mT @ x, dc, ds, dy, None, None, None, None
 
 
 class ReluSquareMLP(torch.autograd.Function):
@@ -2015,8 +2072,8 @@ class ReluSquareMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, r: Tensor, up: Tensor, down: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        h, _ = product("relu_square", x, up.mT, [r])
-        y, squares = product("sum1", h, down, [x, scale[0]])
+        h, _, _ = product("relu_square", x, up.mT, [r], x.dtype)
+        y, squares, _ = product("sum1", h, down, [x, scale[0]], x.dtype)
         new_r = inverse_rms(squares, y.size(1))
         ctx.mark_non_differentiable(new_r)
         ctx.save_for_backward(x, r, up, down, scale, h)
@@ -2026,11 +2083,139 @@ class ReluSquareMLP(torch.autograd.Function):
     def backward(ctx, dy: Tensor, _):
         x, r, up, down, scale, h = ctx.saved_tensors
         d_down = h.mT @ dy
-        dpre, sums = product("root", dy, down.mT, [h, r])  # [T, F], times r
+        dpre, sums, _ = product("root", dy, down.mT, [h, r], x.dtype)  # [T, F], times r
         # FoldedNorm's gradient of g = dpre up needs the sum of g x, which is that of dpre (x up^T): known before g is
         factor = -r / x.size(1) * sums.sum(1)
-        dx, d_scale = product("norm_grad", dpre, up, [dy, x, scale[0], factor])
+        dx, d_scale, _ = product("norm_grad", dpre, up, [dy, x, scale[0], factor], x.dtype)
         return dx, None, dpre.mT @ x, d_down, d_scale.sum(1)
+
+
+# --- Products in FP8 (parts of record #92)
+# Tensor cores multiply FP8 numbers only along contiguous rows, so a product's gradients need its operands transposed, too
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+FP8_MAX = 448.0  # largest e4m3 number
+# Of the numbers that are stored as 1; all but weights' are known beforehand. Rows after a norm are at most sqrt(D), 28;
+# relu^2 is at most 448, and below 2^-6 loses precision; gradients, as e5m2, lie between 2^-24 and 56 times the loss scale
+NORMED_SCALE, HIDDEN_SCALE, GRADIENT_SCALE = 2.0**-4, 1.0, 2.0**-10
+
+
+def to_fp8(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in FP8; what is too large becomes the largest number."""
+    largest = torch.finfo(dtype).max
+    return x.float().clamp(-largest, largest).to(dtype)
+
+
+def fp8_product(a: Tensor, b: Tensor, scale: Tensor, out: torch.dtype) -> Tensor:
+    """scale * (a @ b) for FP8 a [m, k] row-major and b [k, n] column-major, which is what the tensor cores take."""
+    return torch._scaled_mm(a, b, scale_a=scale, scale_b=torch.ones_like(scale), out_dtype=out)
+
+
+def quantized_reference(x: Tensor, r: Tensor | None, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [m, n], each row times r [m] if given, in units of scale as FP8, and that transposed, [n, m]."""
+    x = x if r is None else (r[:, None] * x).to(x.dtype)
+    y = to_fp8(x.float() / scale, dtype)
+    return y, y.mT.contiguous()
+
+
+@jit
+def quantized_kernel(x, r, y, turned, m, n, factor, MAX: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr,
+                     BLOCK: tl.constexpr):
+    tiles_m = tl.cdiv(m, BLOCK)
+    rows = (tl.program_id(0) % tiles_m * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    columns = (tl.program_id(0) // tiles_m * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    inside = (rows < m)[:, None] & (columns < n)[None, :]
+    v = tl.load(x + rows[:, None] * n + columns[None, :], mask=inside, other=0.0)
+    if SCALED:
+        v = (v.to(tl.float32) * tl.load(r + rows, mask=rows < m, other=0.0)[:, None]).to(v.dtype)
+    v = tl.clamp(v.to(tl.float32) * factor, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
+    v = v.to(DTYPE).to(tl.int8, bitcast=True)
+    tl.store(y + rows[:, None] * n + columns[None, :], v, mask=inside)
+    tl.store(turned + columns[:, None] * m + rows[None, :], tl.trans(v), mask=tl.trans(inside))
+
+
+@op(quantized_reference, cpu=False)  # Triton's interpreter cuts numbers to FP8 and does not round them
+def quantized(x: Tensor, r: Tensor | None, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    (m, n), block = x.shape, 128  # as of transposed
+    y, turned = x.new_empty(m, n, dtype=dtype), x.new_empty(n, m, dtype=dtype)
+    quantized_kernel[(triton.cdiv(m, block) * triton.cdiv(n, block),)](
+        x.contiguous(), r, y.view(torch.int8), turned.view(torch.int8), m, n, 1 / scale, torch.finfo(dtype).max,
+        r is not None, tl.float8e4nv if dtype == E4M3 else tl.float8e5, block, num_warps=8)
+    return y, turned
+
+
+def fp8_weight(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A matrix as e4m3, that transposed, and its scale, with which the largest number is the format's."""
+    scale = w.abs().amax().float().clamp_min(1e-12) / FP8_MAX
+    w8 = to_fp8(w.float() / scale, E4M3)
+    return w8, w8.mT.contiguous(), scale
+
+
+def fp8_linear(x: Tensor, r: Tensor | None, w: Tensor, fast: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(r x) w^T for x [T, D], whose rows are normalised by r [T] if given, w [n, D]; and what its gradients need.
+    fast: by kernels."""
+    x8, x8_turned = (quantized if fast else quantized_reference)(x, r, NORMED_SCALE, E4M3)
+    w8, w8_turned, scale = fp8_weight(w)
+    y, _, _ = (product if fast else product_reference)("scaled8", x8, w8.mT, [NORMED_SCALE * scale], x.dtype)
+    return y, (x8_turned, w8_turned, scale)
+
+
+def fp8_linear_gradients(dy: Tensor, r: Tensor | None, kept: list[Tensor], loss_scale: float,
+                         fast: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of fp8_linear's x, times r for a FoldedNorm, and w, from that of its result [T, n]."""
+    x8_turned, w8_turned, scale = kept
+    unit = GRADIENT_SCALE * loss_scale
+    dy8, dy8_turned = (quantized if fast else quantized_reference)(dy, None, unit, E5M2)
+    kind, operands = ("scaled8", []) if r is None else ("rows8", [r])
+    dx, _, _ = (product if fast else product_reference)(kind, dy8, w8_turned.mT, [*operands, unit * scale], dy.dtype)
+    return dx, fp8_product(dy8_turned, x8_turned.mT, torch.full_like(scale, unit * NORMED_SCALE), dy.dtype)
+
+
+class Fp8Linear(torch.autograd.Function):
+    """F.linear(x, w) in FP8, in PyTorch; x [T, D] is normalised."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, loss_scale: float) -> Tensor:
+        y, kept = fp8_linear(x, None, w, False)
+        ctx.save_for_backward(*kept)
+        ctx.loss_scale = loss_scale
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        return *fp8_linear_gradients(dy, None, ctx.saved_tensors, ctx.loss_scale, False), None
+
+
+class Fp8MLP(torch.autograd.Function):
+    """ReluSquareMLP in FP8. fast: by kernels."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, r: Tensor, up: Tensor, down: Tensor, scale: Tensor, loss_scale: float,
+                fast: bool) -> tuple[Tensor, Tensor]:
+        multiply = product if fast else product_reference
+        x8, x8_turned = (quantized if fast else quantized_reference)(x, r, NORMED_SCALE, E4M3)
+        up8, up8_turned, up_scale = fp8_weight(up)
+        down8, down8_turned, down_scale = fp8_weight(down)
+        h8, _, h8_turned = multiply("relu_square8", x8, up8.mT, [NORMED_SCALE * up_scale], E4M3)  # [T, F]
+        y, squares, _ = multiply("sum8", h8, down8_turned.mT, [x, scale[0], HIDDEN_SCALE * down_scale], x.dtype)
+        new_r = inverse_rms(squares, y.size(1))
+        ctx.mark_non_differentiable(new_r)
+        ctx.save_for_backward(x, r, scale, x8_turned, h8, h8_turned, up8_turned, up_scale, down8, down_scale)
+        ctx.loss_scale, ctx.fast = loss_scale, fast
+        return y, new_r
+
+    @staticmethod
+    def backward(ctx, dy: Tensor, _):
+        x, r, scale, x8_turned, h8, h8_turned, up8_turned, up_scale, down8, down_scale = ctx.saved_tensors
+        multiply, unit = product if ctx.fast else product_reference, GRADIENT_SCALE * ctx.loss_scale
+        dy8, dy8_turned = (quantized if ctx.fast else quantized_reference)(dy, None, unit, E5M2)
+        dpre8, sums, dpre8_turned = multiply("root8", dy8, down8.mT, [h8, down_scale], E5M2)  # [T, F], in units
+        factor = -unit / x.size(1) * r.square() * sums.sum(1)  # as in ReluSquareMLP
+        dx, d_scale, _ = multiply("norm_grad8", dpre8, up8_turned.mT, [dy, x, scale[0], r, factor, unit * up_scale],
+                                  x.dtype)
+        d_up, d_down = (fp8_product(a, b.mT, torch.full_like(up_scale, unit * s), x.dtype) for a, b, s in (
+            (dpre8_turned, x8_turned, NORMED_SCALE), (h8_turned, dy8_turned, HIDDEN_SCALE)))
+        return dx, None, d_up, d_down, d_scale.sum(1), None, None
 
 
 # --- What attention reads: QK norm, rotary embedding, key offset, value-embedding mix
@@ -2067,9 +2252,9 @@ def attention_inputs_reference(qkv: Tensor, r: Tensor | None, ve: Tensor | None,
         k = torch.cat([k[..., : d // 2], torch.cat([still[:, :1], still[:, :-1]], dim=1).view(T, H, d // 2)], dim=-1)
     v = v if r is None else (r[:, None, None] * v).to(v.dtype)  # q and k are normalised
     if ve is None:
-        return q, k, v
+        return q, k, v.contiguous()
     ve = ve.view(T, H, d)
-    return q, k, v + (ve if gate is None else gate[..., None] * ve)
+    return q, k, (v + (ve if gate is None else gate[..., None] * ve)).to(v.dtype)
 
 
 @jit
@@ -2387,13 +2572,7 @@ def transposed(src: Tensor) -> Tensor:
 
 # --- Head: product, loss and gradient
 
-FP8_MAX = 448.0  # largest e4m3 number
 X_SCALE, W_SCALE, GRAD_SCALE = 100 / FP8_MAX, 1.6 / FP8_MAX, 0.75 / FP8_MAX  # tuned: a step of the format's grid
-
-
-def fp8_product(a: Tensor, b: Tensor, scale: Tensor, out: torch.dtype) -> Tensor:
-    """scale * (a @ b) for FP8 a [m, k] row-major and b [k, n] column-major, which is what the tensor cores take."""
-    return torch._scaled_mm(a, b, scale_a=scale, scale_b=torch.ones_like(scale), out_dtype=out)
 
 
 def quick_fp8_product_reference(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
@@ -2406,7 +2585,7 @@ def quick_fp8_product_reference(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 def quick_fp8_product(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """The result is stored while the next tile is computed: logits in 3.29 ms, where cuBLAS takes 3.66 (H200)."""
     y = a.new_empty(a.size(0), b.size(1), dtype=torch.bfloat16)
-    quack_products()["scaled"][1](a, b, y, epi_args={"scale": scale})
+    quack_products()["scaled8"][1](a, b, y, epi_args={"t": scale})
     return y
 
 
@@ -2800,7 +2979,7 @@ def choose_backends(hp: Recipe, device: torch.device) -> Recipe:
     hp = replace(hp, kernels=kernels)
     hp = fit_memory(hp, device) if hp.micro_tokens == "auto" else hp
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
-        hp = replace(hp, fp8_head=False)
+        hp = without_fp8(hp)
     gpu = device.type == "cuda" and hp.dtype == "bfloat16"
     hopper = gpu and gpu_generation(device) == HOPPER_GPU  # elsewhere fa4's package has other kernels, without gates
     fa4 = hopper and triton is not None and hp.head_dim in FLASH4_DIMS
@@ -2836,7 +3015,7 @@ def notices(asked: Recipe, hp: Recipe, device: torch.device) -> Iterator[str]:
     if missing := missing_packages(asked, hp, device):
         yield missing
     if asked.fp8_head and not hp.fp8_head:
-        yield f"this GPU has no FP8 products: the head computes in {hp.dtype}"
+        yield f"this GPU has no FP8 products: they are in {hp.dtype}"
     if device.type == "cuda" and memory_needed(hp) > usable_memory(device):
         need = memory_needed(hp) / MEMORY_USED / 2**30
         yield (f"the GPU's memory may be too small: about {need:.0f} GiB are needed; a smaller --micro_tokens, "
@@ -2845,9 +3024,10 @@ def notices(asked: Recipe, hp: Recipe, device: torch.device) -> Iterator[str]:
 
 # --- The two sets of operations
 
-def plain_attention_inputs(h: Stream, w: AttentionWeights, ve: Tensor | None, cos: Tensor, sin: Tensor,
-                           layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    qkv = F.linear(h.x, w.qkv).view(len(h.x), 3, -1, 4 * cos.size(1))
+def plain_attention_inputs(h: Stream, w: AttentionWeights, ve: Tensor | None, cos: Tensor, sin: Tensor, layer: Layer,
+                           fp8: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    qkv = Fp8Linear.apply(h.x, w.qkv, fp8) if fp8 else F.linear(h.x, w.qkv)
+    qkv = qkv.view(len(h.x), 3, -1, 4 * cos.size(1))
     first = None if ve is None or layer.paired else ve[:, : GATE_INPUTS // 2]
     gate, value_gate = gates_reference(h.x[:, :GATE_INPUTS], None, first, w.gate, w.value_gate)
     value_gate = None if w.value_gate is None else value_gate
@@ -2862,7 +3042,10 @@ def plain_linear_sum(y: Tensor, o: Tensor, x: Stream, resid: Tensor, inject: Inj
     return Stream(F.linear(y, o) + (resid[:, None] * x.x).to(x.x.dtype) + inject.total)
 
 
-def plain_mlp(x: Stream, up: Tensor, down: Tensor, resid: Tensor) -> Stream:
+def plain_mlp(x: Stream, up: Tensor, down: Tensor, resid: Tensor, fp8: float | None) -> Stream:
+    if fp8:
+        r = inverse_rms(x.x.detach().float().square(), x.x.size(1))
+        return Stream(Fp8MLP.apply(x.x, r, up, down, resid, fp8, False)[0])
     return Stream(F.relu(F.linear(norm(x.x), up)).square() @ down + (resid[:, None] * x.x).to(x.x.dtype))
 
 
@@ -2886,16 +3069,17 @@ PLAIN = Ops(
 )
 
 
-def hopper_attention_inputs(h: Stream, w: AttentionWeights, ve: Tensor | None, cos: Tensor, sin: Tensor,
-                            layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def hopper_attention_inputs(h: Stream, w: AttentionWeights, ve: Tensor | None, cos: Tensor, sin: Tensor, layer: Layer,
+                            fp8: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     first = None
     if w.value_gate is not None and not layer.paired:
         ve, first = FirstColumns.apply(ve, GATE_INPUTS // 2)
-    qkv, gate, value_gate = NormedLinear.apply(h.x, h.rstd, w.qkv, first, w.gate, w.value_gate)
+    qkv, gate, value_gate = NormedLinear.apply(h.x, h.rstd, w.qkv, first, w.gate, w.value_gate, fp8)
     if ve is not None and value_gate is None:
         value_gate = torch.ones_like(gate)
     qkv = qkv.view(len(h.x), 3, -1, 4 * cos.size(1))
-    inputs = AttentionInputs.apply(qkv, h.rstd, ve, value_gate, cos, sin, layer.paired, layer.key_offset)
+    rstd = None if fp8 else h.rstd
+    inputs = AttentionInputs.apply(qkv, rstd, ve, value_gate, cos, sin, layer.paired, layer.key_offset)
     return *inputs, gate
 
 
@@ -2912,7 +3096,8 @@ HOPPER = Ops(
     attention=attention_reference,
     injections=hopper_injections,
     linear_sum=lambda y, o, x, resid, inject: Stream(*LinearSum.apply(y, o, x.x, resid, *inject)),
-    mlp=lambda x, up, down, resid: Stream(*ReluSquareMLP.apply(*x, up, down, resid)),
+    mlp=lambda x, up, down, resid, fp8: Stream(
+        *(Fp8MLP.apply(*x, up, down, resid, fp8, True) if fp8 else ReluSquareMLP.apply(*x, up, down, resid))),
     head_loss=lambda x, w, candidates, targets, weights, cap, fp8, loss_scale: HeadLoss.apply(
         x, w, candidates, targets, weights, fp8, loss_scale, True, *cap),
     add_rows=scatter_add_rows,
@@ -2929,14 +3114,14 @@ class Case(NamedTuple):
     shapes: str  # of the tensors, in the letters of this file
 
 
-def run_attention_inputs(layer: Layer, ops: Ops, *tensors: Tensor) -> tuple[Tensor, ...]:
+def run_attention_inputs(layer: Layer, fp8: float | None, ops: Ops, *tensors: Tensor) -> tuple[Tensor, ...]:
     x, qkv, gate, value_gate, ve, angles = tensors
     d = x.size(1) // len(gate)
     angles = angles[: (1 + layer.paired) * len(x) // 2, : d // 4].float()  # two segments
     with_values = (value_gate, ve) if layer.value_table is not None else (None, None)
     weights = AttentionWeights(qkv, gate, with_values[0])
     tables = (f(angles.detach()).bfloat16().to(x.dtype) for f in (torch.cos, torch.sin))
-    return ops.attention_inputs(ops.normed(ops.stream(x)), weights, with_values[1], *tables, layer)
+    return ops.attention_inputs(ops.normed(ops.stream(x)), weights, with_values[1], *tables, layer, fp8)
 
 
 def run_attention(ops: Ops, q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
@@ -2953,8 +3138,8 @@ def run_linear_sum(ops: Ops, y: Tensor, o: Tensor, x: Tensor, x0: Tensor, bigram
     return ops.normed(stream).x if stream.rstd is None else stream.rstd[:, None] * ops.normed(stream).x
 
 
-def run_mlp(ops: Ops, x: Tensor, up: Tensor, down: Tensor, lambdas: Tensor) -> Tensor:
-    return ops.mlp(ops.stream(x), up, down, lambdas[0].expand(len(x))).x
+def run_mlp(fp8: float | None, ops: Ops, x: Tensor, up: Tensor, down: Tensor, lambdas: Tensor) -> Tensor:
+    return ops.mlp(ops.stream(x), up, down, lambdas[0].expand(len(x)), fp8).x
 
 
 def run_head_loss(fp8: bool, sampled: bool, ops: Ops, x: Tensor, w: Tensor) -> Tensor:
@@ -2976,14 +3161,15 @@ def run_add_rows(ops: Ops, rows: Tensor) -> Tensor:
 INPUTS = "T D, 3*D D, H G, H G, T D, 2*T D"
 CASES = {
     "first columns": Case("first_columns", lambda ops, x: ops.first_columns(x * 1, 12), "T D"),
-    "attention inputs": Case("attention_inputs", partial(run_attention_inputs, Layer("short")), INPUTS),
-    "attention inputs, paired": Case(
-        "attention_inputs", partial(run_attention_inputs, Layer("short", paired=True, value_table=0)), INPUTS),
-    "attention inputs, key offset": Case(
-        "attention_inputs", partial(run_attention_inputs, Layer("long", key_offset=True, value_table=0)), INPUTS),
+    **{f"attention inputs{name}": Case("attention_inputs", partial(run_attention_inputs, layer, fp8), INPUTS)
+       for name, layer, fp8 in (
+           ("", Layer("short"), None), (", paired", Layer("short", paired=True, value_table=0), None),
+           (", key offset", Layer("long", key_offset=True, value_table=0), None),
+           (" in FP8", Layer("short", value_table=0), 1.0))},
     "attention": Case("attention", run_attention, "T H d, T H d, T H d, T H"),
     "linear sum": Case("linear_sum", run_linear_sum, "T D, D D, T D, T D, T D, 2 L"),
-    "MLP": Case("mlp", run_mlp, "T D, F D, F D, 1"),
+    "MLP": Case("mlp", partial(run_mlp, None), "T D, F D, F D, 1"),
+    "MLP in FP8": Case("mlp", partial(run_mlp, 1.0), "T D, F D, F D, 1"),
     "head": Case("head_loss", partial(run_head_loss, False, False), "T D, D V"),
     "head in FP8": Case("head_loss", partial(run_head_loss, True, False), "T D, D V"),
     "head over candidates": Case("head_loss", partial(run_head_loss, False, True), "T D, D V"),
@@ -3160,7 +3346,7 @@ def check_layers(hp: Recipe) -> None:
             name = getattr(layer, column)
             require(name is None or name in earlier[1:], f"LAYERS.{i}.{column}={name!r}: use {' or '.join(earlier)}, a "
                     "name of an earlier layer")
-        for column in ("paired", "key_offset", "value_table", "reads"):
+        for column in ("paired", "key_offset", "value_table", "reads", "fp8_qkv"):
             value = getattr(layer, column)
             require(layer.window or value is None or value is False,  # a table 0 is neither
                     f"LAYERS.{i}.{column}={value!r}: a layer without attention (window=none) takes none or false")

@@ -43,7 +43,7 @@ def test_next_token_distribution(loaded, checkpoint):
     batch = batch._replace(targets=torch.tensor([*tokens[1:], 11]))
     with torch.no_grad():
         losses = other.val_losses(batch, other.lookup(batch), windows)
-        x = other.trunk(batch, other.lookup(batch), windows, t.PLAIN)
+        x = other.trunk(batch, other.lookup(batch), windows, other.val_layers)
         padding = t.softcap(x @ other.lm_head, *other.cap).softmax(-1)[:, 50257:]
     assert losses.std() > 0.05
     for n in range(1, len(tokens) + 1):

@@ -19,7 +19,7 @@ def run_ungated(ops, x, qkv, gate, ve, angles):
     """Attention inputs whose value embedding has no gate."""
     tables, weights = (angles.detach().cos(), angles.detach().sin()), t.AttentionWeights(qkv, gate, None)
     layer = t.Layer("short", value_table=0, value_gate=False)
-    return ops.attention_inputs(ops.normed(ops.stream(x)), weights, ve, *tables, layer)
+    return ops.attention_inputs(ops.normed(ops.stream(x)), weights, ve, *tables, layer, None)
 
 
 CASES = t.CASES | {"ungated": t.Case("attention_inputs", run_ungated, "T D, 3*D D, H G, T D, T 8")}
@@ -35,11 +35,12 @@ def test_interpreted():
     k.run_interpreted(__file__)
 
 
-def test_fp8_head():
+@pytest.mark.parametrize("name", ["head in FP8", "MLP in FP8"])
+def test_fp8(name):
     """With the references of HOPPER's kernels, which the interpreter cannot run, its numbers are PLAIN's."""
     torch.manual_seed(0)
-    case = CASES["head in FP8"]
-    inputs = t.case_inputs(case, SIZES["odd"], FP32, "cpu")
+    case = CASES[name]
+    inputs = t.case_inputs(case, SIZES["odd"] | (dict(T=32, F=112) if "MLP" in name else {}), FP32, "cpu")
     for ours, plain in zip(*(t.case_results(case, ops, inputs) for ops in (t.HOPPER, t.PLAIN)), strict=True):
         assert torch.equal(ours, plain) and ours.abs().max() > 0
 
@@ -50,13 +51,13 @@ def test_inverse_rms_of_products(T=7, D=500):
     resid, lambdas = torch.full((T,), 0.5), torch.tensor([0.3, -0.2])
     ops, stream = t.HOPPER, t.HOPPER.stream(x)
     for y in (ops.linear_sum(x, w, stream, resid, ops.injections(x, -x, lambdas, lambdas)[0]),
-              ops.mlp(stream, w, w, resid), stream):
+              ops.mlp(stream, w, w, resid, None), stream):
         torch.testing.assert_close(y.rstd[:, None] * y.x, t.norm(y.x))
 
 
 class TestInterpreted(k.Interpreted):
     @pytest.mark.parametrize("sizes", SIZES)
-    @pytest.mark.parametrize("name", [name for name in CASES if name != "head in FP8"])
+    @pytest.mark.parametrize("name", [name for name in CASES if "FP8" not in name])
     def test_cases(self, monkeypatch, name, sizes):
         """HOPPER's results and gradients are PLAIN's in float64 but for a rounding for each term of the longest sum."""
         monkeypatch.setattr(t, "WEIGHT_GRAD_ROWS", 100)

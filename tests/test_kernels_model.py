@@ -141,10 +141,26 @@ class TestInterpreted(k.Interpreted):
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
-def normed_linear(x, r, w, ve_first, w_gate, w_value):
+class Fp8Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, r, w, loss_scale):
+        y, kept = t.fp8_linear(x, r, w, False)
+        ctx.save_for_backward(r, *kept)
+        ctx.loss_scale = loss_scale
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        r, *kept = ctx.saved_tensors
+        dx, dw = t.fp8_linear_gradients(dy, r, kept, ctx.loss_scale, False)
+        return dx, None, dw, None
+
+
+def normed_linear(x, r, w, ve_first, w_gate, w_value, fp8):
     """NormedLinear by references: its kernels' backward does not run on a CPU."""
     gate, value_gate = t.gates_reference(x[:, : t.GATE_INPUTS], r, ve_first, w_gate, w_value)
-    return F.linear(x, w), gate, None if w_value is None else value_gate
+    y = Fp8Rows.apply(x, r, w, fp8) if fp8 else F.linear(x, w)
+    return y, gate, None if w_value is None else value_gate
 
 
 class TestCheckOps:
@@ -164,13 +180,13 @@ class TestCheckOps:
         assert torch.equal(torch.get_rng_state(), state)
 
     @pytest.mark.parametrize("op,edit", [
-        ("mlp", lambda f: lambda x, up, down, resid: t.Stream(
+        ("mlp", lambda f: lambda x, up, down, resid, fp8: t.Stream(
             F.gelu(F.linear(t.norm(x.x), up)) @ down + (resid[:, None] * x.x).to(x.x.dtype))),
-        ("mlp", lambda f: lambda x, up, down, resid: f(x, up, down, 0.9 * resid)),
-        ("mlp", lambda f: lambda x, up, down, resid: f(x, up, down, torch.ones(len(x.x)))),
+        ("mlp", lambda f: lambda x, up, down, resid, fp8: f(x, up, down, 0.9 * resid, fp8)),
+        ("mlp", lambda f: lambda x, up, down, resid, fp8: f(x, up, down, torch.ones(len(x.x)), fp8)),
         ("head_loss", lambda f: lambda x, w, a, b, c, cap, *more: f(x, w, a, b, c, (23.0, 5.0, 8.0), *more)),
         ("attention_inputs", lambda f: lambda *x: (*f(*x)[:3], 1.2 * f(*x)[3])),
-        ("attention_inputs", lambda f: lambda *x: f(*x[:-1], x[-1]._replace(key_offset=False))),
+        ("attention_inputs", lambda f: lambda *x: f(*x[:-2], x[-2]._replace(key_offset=False), x[-1])),
         ("attention_inputs", lambda f: lambda h, w, *x: (*f(h, w, *x)[:3], None)),
         ("linear_sum", lambda f: lambda y, o, x, *more: f(y.relu(), o, x, *more)),
         ("linear_sum", lambda f: lambda y, o, x, resid, inject: f(

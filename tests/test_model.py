@@ -60,7 +60,7 @@ def test_probabilities_sum_to_one(model, tokens):
     """exp(-loss), summed over every possible target, in float64."""
     batch = batch_of(tokens)
     with torch.no_grad():
-        x = model.trunk(batch, model.lookup(batch), WINDOWS, model.ops)
+        x = model.trunk(batch, model.lookup(batch), WINDOWS, model.val_layers)
         z = t.softcap(x @ model.lm_head, *model.cap).double()
     minus_log_p = z.logsumexp(1, keepdim=True) - z  # [T, V]
     torch.testing.assert_close((-minus_log_p).exp().sum(1), torch.ones(T, dtype=torch.float64), rtol=0, atol=1e-9)
@@ -87,7 +87,7 @@ class Closed:
         self.monkeypatch.setattr(self.model, "smear", lambda e: e)
 
     def key_offset(self):
-        self.monkeypatch.setattr(self.model, "hp", t.set_cells(HP, "LAYERS.*.key_offset=false"))
+        self.monkeypatch.setattr(self.model, "val_layers", t.set_cells(HP, "LAYERS.*.key_offset=false").layers)
 
     def losses(self, tokens, bigram):
         batch = batch_of(tokens)

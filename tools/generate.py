@@ -37,7 +37,7 @@ def load_model(path: str) -> tuple[t.GPT, t.Windows]:
         model = t.GPT(hp).requires_grad_(False)
     for name, p in model.named_parameters():
         p.copy_(saved["tensors"][name])
-    model.val_ops = t.choose_ops(hp)
+    model.ops = t.choose_ops(hp)
     last = step == hp.num_steps
     now = t.plan(step - last, hp)
     model.set_stage(now.index)
@@ -54,7 +54,7 @@ def next_logits(model: t.GPT, windows: t.Windows, tokens: list[int]) -> torch.Te
     """Logits [vocab_size], fp32 on the CPU, of the token after these of one document."""
     tokens = tokens[-min(model.hp.stages[-1].max_doc * model.hp.block, len(model.cos) // 2) :]
     batch = pack(model, tokens, [len(tokens)])
-    x = model.trunk(batch, model.lookup(batch), windows._replace(max_doc=len(tokens)), model.val_ops)
+    x = model.trunk(batch, model.lookup(batch), windows._replace(max_doc=len(tokens)), model.val_layers)
     return t.softcap(x[-1] @ model.lm_head, *model.cap)[: model.hp.vocab_size].cpu()
 
 

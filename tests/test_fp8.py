@@ -1,0 +1,134 @@
+"""Products in FP8 on the CPU: numbers and gradients against float64, with bounds from the formats."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt as t
+
+# Half a step: relative to a number, and the smallest one, in units of the scale
+ROUNDING = {t.E4M3: (2.0**-4, 2.0**-10), t.E5M2: (2.0**-3, 2.0**-17)}
+T, D, N = 48, 32, 64
+LAYERS = t.PRESETS["demo"].layers
+
+
+def within(found: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> None:
+    assert found.shape == exact.shape and ((found.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_quantized(dtype, scaled, scale=2.0**-5):
+    """Rounded to the nearest number, saturated, the same transposed; a nan stays one."""
+    x, r = torch.randn(T, D) * torch.logspace(-4, 1, T)[:, None], torch.rand(T) if scaled else None
+    x[3, 5], x[4, 6], x[5, 7] = 1e9, -1e9, torch.nan
+    y, turned = t.quantized(x, r, scale, dtype)
+    assert y.dtype == dtype and torch.equal(y.mT.float().nan_to_num(-1), turned.float().nan_to_num(-1))
+    exact = (x if r is None else r[:, None] * x).double()
+    largest = scale * torch.finfo(dtype).max
+    assert (y[3, 5].float() * scale, y[4, 6].float() * scale) == (largest, -largest) and y[5, 7].float().isnan()
+    exact = exact.clamp(-largest, largest).nan_to_num(0)
+    relative, least = ROUNDING[dtype]
+    within(y.double().nan_to_num(0) * scale, exact, (relative * exact.abs()).clamp_min(scale * least))
+
+
+def test_weight():
+    """The largest number of a matrix is the format's largest, whatever it is; zeros stay zeros."""
+    for w in (torch.randn(N, D) * 1e-3, torch.zeros(N, D)):
+        w8, turned, scale = t.fp8_weight(w)
+        assert torch.equal(w8.mT.float(), turned.float())
+        assert w8.float().abs().max() == (t.FP8_MAX if w.any() else 0)
+        within(w8.double() * scale, w.double(), (2.0**-4 * w.double().abs()).clamp_min(scale.item() * 2.0**-10))
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 0.125])
+def test_linear(loss_scale):
+    x, w, dy = t.norm(torch.randn(T, D)), torch.randn(N, D) / 8, loss_scale * torch.randn(T, N) / 50
+    x.requires_grad_(), w.requires_grad_()
+    y = t.Fp8Linear.apply(x, w, loss_scale)
+    dx, dw = torch.autograd.grad(y, (x, w), dy)
+    x, w, dy = (z.detach().double() for z in (x, w, dy))
+    one, two = 2.0**-4 + 2.0**-4 + 2.0**-8, 2.0**-3 + 2.0**-4 + 2.0**-7  # of the factors, and of their product
+    tiny = 1e-4 * loss_scale  # numbers below the formats' smallest
+    within(y, x @ w.mT, one * (x.abs() @ w.abs().mT) + 1e-3)
+    within(dx, dy @ w, two * (dy.abs() @ w.abs()) + tiny)
+    within(dw, dy.mT @ x, two * (dy.abs().mT @ x.abs()) + tiny)
+
+
+def mlp_results(f, x, up, down, scale, dy):
+    inputs = [z.detach().clone().requires_grad_() for z in (x, up, down, scale)]
+    y = f(*inputs)
+    return y, *torch.autograd.grad(y, inputs, dy)
+
+
+def test_mlp():
+    """Also its share in the gradient of the norm before it, and the residual's."""
+    x, up, down = torch.randn(T, D), torch.randn(N, D) / 6, torch.randn(N, D) / 8
+    scale, dy = torch.rand(T), torch.randn(T, D) / 50
+
+    def exact(x, up, down, scale):
+        return F.relu(F.linear(t.norm(x), up)).square() @ down + scale[0] * x
+
+    def ours(x, up, down, scale):
+        return t.plain_mlp(t.Stream(x), up, down, scale[0].expand(T), 1.0).x
+
+    found = mlp_results(ours, x, up, down, scale, dy)
+    for a, b in zip(found, mlp_results(exact, *(z.double() for z in (x, up, down, scale, dy))), strict=True):
+        assert (a - b).norm() / b.norm() < 2.0**-3  # the coarsest format's error
+    again = mlp_results(ours, 2 * x, up, down, scale / 2, dy)  # the norm takes the factor out again
+    torch.testing.assert_close(again[0], found[0])
+
+
+def test_gradients_scale_with_the_loss():
+    """By powers of 2 exactly, so that ranks, which change the loss scale, change no rounding."""
+    x, up, down = torch.randn(T, D), torch.randn(N, D) / 6, torch.randn(N, D) / 8
+    scale, dy = torch.rand(T), torch.randn(T, D) / 50
+    results = [mlp_results(lambda x, up, down, scale: t.plain_mlp(t.Stream(x), up, down, scale, s).x, x, up, down, scale,
+                           s * dy) for s in (1.0, 0.125)]
+    for a, b in zip(*(r[1:] for r in results), strict=True):
+        torch.testing.assert_close(0.125 * a, b, rtol=1e-6, atol=1e-9)
+    assert torch.equal(results[0][0], results[1][0])
+
+
+RANKS = t.Ranks(0, 1, torch.device("cpu"))
+
+
+def test_cells():
+    """Cells of LAYERS switch the products of training, each its own; validation computes the same with and without."""
+    def loss(**cells):
+        hp = replace(t.PRESETS["demo"], layers=tuple(
+            layer._replace(**{k: v and (k != "fp8_qkv" or layer.window is not None) for k, v in cells.items()})
+            for layer in LAYERS), batch_unit=256)
+        trained = t.Run(hp, RANKS)
+        torch.manual_seed(3)
+        with torch.no_grad():
+            trained.model.mlp_bank.normal_(0, 0.05)  # at first, half of it is 0
+        loader = t.load_batches(hp, trained.ranks, [0])
+        mean = trained.train_step(*next(loader), t.plan(0, hp)).mean.item()
+        loader.close()
+        return mean
+
+    off = loss()
+    found = [loss(fp8_mlp=True), loss(fp8_qkv=True), loss(fp8_mlp=True, fp8_qkv=True)]
+    assert len({off, *found}) == 4 and max(abs(x - off) for x in found) < 0.05
+    assert off == loss(fp8_mlp=False)
+
+
+def test_validation_is_exact():
+    hp = replace(t.PRESETS["demo"], val_tokens=1024)
+    on = replace(hp, layers=tuple(x._replace(fp8_mlp=True, fp8_qkv=x.window is not None) for x in LAYERS))
+    values = []
+    for recipe in (hp, on):
+        validated = t.Run(recipe, RANKS)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            validated.model.mlp_bank.normal_(0, 0.05)
+        values.append(validated.evaluate(t.Validation(recipe, validated.ranks), t.plan(0, recipe)))
+    assert values[0] == values[1]
+
+
+def test_layer_without_attention():
+    with pytest.raises(t.UserError, match=r"LAYERS\.6\.fp8_qkv=True: a layer without attention"):
+        t.parse_args(["--preset=demo", "--set", "LAYERS.6.fp8_qkv=true"])
