@@ -1,7 +1,9 @@
 """What GPUs of other sizes and generations train with: micro-batches, graphs, recompute, the head's type."""
 
 import itertools
+import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -52,6 +54,17 @@ def test_what_is_asked_for_stays(gpu):
     assert any("too small: about 23 GiB" in line for line in t.notices(asked, smaller, device))
     device = gpu(79, (9, 0))
     assert not any("memory" in line for line in t.notices(asked, t.choose_backends(asked, device), device))
+
+
+def test_readme_says_how_much(gpu):
+    """The least memory, and that for the fastest way, are what the script reckons with."""
+    readme = Path(t.__file__).with_name("README.md").read_text()
+    way = dict(kernels="plain", attention="reference")
+    fast = replace(t.Recipe(), micro_tokens=65_536, **way)
+    least = t.fit_memory(replace(t.Recipe(), **way), gpu(1))
+    least, fast = (t.memory_needed(hp) / t.MEMORY_USED / GIB for hp in (least, fast))
+    assert f"{least:.0f} GiB on each GPU at least, {math.ceil(fast)} GiB to be fast" in readme
+    assert f"`record80` needs about {least:.0f} GiB at least" in readme
 
 
 @pytest.mark.parametrize("capability,fp8", [((8, 0), False), ((8, 9), True), ((12, 0), True)])
