@@ -52,8 +52,18 @@ def test_what_is_asked_for_stays(gpu):
     smaller = t.choose_backends(replace(asked, micro_tokens="auto"), device)
     assert (smaller.micro_tokens, smaller.graphs, smaller.recompute) == (16_384, False, True)
     assert any("too small: about 23 GiB" in line for line in t.notices(asked, smaller, device))
+    (eager,) = (line for line in t.notices(asked, replace(hp, compile=False), device) if "memory" in line)
+    assert "--graphs=false" in line and "about 30 GiB" in eager and "--graphs=false" not in eager
     device = gpu(79, (9, 0))
     assert not any("memory" in line for line in t.notices(asked, t.choose_backends(asked, device), device))
+
+
+def test_without_graphs():
+    """Eager PyTorch has no graphs, and takes what a compiled run takes without them."""
+    hp = replace(t.Recipe(), kernels="plain", micro_tokens=16_384)
+    graphs, compiled, eager = (t.memory_needed(replace(hp, graphs=g, compile=c))
+                               for g, c in ((True, True), (False, True), (True, False)))
+    assert eager == compiled < graphs
 
 
 def test_readme_says_how_much(gpu):
