@@ -290,9 +290,10 @@ def plot(rows: list[dict], noise: float, path: Path) -> None:
     loss.barh(names, [1000 * x["loss_change"] for x in rows], color="C0")
     cost.barh(names, [100 * (x["time_ratio"] - 1) for x in rows], color="C1")
     if math.isfinite(noise):
-        loss.axvspan(-CLOSE * 1000 * noise, CLOSE * 1000 * noise, color="black", alpha=0.1, lw=0)
+        loss.axvspan(-CLOSE * 1000 * noise, CLOSE * 1000 * noise, color="black", alpha=0.1, lw=0, zorder=0)
     loss.set_xlabel("change of the loss, thousandths")
     loss.set_xscale("symlog", linthresh=10)  # one idea may be worth a hundred times another
+    loss.xaxis.set_major_formatter("{x:g}")
     cost.set_xlabel("change of the training time, %")
     loss.invert_yaxis()  # the first row above
     for axis in (loss, cost):
