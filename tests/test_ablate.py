@@ -88,16 +88,15 @@ def test_no_two_edits_share_a_name_or_a_folder():
     assert len({re.sub(r"\W+", "_", name) for name in names}) == len(names)
 
 
-def test_newton_schulz():
-    """The patched function is the old iteration: singular values near 1, and further from it than Polar Express's."""
-    edit = next(edit for edit in ablate.EDITS if edit.name == "Newton-Schulz")
-    tree = ast.parse(ablate.patched(Path(t.__file__).read_text(), edit))
-    (function,) = (x for x in tree.body if isinstance(x, ast.FunctionDef) and x.name == "polar_express")
-    space = dict(vars(t))
-    exec(compile(ast.Module([function], []), "patched", "exec"), space)
-    x = torch.randn(2, 40, 60, generator=torch.Generator().manual_seed(0))
-    off = [(torch.linalg.svdvals(f(x)) - 1).abs().max() for f in (t.polar_express, space["polar_express"])]
-    assert off[0] < 0.2 < off[1] < 0.4
+def test_newton_schulz(monkeypatch):
+    """Five equal steps: singular values near 1, and further from it than Polar Express's."""
+    (edit,) = (edit for edit in ablate.EDITS if edit.name == "Newton-Schulz")
+    repeated = re.fullmatch(r"for a, b, c in 5 \* (.*):", edit.patch[0][1])[1]
+    x, off = torch.randn(2, 40, 60, generator=torch.Generator().manual_seed(0)), []
+    for coefficients in (t.POLAR_COEFFICIENTS, 5 * ast.literal_eval(repeated)):
+        monkeypatch.setattr(t, "POLAR_COEFFICIENTS", coefficients)
+        off.append((torch.linalg.svdvals(t.polar_express(x)) - 1).abs().max())
+    assert len(t.POLAR_COEFFICIENTS) == 5 and off[0] < 0.2 < off[1] < 0.4
 
 
 def test_order_and_table(args, capsys, monkeypatch):
@@ -142,6 +141,14 @@ def test_further_seeds_of_close_ones_only(args):
     """Of two thousandths of a deviation of 2.1 another seed is made, of twenty none."""
     assert ablate.main(["--controls=3", "--seeds=2", "--close", *args]) == 0
     assert {name for name, seed, _ in history() if seed == 1} == {"control", "no_YaRN"}
+
+
+def test_the_table_has_what_ran_before(args):
+    """Also of edits that this command leaves out, and controls beyond its number."""
+    assert ablate.main(["--controls=3", *args]) == 0
+    assert ablate.main(["--controls=1", *args, "--only", "no smear"]) == 0
+    assert list(table()) == ["control", "Newton-Schulz", "no smear", "no YaRN"] and len(history()) == 6
+    assert table()["control"]["seeds"] == "3"
 
 
 def test_side_by_side(args):

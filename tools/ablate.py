@@ -117,9 +117,9 @@ class Variant(NamedTuple):
     def run_folder(self, seed: int) -> Path:
         return self.folder / str(seed)
 
-    def logs(self, seeds: int) -> dict[int, RunLog]:
-        """The finished runs of the first so many seeds, by seed."""
-        found = {seed: finished_log(self.run_folder(seed)) for seed in range(seeds)}
+    def logs(self) -> dict[int, RunLog]:
+        """The finished runs by seed."""
+        found = {int(path.name): finished_log(path) for path in sorted(self.folder.glob("[0-9]*"))}
         return {seed: log for seed, log in found.items() if log}
 
 
@@ -141,9 +141,14 @@ def recipe(edit: Edit, both: list[str]) -> t.Recipe:
         raise LogError(str(error) if edit is CONTROL else f"{edit.name}: {error}") from None
 
 
+def folder_of(edit: Edit, out: Path) -> Path:
+    """Where the runs of an edit are."""
+    return out / re.sub(r"\W+", "_", edit.name)
+
+
 def make_variant(edit: Edit, args: argparse.Namespace) -> Variant:
     """Prepare an edit's folder, with its script if it is patched; raises LogError if other runs are there."""
-    folder = args.out / re.sub(r"\W+", "_", edit.name)
+    folder = folder_of(edit, args.out)
     original = args.script.read_text(errors="replace")
     source, script = patched(original, edit), args.script
     arguments = [*args.both, *edit.arguments]
@@ -250,10 +255,10 @@ def spread(logs: Iterable[RunLog]) -> float:
     return float(np.std(losses, ddof=1)) if len(losses) > 1 else math.nan
 
 
-def row(variant: Variant, control: Variant, args: argparse.Namespace) -> dict | None:
+def row(variant: Variant, control: Variant) -> dict | None:
     """A variant's line of the table; None as long as no run of it has a control of its seed."""
-    controls = control.logs(args.controls)
-    logs = {seed: log for seed, log in variant.logs(max(args.seeds, args.controls)).items() if seed in controls}
+    controls = control.logs()
+    logs = {seed: log for seed, log in variant.logs().items() if seed in controls}
     if not logs:
         return None
     by_card = {}
@@ -302,27 +307,26 @@ def plot(rows: list[dict], noise: float, path: Path) -> None:
     figure.savefig(path, format="png", dpi=120)
 
 
-def report(variants: list[Variant], args: argparse.Namespace) -> None:
+def report(control: Variant, variants: list[Variant], out: Path) -> None:
     """Print and save the table and the picture of the runs that are there, what costs most to leave out first."""
-    control = variants[0]
-    rows = [found for variant in variants if (found := row(variant, control, args))]
+    rows = [found for variant in (control, *variants) if (found := row(variant, control))]
     if not rows:
         return
     rows = [*rows[:1], *sorted(rows[1:], key=lambda x: -x["loss_change"])]
-    noise = spread(control.logs(args.controls).values())
+    noise = spread(control.logs().values())
     print(f"\n{table(rows, noise)}")
-    with open(args.out / "ablations.csv", "w", newline="") as file:
+    with open(out / "ablations.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         digits = {"loss": 4, "loss_change": 4, "time_s": 3, "time_ratio": 4}
         writer.writerows({key: f"{x:.{digits[key]}f}" if key in digits else x for key, x in line.items()}
                          for line in rows)
-    plot(rows, noise, args.out / "ablations.png")
+    plot(rows, noise, out / "ablations.png")
 
 
-def is_close(variant: Variant, control: Variant, args: argparse.Namespace) -> bool:
+def is_close(variant: Variant, control: Variant) -> bool:
     """Whether the first seed leaves open if the edit changes the loss."""
-    found, noise = row(variant, control, args), spread(control.logs(args.controls).values())
+    found, noise = row(variant, control), spread(control.logs().values())
     return not found or not abs(found["loss_change"]) > CLOSE * noise
 
 
@@ -339,14 +343,15 @@ def ablate(args: argparse.Namespace) -> int:
     if idle := [edit.name for edit in edits if recipe(edit, args.both) == whole and not edit.patch]:
         print(f"left out, as this recipe is the same with them: {', '.join(idle)}")
     check_arguments(args.script, args.script.read_text(errors="replace"), args.both)
-    control, *variants = all_variants = [make_variant(edit, args) for edit in (
-        CONTROL, *(edit for edit in edits if edit.name not in idle))]
+    edits = [edit for edit in edits if edit.name not in idle]
+    before = [edit for edit in EDITS if edit not in edits and folder_of(edit, args.out).exists()]
+    control, *variants = [make_variant(edit, args) for edit in (CONTROL, *edits, *before)]
     missing = 0
     for seed in range(args.seeds):
-        chosen = [x for x in variants if seed == 0 or not args.close or is_close(x, control, args)]
+        chosen = [x for x in variants[: len(edits)] if seed == 0 or not args.close or is_close(x, control)]
         controls = [Job(control, i) for i in range(seed, args.controls, args.seeds)]
         missing += run_all(interspersed(controls, [Job(x, seed) for x in chosen]), args, end)
-    report(all_variants, args)
+    report(control, variants, args.out)
     return min(missing, 1)
 
 
