@@ -1409,7 +1409,7 @@ class Run:
         self.optimizer = NorMuonAdam(self.model, hp, ranks)
         self.loss_of = maybe_compiled(self.model.train_loss, hp)
         self.val_losses_of = maybe_compiled(self.model.val_losses, hp)
-        self.micro_step = Replay(self.add_gradients, hp.graphs and hp.compile and ranks.device.type == "cuda")
+        self.micro_step = Replay(self.add_gradients, with_graphs(hp) and ranks.device.type == "cuda")
         self.ready = False
 
     def attended(self, windows: Windows) -> Windows:
@@ -2941,6 +2941,11 @@ MEMORY_USED = 0.9  # of a GPU's; the rest is for NCCL, fragments and the context
 PARAMETER_BYTES, KERNEL_BYTES, PLAIN_BYTES, RECOMPUTE_BYTES, LOGIT_BYTES, CHUNK_BYTES = 14, 27, 45, 29, 3, 12
 
 
+def with_graphs(hp: Recipe) -> bool:
+    """Whether a GPU replays micro-steps as graphs; eager PyTorch has none."""
+    return hp.graphs and hp.compile
+
+
 def memory_needed(hp: Recipe) -> float:
     """Bytes of GPU memory, about. A graph keeps its memory, so a run with graphs takes twice that of a micro-step."""
     plain = hp.kernels == "plain"
@@ -2948,7 +2953,7 @@ def memory_needed(hp: Recipe) -> float:
     logits = CHUNK_BYTES * min(T, PLAIN_HEAD_ROWS) if plain else LOGIT_BYTES * T
     channel = RECOMPUTE_BYTES if hp.recompute else PLAIN_BYTES if plain else KERNEL_BYTES
     step = channel * len(hp.layers) * hp.model_dim * T + logits * hp.vocab_size
-    return PARAMETER_BYTES * sum(math.prod(param_shape(row, hp)) for row in hp.params) + (1 + hp.graphs) * step
+    return PARAMETER_BYTES * sum(math.prod(param_shape(row, hp)) for row in hp.params) + (1 + with_graphs(hp)) * step
 
 
 def usable_memory(device: torch.device) -> float:
@@ -3018,8 +3023,9 @@ def notices(asked: Recipe, hp: Recipe, device: torch.device) -> Iterator[str]:
         yield f"this GPU has no FP8 products: they are in {hp.dtype}"
     if device.type == "cuda" and memory_needed(hp) > usable_memory(device):
         need = memory_needed(hp) / MEMORY_USED / 2**30
+        half = ", --graphs=false half" * with_graphs(hp)
         yield (f"the GPU's memory may be too small: about {need:.0f} GiB are needed; a smaller --micro_tokens, "
-               "--model_dim or --batch_unit needs less, --graphs=false half")
+               f"--model_dim or --batch_unit needs less{half}")
 
 
 # --- The two sets of operations
@@ -3592,10 +3598,12 @@ def check_data(hp: Recipe) -> str:
         cut = max(now.windows.max_doc for now in plans)
         shards = (read_shard(path) for path in files)
         lengths = np.concatenate([np.diff([*np.flatnonzero(x == hp.bos), len(x)]) for x in shards])
+        number = (lengths > cut).sum()
+        verb = "is" if number == 1 else "are"
         require(2 * np.minimum(lengths, cut).sum() >= lengths.sum(),
-                f"--train_files={hp.train_files}: {(lengths > cut).sum()} of {len(lengths)} documents are cut to {cut} "
-                f"tokens and the rest is skipped, so they last {done} of {len(plans)} steps; make the shards again "
-                "with shorter ones (data/fineweb.py --max_chars), or raise max_doc in STAGES")
+                f"--train_files={hp.train_files}: {number} of {len(lengths)} document{'s' * (len(lengths) != 1)} "
+                f"{verb} cut to {cut} tokens and the rest is skipped, so the shards last {done} of {len(plans)} steps; "
+                "make them again with shorter ones (data/fineweb.py --max_chars), or raise max_doc in STAGES")
         used, missing = (sum(now.batch_tokens for now in part) for part in (plans[:done], plans[done:]))
         # what a shard yields after cuts, or all of it if none lasted a step
         shards = math.ceil(missing / ((used or sum(map(os.path.getsize, files)) // 2) / len(files)))

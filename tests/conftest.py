@@ -20,8 +20,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Files that take longest, which begin first, so that two processes end at about the same time
 SLOW = ("test_run.py", "test_tables.py", "test_checkpoint.py", "test_kernels_model.py", "test_kernels.py",
-        "test_failures.py", "test_fineweb.py", "test_loader.py", "test_golden_demo.py", "test_ab.py",
-        "test_find_nan.py", "test_downloader.py", "test_trials.py", "test_sparse.py", "test_doctor.py",
+        "test_failures.py", "test_fineweb.py", "test_loader.py", "test_golden_demo.py", "test_ablate.py",
+        "test_ab.py", "test_find_nan.py", "test_downloader.py", "test_trials.py", "test_sparse.py", "test_doctor.py",
         "test_candidates.py", "test_optimizer.py", "test_compare.py", "test_security.py", "test_hellaswag.py",
         "test_generate.py")
 

@@ -36,13 +36,13 @@ def examine(name, hp=RECORD, device=GPU):
 def machine(monkeypatch):
     """Pretend to be a machine with these GPUs."""
 
-    def pretend(count=8, capability=(9, 0), free=70 * GIB, smi=""):
+    def pretend(count=8, capability=(9, 0), free=70 * GIB, smi="", total=80 * GIB):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "NVIDIA H100")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (free, 80 * GIB))
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=80 * GIB))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (free, total))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=total))
         monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda i: 1.0)
         for module in (doctor, no_gpu):
             monkeypatch.setattr(module, "nvidia_smi", lambda *args: smi)
@@ -78,10 +78,13 @@ def main(monkeypatch, capsys, *args):
     (dict(count=3), "warn", "1, 2, 4 or 8 GPUs"),
     (dict(count=16), "warn", "CUDA_VISIBLE_DEVICES"),
     (dict(free=3 * GIB), "warn", "nvidia-smi lists who uses the rest"),
+    (dict(free=20 * GIB, total=24 * GIB), "warn", "this run takes about 21 GiB"),
+    (dict(free=22 * GIB, total=24 * GIB), "ok", "22 GiB or more free"),
 ])
 def test_gpus(machine, simulated, status, said):
+    """Whether the memory suffices depends on what the run would make of the GPU's."""
     machine(**simulated)
-    line = examine("GPUs")
+    line = examine("GPUs", replace(RECORD, kernels="plain"))
     assert line.status == status and said in f"{line.text}; {line.remedy}"
 
 
@@ -196,14 +199,26 @@ def test_quack_that_fails_to_import(machine, monkeypatch):
 
 
 def test_fp8(machine, monkeypatch):
+    """A GPU without FP8 trains all the same, as choose_backends leaves it out; one that computes it wrong fails."""
     assert doctor.fp8_error(CPU) == 0
-    machine(capability=(8, 6))
+    machine(capability=(8, 0))
+    assert not t.choose_backends(replace(RECORD, attention="reference"), GPU).fp8_head
     line = examine("FP8")
-    assert line.status == "fail" and "8.6" in line.text and "--fp8_head=false" in line.remedy
+    assert line.status == "warn" and "8.0" in line.text and "bfloat16" in line.remedy
     assert examine("FP8", replace(RECORD, fp8_head=False)).status == "ok"
     machine()
     monkeypatch.setattr(doctor, "fp8_error", lambda device: 0.25)
     assert examine("FP8").status == "fail"
+
+
+def test_an_older_gpu_is_ready(machine, shards, tmp_path, monkeypatch, capsys):
+    """Nothing fails on an A100, which trains with plain kernels, PyTorch's attention and a bf16 head."""
+    machine(1, capability=(8, 0), free=39 * GIB, total=40 * GIB, smi="580.95\n")
+    keys = ("vocab_size", "val_tokens", "val_chunk", "num_scheduled_iterations", "num_extension_iterations",
+            "batch_unit", "block", "train_files", "val_files")
+    args = [f"--log_dir={tmp_path}", *(f"--{key}={getattr(shards, key)}" for key in keys)]
+    code, printed = main(monkeypatch, capsys, "--quick", "--quiet", "--check", *args)
+    assert code == 0 and "warn  FP8        not used" in printed.out and "fail" not in printed.out
 
 
 def topology(link):

@@ -1,7 +1,9 @@
 """What GPUs of other sizes and generations train with: micro-batches, graphs, recompute, the head's type."""
 
 import itertools
+import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -50,8 +52,29 @@ def test_what_is_asked_for_stays(gpu):
     smaller = t.choose_backends(replace(asked, micro_tokens="auto"), device)
     assert (smaller.micro_tokens, smaller.graphs, smaller.recompute) == (16_384, False, True)
     assert any("too small: about 23 GiB" in line for line in t.notices(asked, smaller, device))
+    (eager,) = (line for line in t.notices(asked, replace(hp, compile=False), device) if "memory" in line)
+    assert "--graphs=false" in line and "about 30 GiB" in eager and "--graphs=false" not in eager
     device = gpu(79, (9, 0))
     assert not any("memory" in line for line in t.notices(asked, t.choose_backends(asked, device), device))
+
+
+def test_without_graphs():
+    """Eager PyTorch has no graphs, and takes what a compiled run takes without them."""
+    hp = replace(t.Recipe(), kernels="plain", micro_tokens=16_384)
+    graphs, compiled, eager = (t.memory_needed(replace(hp, graphs=g, compile=c))
+                               for g, c in ((True, True), (False, True), (True, False)))
+    assert eager == compiled < graphs
+
+
+def test_readme_says_how_much(gpu):
+    """The least memory, and that for the fastest way, are what the script reckons with."""
+    readme = Path(t.__file__).with_name("README.md").read_text()
+    way = dict(kernels="plain", attention="reference")
+    fast = replace(t.Recipe(), micro_tokens=65_536, **way)
+    least = t.fit_memory(replace(t.Recipe(), **way), gpu(1))
+    least, fast = (t.memory_needed(hp) / t.MEMORY_USED / GIB for hp in (least, fast))
+    assert f"{least:.0f} GiB on each GPU at least, {math.ceil(fast)} GiB to be fast" in readme
+    assert f"`record80` needs about {least:.0f} GiB at least" in readme
 
 
 @pytest.mark.parametrize("capability,fp8", [((8, 0), False), ((8, 9), True), ((12, 0), True)])

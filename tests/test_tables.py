@@ -469,7 +469,8 @@ def moved_at_once(run, losses, base):
     (["STAGES.*.tied=true"], lambda run, *_: torch.equal(run.model.embed, run.model.lm_head.T)),
     (["STAGES.*.tied=false"], apart_after_step_1),
     (["PARAMS.*.every=1"], moved_at_once),
-    (["PARAMS.vo_bank.init=0"], lambda run, *_: not t.initial_values(run.optimizer.row["vo_bank"], run.hp).any()),
+    (["PARAMS.vo_bank.init=uniform,0"],
+     lambda run, *_: [*map(torch.any, t.initial_values(run.optimizer.row["vo_bank"], run.hp)[:2])] == [True, False]),
 ], ids=lambda x: x[0] if isinstance(x, list) else "")
 def test_switched_off(small, base, edits, check):
     """Each technique can be switched off by cells, and the run trains on; the check sees that it is off."""

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from compare import plot, table
@@ -41,20 +42,28 @@ def finished_log(folder: Path) -> RunLog | None:
     return log if log and not log.failure else None
 
 
-def start(command: list[str], folder: Path) -> int:
-    """Run a command in a new folder; returns its status. It ends with this process, unless that is killed outright."""
+def start(command: list[str], folder: Path, out: Path, env: Mapping[str, str]) -> subprocess.Popen:
+    """Start a command in a new folder below OUT; what an unfinished run left there is moved aside.
+
+    Whoever starts it ends it by `stop`, whatever happens, so that it outlives this process only if that is killed."""
+    if folder.exists():
+        aside = out / "unfinished"
+        aside.mkdir(exist_ok=True)
+        folder.rename(aside / f"{''.join(folder.parts[-2:])}_{time.time_ns()}")
     folder.mkdir(parents=True)
     if Path("data").is_dir():
         (folder / "data").symlink_to(Path("data").resolve())
     with open(folder / "output", "w") as output:
-        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT,
-                                   env={"OMP_NUM_THREADS": THREADS} | os.environ if "--standalone" in command else None)
-        try:
-            return process.wait()
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
+        return subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, env=env)
+
+
+def stop(processes: Iterable[subprocess.Popen]) -> None:
+    """End those that still run."""
+    running = [process for process in processes if process.poll() is None]
+    for process in running:
+        process.terminate()
+    for process in running:
+        process.wait()
 
 
 def read_variant(text: str) -> tuple[Path, list[str]]:
@@ -83,25 +92,30 @@ def check_arguments(script: Path, source: str, arguments: list[str]) -> None:
             raise LogError(f"{script.name} {shlex.join(arguments)}: {done.stderr.strip().rpartition(chr(10))[2]}")
 
 
-def one_run(folder: Path, name: str, command: list[str], source: str, out: Path) -> RunLog:
-    """Run a variant, unless its log is there; raises RunError without result, LogError if the script changed."""
-    log, kept = finished_log(folder), True
+def result(folder: Path, name: str, source: str, status: int | None) -> RunLog:
+    """The log of a run that ended with this status, None of one that was there; raises RunError if it did not finish,
+    LogError if the script changed."""
+    log = finished_log(folder)
     if not log:
-        kept = False
-        if folder.exists():
-            aside = out / "unfinished"
-            aside.mkdir(exist_ok=True)
-            folder.rename(aside / f"{name.replace('/', '')}_{time.time_ns()}")
-        status = start(command, folder)
-        log = finished_log(folder)
-        if not log:
-            raise RunError(f"run {name} ended with status {status} and without a final line; {folder}/output says why, "
-                           "and the same command continues")
+        raise RunError(f"run {name} ended with status {status} and without a final line; {folder}/output says why, and "
+                       "the same command continues")
     if not log.source.startswith(source):
         raise LogError(f"{log.path} was made by another state of its script; choose another --out, and do not edit a "
                        "script while it is run")
-    print(f"{name}: val_loss {log.loss:.4f}, {log.seconds:.3f} s{' (kept)' if kept else ''}", flush=True)
+    print(f"{name}: val_loss {log.loss:.4f}, {log.seconds:.3f} s{' (kept)' if status is None else ''}", flush=True)
     return log
+
+
+def one_run(folder: Path, name: str, command: list[str], source: str, out: Path) -> RunLog:
+    """Run a variant, unless its log is there; raises what `result` does."""
+    if finished_log(folder):
+        return result(folder, name, source, None)
+    threads = {"OMP_NUM_THREADS": THREADS} if "--standalone" in command else {}
+    process = start(command, folder, out, threads | os.environ)
+    try:
+        return result(folder, name, source, process.wait())
+    finally:
+        stop([process])
 
 
 def paired(a: list[RunLog], b: list[RunLog]) -> str:
@@ -113,8 +127,8 @@ def paired(a: list[RunLog], b: list[RunLog]) -> str:
     return "\n".join(lines)
 
 
-def interleave(args: argparse.Namespace) -> None:
-    """All runs in their order, then the comparison."""
+def interleave(args: argparse.Namespace) -> int:
+    """All runs in their order, then the comparison; returns the exit status."""
     variants = {name: read_variant(text) for name, text in (("a", args.a), ("b", args.b))}
     launcher = [sys.executable]
     if args.nproc_per_node:
@@ -134,6 +148,26 @@ def interleave(args: argparse.Namespace) -> None:
             logs[name].append(one_run(args.out / name / str(i), f"{name}/{i}", command, sources[name], args.out))
     print(f"\nA: {args.a}\nB: {args.b}\n{table(logs['a'], logs['b'])}\n\n{paired(logs['a'], logs['b'])}")
     plot(logs["a"], logs["b"], ("A", "B"), args.out / "compare.png")
+    return 0
+
+
+def run_tool(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Do the work of a tool that starts runs in args.out; what ends it early is told in a line. Returns the status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated; the same command continues"))
+    try:
+        return work(args)
+    except LogError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: cannot write below {args.out}: {error}; choose another --out", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -150,22 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.pairs < 1 or args.nproc_per_node < 0:
         parser.error("--pairs must be positive, --nproc_per_node not negative")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated; the same command continues"))
-    try:
-        interleave(args)
-    except LogError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: cannot write below {args.out}: {error}; choose another --out", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 1
-    return 0
+    return run_tool(interleave, args)
 
 
 if __name__ == "__main__":

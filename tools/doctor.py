@@ -40,7 +40,6 @@ import train_gpt as t
 ROOT = Path(__file__).resolve().parents[1]
 
 MIN_PYTHON = (3, 11)  # numpy's pinned version asks for it
-RUN_MEMORY = 32 * 2**30  # bytes; a run of the record allocated 30,863 MiB on one H200
 RUN_PACKAGES = ("torch", "triton", "numpy", "tqdm")
 RUN_SHARDS = 9  # train shards that run.sh downloads
 SHARD_BYTES = 200_001_024  # a downloaded shard: 100M tokens
@@ -80,8 +79,11 @@ def check_gpus(case: Case) -> Line:
     if t.SEGMENTS % count:
         return Line("warn", text, f"a run takes 1, 2, 4 or 8 GPUs, and run.sh the first of these {count}; choose them "
                     "with CUDA_VISIBLE_DEVICES")
-    if free < RUN_MEMORY:
-        return Line("warn", text, f"a run takes about {RUN_MEMORY / 2**30:.0f} GiB; nvidia-smi lists who uses the rest")
+    # memory does not depend on attention, whose own check tells what is wrong with it
+    chosen = t.choose_backends(replace(case.hp, attention="reference"), case.device)
+    if free < (need := t.memory_needed(chosen)):
+        return Line("warn", text, f"this run takes about {need / 2**30:.0f} GiB; nvidia-smi lists who uses the rest, "
+                    "and a smaller --micro_tokens or --graphs=false needs less")
     return Line("ok", text)
 
 
@@ -179,8 +181,9 @@ def check_fp8(case: Case) -> Line:
     if case.device.type == "cpu":
         return Line("fail", "the head's products need a GPU")
     capability = torch.cuda.get_device_capability()
-    if capability < t.FP8_CAPABILITY:
-        return Line("fail", "capability {}.{}, but FP8 begins with {}.{}".format(*capability, *t.FP8_CAPABILITY))
+    if capability < t.FP8_CAPABILITY:  # choose_backends leaves FP8 out
+        return Line("warn", "not used: capability {}.{}, but FP8 begins with {}.{}".format(
+            *capability, *t.FP8_CAPABILITY), f"the head computes in {case.hp.dtype}, which is slower")
     error = fp8_error(case.device)
     return Line("fail" if error else "ok", f"a small product on the GPU is off by {error}")
 
