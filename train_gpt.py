@@ -361,7 +361,8 @@ class Windows(NamedTuple):
     def at_run_time(self) -> Windows:
         """The same for an operation that reads a window with max_doc and scale, now units, from a tensor on the CPU: so
         code is compiled for them once."""
-        short, long = (torch.tensor([x, self.max_doc, self.scale], dtype=torch.float64) for x in (self.short, self.long))
+        units = self.max_doc, self.scale
+        short, long = (torch.tensor([x, *units], dtype=torch.float64) for x in (self.short, self.long))
         return self._replace(short=short, long=long, max_doc=1, scale=1.0)
 
 
@@ -1792,9 +1793,9 @@ PRODUCT_TILE = (128, 192)  # rows, columns; tuned (H200)
 def epilogues_reference() -> dict[str, Callable]:
     """By kind: what becomes of y = a b [m, n], and two tensors whose products are summed over the columns of a tile.
 
-    c, c1, c2, x [m, n], r, f [m, 1] and s, s0, s1, s2, t 0-dim. root: r times pre's gradient, for c = relu(pre)^2 and c's
-    gradient y. norm_grad: the gradient of what enters a norm by r and is read by a residual scaled by s. Those with 8
-    take FP8 numbers, whose scales are in t."""
+    c, c1, c2, x [m, n], r, f [m, 1] and s, s0, s1, s2, t 0-dim. root: r times pre's gradient, for c = relu(pre)^2 and
+    c's gradient y. norm_grad: the gradient of what enters a norm by r and is read by a residual scaled by s. Those with
+    8 take FP8 numbers, whose scales are in t."""
     def summed(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return y, y, y
 
@@ -1820,8 +1821,8 @@ TURNED = "relu_square8", "root8"  # kinds whose result comes transposed, too
 
 def product_reference(kind: str, a: Tensor, b: Tensor, operands: list[Tensor],
                       dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The epilogue of that kind on a b, for a [m, k], b [k, n]: y [m, n] of dtype; its sums [m, tiles] fp32, or none [0,
-    tiles]; and y^T [n, m], or none [0, m]. Of FP8 numbers a must be row-major and b column-major."""
+    """The epilogue of that kind on a b, for a [m, k], b [k, n]: y [m, n] of dtype; its sums [m, tiles] fp32, or none
+    [0, tiles]; and y^T [n, m], or none [0, m]. Of FP8 numbers a must be row-major and b column-major."""
     operands = [x.float() if x.dtype.itemsize == 1 else x[:, None] if x.dim() == 1 else x for x in operands]
     y = fp8_product(a, b, torch.ones((), device=a.device), torch.float32) if a.dtype.itemsize == 1 else a @ b
     y, *factors = epilogues_reference()[kind](y, *operands)
@@ -1841,7 +1842,6 @@ def quack_products() -> dict[str, tuple[list[str], Callable]]:
     import cutlass.cute as cute
     from quack.epilogue.frontend import gemm_epilogue
     from quack.epilogue.ops import ColVecLoad, ColVecReduce
-    from quack.gemm_config import GemmConfig
 
     def none(acc):
         return {"D": acc}
@@ -1889,8 +1889,6 @@ def quack_products() -> dict[str, tuple[list[str], Callable]]:
     def norm_grad8(acc, c, x, s, r, f, t):
         return {"D": t * r * acc + s * c + f * x, "sums": (c, x)}
 
-    rows, columns = PRODUCT_TILE
-    config = GemmConfig(tile_m=rows, tile_n=columns, pingpong=True, cluster_m=2, is_dynamic_persistent=False)
     kernels = {}
     for f in (none, relu_square, sum1, sum3, root, norm_grad, scaled8, rows8, relu_square8, sum8, root8, norm_grad8):
         names = list(inspect.signature(f).parameters)[1:]
@@ -1947,7 +1945,8 @@ class FoldedNorm(torch.autograd.Function):
 
 
 class NormedLinear(torch.autograd.Function):
-    """F.linear(x, w) of a FoldedNorm x [T, D], but for the factor r [T] unless fp8, and the gates of x's first columns."""
+    """F.linear(x, w) of a FoldedNorm x [T, D], but for the factor r [T] unless fp8; and the gates of x's first
+    columns."""
 
     @staticmethod
     def forward(ctx, x: Tensor, r: Tensor, w: Tensor, ve_first: Tensor | None, w_gate: Tensor, w_value: Tensor | None,
@@ -2096,7 +2095,7 @@ class ReluSquareMLP(torch.autograd.Function):
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FP8_MAX = 448.0  # largest e4m3 number
 # Of the numbers that are stored as 1; all but weights' are known beforehand. Rows after a norm are at most sqrt(D), 28;
-# relu^2 is at most 448, and below 2^-6 loses precision; gradients, as e5m2, lie between 2^-29 and 7 times the loss scale
+# relu^2 is cut at 448, and below 2^-6 loses precision; gradients, as e5m2, lie between 2^-29 and 7 times the loss scale
 NORMED_SCALE, HIDDEN_SCALE, GRADIENT_SCALE = 2.0**-4, 1.0, 2.0**-13
 
 

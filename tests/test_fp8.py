@@ -85,8 +85,11 @@ def test_gradients_scale_with_the_loss():
     """By powers of 2 exactly, so that ranks, which change the loss scale, change no rounding."""
     x, up, down = torch.randn(T, D), torch.randn(N, D) / 6, torch.randn(N, D) / 8
     scale, dy = torch.rand(T), torch.randn(T, D) / 50
-    results = [mlp_results(lambda x, up, down, scale: t.plain_mlp(t.Stream(x), up, down, scale, s).x, x, up, down, scale,
-                           s * dy) for s in (1.0, 0.125)]
+    results = []
+    for s in (1.0, 0.125):
+        def mlp(x, up, down, scale, s=s):
+            return t.plain_mlp(t.Stream(x), up, down, scale, s).x
+        results.append(mlp_results(mlp, x, up, down, scale, s * dy))
     for a, b in zip(*(r[1:] for r in results), strict=True):
         torch.testing.assert_close(0.125 * a, b, rtol=1e-6, atol=1e-9)
     assert torch.equal(results[0][0], results[1][0])
