@@ -2090,7 +2090,7 @@ class ReluSquareMLP(torch.autograd.Function):
 
 
 # --- Products in FP8 (parts of record #92)
-# Tensor cores multiply FP8 numbers only along contiguous rows, so a product's gradients need its operands transposed, too
+# Tensor cores multiply FP8 numbers only along contiguous rows, so a product's gradients need its operands transposed
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FP8_MAX = 448.0  # largest e4m3 number
