@@ -171,7 +171,7 @@ class TestInterpreted(k.Interpreted):
         a, b, c, r, scale = torch.randn(8, 4), torch.randn(4, 12), torch.rand(8, 12), torch.rand(8), torch.tensor(0.5)
         for kind, operands in (("none", []), ("relu_square", [r]), ("sum1", [c, scale]), ("root", [c, r]),
                                ("sum3", [c, scale, c + 1, scale, c + 2, scale]), ("norm_grad", [c, c + 1, scale, r])):
-            check(t.product, (kind, a, b, operands))
+            check(t.product, (kind, a, b, operands, FP32))
         check(t.add_columns, (c.clone(), c[:, :5]))
         check(t.injections_backward, (c, c + 1, torch.rand(3), torch.rand(3), [c, c - 1, c - 2]))
         targets = torch.tensor([[1, 2], [2, 3], [3, -1]])
