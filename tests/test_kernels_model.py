@@ -74,7 +74,7 @@ class TestInterpreted(k.Interpreted):
         real = t.case_inputs
         monkeypatch.setattr(t, "case_inputs", lambda case, sizes, dtype, device: real(case, sizes, FP32, device))
         monkeypatch.setattr(t, "CASE_SIZES", dict(T=48, D=32, H=2, d=16, F=64, V=64, G=t.GATE_INPUTS, L=2))
-        monkeypatch.delitem(t.CASES, "head in FP8")
+        monkeypatch.setattr(t, "CASES", {name: case for name, case in t.CASES.items() if "FP8" not in name})
         monkeypatch.setattr(t, "CASE_TOLERANCE", 1e-5)
         t.check_ops(t.HOPPER, CPU)
 
