@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import bisect
 import contextlib
 import ctypes
 import difflib
@@ -214,19 +215,19 @@ SPARSE_FROM = 8  # ranks; of fewer, each touches more of the table
 
 
 class Average(NamedTuple):
-    """A running average of parameters over the last steps, a part of record #92; the run ends with it in their place."""
+    """An average of parameters over the last steps (record #92). Rates are for AVERAGE_STEPS, and larger for fewer."""
 
     params: str  # their names
-    start: float  # fraction of the run; the average begins as a copy at the first tick from there on
+    start: float  # fraction of the run; at the first tick from there on the average is a copy
     every: int  # steps between ticks, counted back from the parameters' last update
-    rate: float  # how much of the weights a tick takes, in a run of AVERAGE_STEPS
+    rate: float  # how much of the weights a tick takes in
     blend: float  # how much of the average the last weights take; 0: none is kept
-    last_rate: float | None = None  # of the last tick, if it is another
-    also: int = 0  # a tick so many steps before the last step, too; 0: none
-    norm: bool = True  # afterwards the Frobenius norm is as before
+    last_rate: float = 0  # the last tick's, if it is another
+    also: int = 0  # one more tick so many steps before the last step, if not 0
+    norm: bool = True  # afterwards the weights' Frobenius norm is as before
 
 
-AVERAGE_STEPS = 1194  # of #92; rates of a run of N steps are times this / N, and at most 1
+AVERAGE_STEPS = 1194
 AVERAGES = (  # in the order in which they blend
     Average("lm_head embed", 0.7497, 2, 1 - (1 - 2 / 299) ** 2, 0.65, last_rate=2 / 299),
     Average("vo_bank mlp_bank", 0.7906, 4, 4 / 53, 1.0),
@@ -347,8 +348,9 @@ def small(recipe: Recipe) -> Recipe:
     return replace(
         recipe, train_files=f"{sample}/fineweb_train_*.bin", val_files=f"{sample}/fineweb_val_*.bin",
         val_tokens=8192, val_chunk=1024, num_scheduled_iterations=60, num_extension_iterations=4, val_every=20,
-        batch_unit=512, micro_tokens=512, block=16, model_dim=96, head_dim=16, bigram_ratio=1,
-        ngram_rows=min(recipe.ngram_rows, 4096), muon_momentum_warmup=30, muon_momentum_cooldown=8, dtype="float32", fp8_head=False, compile=False, device="cpu")
+        batch_unit=512, micro_tokens=512, block=16, model_dim=96, head_dim=16, bigram_ratio=1, muon_momentum_warmup=30,
+        muon_momentum_cooldown=8, ngram_rows=min(recipe.ngram_rows, 4096), dtype="float32", fp8_head=False,
+        compile=False, device="cpu")
 
 
 def mini(recipe: Recipe) -> Recipe:
@@ -357,8 +359,8 @@ def mini(recipe: Recipe) -> Recipe:
 
 
 def frontier(recipe: Recipe) -> Recipe:
-    """The recipe plus parts of record #92, each switched by a cell or a key: --set 'STAGES.*.classes=0' takes all classes,
-    --ngram_rows=0 the bigram table, --tail_average=0 the last weights (with the record's --cooldown_floor, _start)."""
+    """The recipe plus parts of record #92: --set 'STAGES.*.classes=0' takes all classes, --ngram_rows=0 the bigram
+    table, --tail_average=0 the last weights, for which record80's --cooldown_floor and --cooldown_start are better."""
     scheduled = [stage for stage in recipe.stages if stage.length is not None]
     stages = [stage._replace(classes=10_240) for stage in scheduled[:-1]]
     for share, classes in ((0.48, 14_336), (0.36, 24_576), (0.16, 0)):  # as #92's changes lie in its third stage
@@ -405,25 +407,16 @@ def stage_bounds(hp: Recipe) -> list[int]:
     return scheduled + [hp.num_steps] * any(stage.length is None for stage in hp.stages)
 
 
-def cycle(row: Param, step: int, hp: Recipe) -> int:
-    """From how many steps' gradients the update of a parameter is made that this step belongs to."""
-    return row.every * (2 if step >= rarer_from(row, hp) else 1)
-
-
-def rarer_from(row: Param, hp: Recipe) -> int:
-    """The step from which on a parameter is updated half as often: after an update, as after any number of either."""
-    return 2 * row.every * round(row.rarer * hp.num_steps / (2 * row.every)) if row.rarer < 1 else hp.num_steps
+def cycle(row: Param, step: int, hp: Recipe) -> tuple[int, int]:
+    """Of the update that a step belongs to: from how many steps' gradients it is, and its number, from 1 on."""
+    n = row.every
+    later = 2 * n * round(row.rarer * hp.num_steps / (2 * n)) if row.rarer < 1 else hp.num_steps  # after an update
+    return (n, step // n + 1) if step < later else (2 * n, later // n + (step - later) // (2 * n) + 1)
 
 
 def due(row: Param, step: int, hp: Recipe) -> bool:
     """Whether a parameter is updated in this step."""
-    return (step + 1) % cycle(row, step, hp) == 0
-
-
-def updates(row: Param, step: int, hp: Recipe) -> int:
-    """How often it has been, this step included."""
-    often = min(step + 1, rarer_from(row, hp))
-    return often // row.every + (step + 1 - often) // (2 * row.every)
+    return (step + 1) % cycle(row, step, hp)[0] == 0
 
 
 def untie_step(hp: Recipe) -> int:
@@ -434,16 +427,15 @@ def untie_step(hp: Recipe) -> int:
     return round_up(first + 1, every) - 1
 
 
+@cache
 def ticks(average: Average, hp: Recipe) -> dict[int, float]:
-    """The steps after which it takes in the weights, and at what rate; the first is a copy."""
-    row = next(row for row in hp.params if row.name == average.params.split()[0])
+    """After which steps it takes in the weights, and at what rates; at the first as they are."""
+    row = next(row for row in hp.params if row.name in average.params.split())
     last = max((step for step in range(hp.num_steps) if due(row, step, hp)), default=0)
     steps = {last, *range(last, round(average.start * hp.num_steps) - 1, -average.every)}
     steps |= {hp.num_steps - 1 - average.also} if average.also else set()
-    rates = {step: average.rate for step in sorted(steps)}
-    if average.last_rate is not None:
-        rates[last] = average.last_rate
-    return {step: min(1.0, rate * AVERAGE_STEPS / hp.num_steps) for step, rate in rates.items()}
+    rates = dict.fromkeys(sorted(steps), average.rate) | ({last: average.last_rate} if average.last_rate else {})
+    return {step: min(1.0, rate * AVERAGE_STEPS / hp.num_steps) for step, rate in rates.items()} | {min(steps): 1.0}
 
 
 def plan(step: int, hp: Recipe) -> Plan:
@@ -497,9 +489,9 @@ class Batch(NamedTuple):
 
     tokens: Tensor  # [T] int32
     targets: Tensor  # [T] int64; where there are candidates, places among these
-    bigram_ids: Tensor  # [T] int32; [2, T] of the n-gram table: a token's bigram and trigram, or slots of copies of them
-    sign_ids: Tensor  # [2, T] int32: the row of signs that each of them is multiplied by; [0] of the bigram table
-    slots: Tensor  # [2, T] int32: where in Cycle.sums their gradients go; likewise, and in validation
+    bigram_ids: Tensor  # [T] int32; with an n-gram table [2, T], of bigrams and trigrams: rows, or slots of copies
+    sign_ids: Tensor  # [2, T] int32: rows of the signs that n-gram rows are multiplied by
+    slots: Tensor  # [2, T] int32: where n-gram rows' gradients are summed
     cu_seqlens: Tensor  # [documents + 1] int32, padded with T to a fixed length
     order: Tensor  # [T] int32, positions sorted by token
     candidates: Tensor  # [n, classes] int64, rising: what the softmax of each of n segments is over; [n, 0]: all
@@ -519,11 +511,11 @@ class Exchange(NamedTuple):
 class TouchedRows(NamedTuple):
     """What a step has to do with the rows of the bigram or n-gram table that ranks read since its last update."""
 
-    gradients: Exchange | None  # to the rows' owners, if there is an update: from rows or slots to rows or places in
-    owned: Tensor  # [rows] int32, rising: the rows of this rank's n-gram shard that any rank read, at an update
-    first: int = 0  # the slot of
-    ids: Tensor | None = None  # [rows] int32, rising and thus by owner: n-gram rows that this rank has not read before
-    copies: Exchange | None = None  # of these from their owners, to their slots; None of one rank
+    first: int  # slot of
+    ids: Tensor | None  # [rows] int32, rising: the n-gram rows that this rank had not read before
+    copies: Exchange | None  # of these from their owners, from rows to slots; None of one rank
+    owned: Tensor | None  # [rows] int32: n-gram rows of this rank's shard, which ranks read, at an update
+    gradients: Exchange | None  # to the owners at an update: from slots to places in owned, or from row to row
 
 
 class Embeddings(NamedTuple):
@@ -662,36 +654,37 @@ def token_classes(vocab_size: int) -> np.ndarray:
     return np.load(TOKEN_CLASSES).astype(np.int32) if vocab_size == 50_257 else np.arange(vocab_size, dtype=np.int32)
 
 
-def ngram_ids(tokens: np.ndarray, hp: Recipe) -> np.ndarray:
-    """Rows of the n-gram table [2, T] int32: in one half a hash of each token and the one before it, in the other of
-    these and the one before those, whatever document they are of. Where tokens are missing, the last of the half."""
+def hashed(t: np.ndarray, *factors: int) -> np.ndarray:
+    """For each token but the first ones the XOR of it and of those before it, each times its factor; int32."""
+    first = len(factors) - 1
+    return np.bitwise_xor.reduce([np.int32(x) * t[first - i : len(t) - i] for i, x in enumerate(factors)])
+
+
+def table_ids(tokens: np.ndarray, hp: Recipe) -> np.ndarray:
+    """Rows of the bigram table [T], or of the n-gram table [2, T], int32: of a token's bigram in one half, of its
+    trigram in the other, whatever documents they are of. The last row of a half where tokens are missing."""
+    if hp.ngram_rows == 0:
+        return bigram_ids(tokens, hp.sizes["B"])
     half, t = hp.ngram_rows // 2, token_classes(hp.vocab_size)[tokens]
     ids = np.full((2, len(t)), 2 * half - 1, dtype=np.int32)
     ids[0] = bigram_ids(t, half)
-    hashes = np.int32(17351) * t[2:] ^ np.int32(60961) * t[1:-1] ^ np.int32(45259) * t[:-2]
-    ids[1, 2:] = half + np.mod(hashes, np.int32(half - 1))
+    ids[1, 2:] = half + hashed(t, 17351, 60961, 45259) % np.int32(half - 1)
     return ids
 
 
 def sign_ids(tokens: np.ndarray, hp: Recipe) -> np.ndarray:
-    """Rows of signs [2, T] int32 for ngram_ids; where tokens are missing, 0."""
+    """Rows of signs [2, T] int32, of a token's bigram and trigram; 0 where tokens are missing."""
     t = token_classes(hp.vocab_size)[tokens]
     ids = np.zeros((2, len(t)), dtype=np.int32)
-    ids[0, 1:] = (np.int32(30011) * t[:-1] ^ np.int32(48271) * t[1:]) & (SIGN_ROWS - 1)
-    ids[1, 2:] = (np.int32(26801) * t[:-2] ^ np.int32(39779) * t[1:-1] ^ np.int32(58699) * t[2:]) & (SIGN_ROWS - 1)
-    return ids
-
-
-def table_ids(tokens: np.ndarray, hp: Recipe) -> np.ndarray:
-    """Rows of the table that the recipe has: ngram_ids or bigram_ids."""
-    return ngram_ids(tokens, hp) if hp.ngram_rows else bigram_ids(tokens, hp.sizes["B"])
+    ids[0, 1:], ids[1, 2:] = hashed(t, 48271, 30011), hashed(t, 58699, 39779, 26801)
+    return ids & (SIGN_ROWS - 1)
 
 
 def cycle_slots(hp: Recipe, world: int) -> int:
     """How many n-gram rows a rank may read between two updates: two a token, half as many more in a resumed run."""
     row = next(row for row in hp.params if row.name == "ngram_embed")
-    tokens = max(stage.batch for stage in hp.stages) * hp.batch_unit // world
-    room = min(hp.ngram_rows, hp.ngram_slots, 3 * tokens * cycle(row, hp.num_steps, hp))
+    tokens = max(stage.batch for stage in hp.stages) * hp.batch_unit // world * cycle(row, hp.num_steps, hp)[0]
+    room = min(hp.ngram_rows, hp.ngram_slots, 3 * tokens)
     return round_up(room, CHUNK_ROWS) if room > CHUNK_ROWS else room
 
 
@@ -766,89 +759,75 @@ def pack(
     ids = np.concatenate([table_ids(tokens[:-1], hp) for tokens, _ in segments], axis=-1)
     signs = np.concatenate([sign_ids(tokens[:-1], hp) for tokens, _ in segments], axis=-1) if hp.ngram_rows else ids[:0]
     slots = log.slots[ids] if log and hp.ngram_rows else ids[:0]
-    ids = slots if log and log.copies else ids
+    ids = slots if len(slots) and log.ranks.world > 1 else ids  # of copies
     order = np.argsort(inputs, kind="stable").astype(np.int32)  # fast for uint16
-    tables = ids, signs, slots, cu_seqlens, order, np.stack(candidates)
-    arrays = inputs.astype(np.int32), targets.astype(np.int64), *tables
+    arrays = (inputs.astype(np.int32), targets.astype(np.int64), ids, signs, slots, cu_seqlens, order,
+              np.stack(candidates))
     return Batch(*map(torch.from_numpy, arrays))
 
 
 class TouchLog:
-    """Which rows of the bigram or n-gram table each rank read since the table's last update: this rank all of them, the
-    others those of this rank's shard. Each n-gram row that this rank read has a slot, in the order of steps and rows."""
+    """Which rows of the bigram or n-gram table each rank read since the table's last update; the n-gram rows that this
+    rank read have slots, in the order of steps and of rows."""
 
     def __init__(self, hp: Recipe, ranks: Ranks):
         self.hp, self.ranks = hp, ranks
         rows = hp.ngram_rows or hp.sizes["B"]
         self.size = rows // ranks.world
-        self.touched = np.zeros((ranks.world, rows), dtype=bool)
-        self.slots = np.zeros(rows, dtype=np.int32)
-        self.copies = hp.ngram_rows > 0 and ranks.world > 1
-        self.room = cycle_slots(hp, ranks.world) if hp.ngram_rows else rows
-        self.old, self.new = ([[] for _ in range(ranks.world)] for _ in range(2))  # by rank: with a slot, and yet without
-
-    def begin(self) -> None:
-        """A cycle, after an update or where steps are left out."""
-        for rank, rows in enumerate(self.old):
-            for ids in rows + self.new[rank]:
-                self.touched[rank, ids] = False
-        self.old, self.new = ([[] for _ in rows] for rows in (self.old, self.new))
+        self.shard = slice(ranks.rank * self.size, (ranks.rank + 1) * self.size)
+        self.touched, self.known = np.zeros((2, ranks.world, rows), dtype=bool)  # known: up to the last step
+        self.slots, self.filled = np.zeros(rows, dtype=np.int32), 0
 
     def mark(self, documents: Documents, segments: list[list[tuple[int, int]]]) -> None:
         for s, slices in enumerate(segments):
-            rank, ids = s % self.ranks.world, table_ids(documents.join(slices)[:-1], self.hp)
-            self.add(rank, ids.ravel() if rank == self.ranks.rank else ids[ids // self.size == self.ranks.rank])
-
-    def add(self, rank: int, ids: np.ndarray) -> None:
-        ids = np.unique(ids[~self.touched[rank, ids]])
-        self.touched[rank, ids] = True
-        self.new[rank].append(ids)
+            self.touched[s % self.ranks.world, table_ids(documents.join(slices)[:-1], self.hp)] = True
 
     def take_over(self) -> None:
         """A checkpoint of other ranks gives each its shard's gradients, which it then sends to itself."""
-        for ids in [ids for rows in self.new for ids in rows]:
-            self.add(self.ranks.rank, ids[ids // self.size == self.ranks.rank])
+        self.touched[self.ranks.rank, self.shard] = self.touched[:, self.shard].any(axis=0)
 
-    def sides(self, read: list[np.ndarray]) -> tuple[np.ndarray, list[int], np.ndarray, list[int]]:
-        """Of the rows that each rank read: this rank's and how many each owns; those of its shard, and each's number."""
-        own = read[self.ranks.rank]
-        shard = [ids[ids // self.size == self.ranks.rank] - self.ranks.rank * self.size for ids in read]
-        owners = np.bincount(own // self.size, minlength=self.ranks.world)
-        return own, owners.tolist(), np.concatenate(shard), [*map(len, shard)]
+    def exchange(self, known: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[int], list[int]]:
+        """What was not known: the rows that this rank read, of its shard those that each read, and counts by rank."""
+        own = np.flatnonzero(self.touched[self.ranks.rank] > known[self.ranks.rank])
+        shard = np.flatnonzero(self.touched[:, self.shard] > known[:, self.shard])
+        counts = (np.bincount(x // self.size, minlength=self.ranks.world).tolist() for x in (own, shard))
+        return own.astype(np.int32), (shard % self.size).astype(np.int32), *counts
 
     def step(self, update: bool) -> TouchedRows:
-        """Slots for what is marked since the last step, and the exchanges that are due, of all ranks' rows in order."""
-        first, ids, copies = sum(map(len, self.old[self.ranks.rank])), None, None
+        """Slots for what was read since the last step, and the exchanges that are due; an update begins a cycle."""
+        first, shared, (ids, copies, owned, gradients) = self.filled, self.ranks.world > 1, [None] * 4
         if self.hp.ngram_rows:
-            own, owners, shard, readers = self.sides([np.sort(np.concatenate(rows)) for rows in self.new])
-            last, ids = first + len(own), torch.from_numpy(own)
-            require(last <= self.room, f"--ngram_slots={self.hp.ngram_slots}: the steps between two updates read more "
-                    f"n-gram rows than the {self.room} for which there is room; use more")
-            self.slots[own] = np.arange(first, last)
-            if self.copies:
-                copies = Exchange(*map(torch.from_numpy, (shard, self.slots[own])), readers, owners)
-        for old, new in zip(self.old, self.new):
-            old += new
-            new.clear()
-        owned, gradients = np.empty(0, dtype=np.int32), None
-        if update and self.ranks.world > 1:
-            own, owners, shard, readers = self.sides([np.sort(np.concatenate(rows)) for rows in self.old])
+            own, shard, owners, readers = self.exchange(self.known)
+            self.filled, room = first + len(own), cycle_slots(self.hp, self.ranks.world)
+            require(self.filled <= room, f"--ngram_slots={self.hp.ngram_slots}: use more, as the steps between two "
+                    f"updates read more than {room} n-gram rows")
+            self.slots[own] = np.arange(first, self.filled)
+            for part in (self.ranks.rank, np.s_[:, self.shard]):
+                self.known[part] = self.touched[part]
+            ids = torch.from_numpy(own)
+            copies = Exchange(*map(torch.from_numpy, (shard, self.slots[own])), readers, owners) if shared else None
+        if update and shared:
+            own, shard, owners, readers = self.exchange(np.broadcast_to(False, self.known.shape))
             if self.hp.ngram_rows:
-                owned = np.unique(shard)
-                own, shard = self.slots[own], np.searchsorted(owned, shard).astype(np.int32)
+                own, (owned, shard) = self.slots[own], np.unique(shard, return_inverse=True)
+                owned = torch.from_numpy(owned)
             gradients = Exchange(*map(torch.from_numpy, (own, shard)), owners, readers)
         if update:
             self.begin()
-        return TouchedRows(gradients, torch.from_numpy(owned), first, ids, copies)
+        return TouchedRows(first, ids, copies, owned, gradients)
+
+    def begin(self) -> None:
+        """A cycle, after an update or where steps are left out."""
+        self.touched[:], self.known[:], self.filled = False, False, 0
 
 
 def train_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int],
                   done: int = 0) -> Iterator[tuple[list[Batch], TouchedRows | None]]:
-    """For each of `steps` but the first `done`, this rank's batches and, where rows travel or have slots, TouchedRows."""
+    """For each of `steps` but the first `done`, this rank's batches and, if rows travel or have slots, TouchedRows."""
     plans = [plan(step, hp) for step in steps]
     table = next(row for row in hp.params if row.name == ("ngram_embed" if hp.ngram_rows else "bigram_embed"))
     log = TouchLog(hp, ranks) if hp.ngram_rows or (ranks.world >= SPARSE_FROM and table.reduce == "sparse") else None
-    running = max((i + 1 for i in range(done) if due(table, plans[i].step, hp)), default=0)
+    running = max((i + 1 for i in range(done) if due(table, plans[i].step, hp)), default=0)  # its cycle's first step
     sweep = Sweep(hp)
     number = -1
     for number, (documents, segments) in enumerate(walk(sorted(glob.glob(hp.train_files)), hp.bos, plans)):
@@ -1211,18 +1190,8 @@ class AdamHypers(NamedTuple):
     bias1: Tensor  # 1 - beta1^t after t updates
     bias2: Tensor
     eps: Tensor
-
-
-class RowAdamHypers(NamedTuple):
-    """The scalars of one step of Adam by rows, 0-dim fp32 tensors."""
-
-    lr: Tensor
-    decay: Tensor
-    beta: Tensor  # the second moment's decay in `every` steps
-    beta2: Tensor  # in the steps of this update
-    bias2: Tensor
-    eps: Tensor
-    time: Tensor  # steps over `every`
+    beta: Tensor | None = None  # beta2 of `every` steps
+    time: Tensor | None = None  # steps until now, over `every`
 
 
 def normuon_direction(
@@ -1302,10 +1271,10 @@ def row_adam_update(
 ) -> None:
     """One Adam step on rows p [n, D] without first moments and with one second moment a row (record #92), in place.
 
-    A row whose gradient is zero would not move, so it may be left out: what its moment decays meanwhile is made up for
-    when its turn comes, by state["last"] [n] int32."""
+    A row without a gradient would not move, so it may be left out: state["last"] [n] int32 tells how long its moment
+    has still to decay when it comes again."""
     for p, g, state, hyper, careful in zip(params, grads, states, hypers, cautious):
-        h = RowAdamHypers(*hyper.unbind()[:7])
+        h = AdamHypers(*hyper.unbind())
         g = g.float()
         old = p.float()
         mean = g.square().mean(dim=1)
@@ -1328,23 +1297,20 @@ def normuon_hypers(row: Param, now: Plan, hp: Recipe) -> MuonHypers:
 
 def adam_hypers(row: Param, now: Plan, hp: Recipe) -> AdamHypers:
     lr = hp.adam_lr * now.lr_factor * row.lr
-    longer = cycle(row, now.step, hp) // row.every
-    beta1, beta2 = (beta**longer for beta in row.betas)
-    bias1, bias2 = (1 - beta ** updates(row, now.step, hp) for beta in (beta1, beta2))
+    steps, updates = cycle(row, now.step, hp)
+    beta1, beta2 = (beta ** (steps // row.every) for beta in row.betas)
+    bias1, bias2 = (1 - beta**updates for beta in (beta1, beta2))
     return AdamHypers(
         lr=lr,
-        decay=lr**2 * hp.adam_wd * row.wd * longer,
+        decay=lr**2 * hp.adam_wd * row.wd * (steps // row.every),
         beta1=beta1,
         beta2=beta2,
         bias1=bias1,
         bias2=bias2,
         eps=hp.adam_eps,
+        beta=row.betas[1],
+        time=(now.step + 1) // row.every,
     )
-
-
-def row_adam_hypers(row: Param, now: Plan, hp: Recipe) -> RowAdamHypers:
-    h = adam_hypers(row, now, hp)
-    return RowAdamHypers(h.lr, h.decay, row.betas[1], h.beta2, h.bias2, h.eps, (now.step + 1) // row.every)
 
 
 def muon_state(p: Tensor) -> dict[str, Tensor]:
@@ -1363,14 +1329,14 @@ def adam_state(p: Tensor) -> dict[str, Tensor]:
 
 
 def row_adam_state(p: Tensor) -> dict[str, Tensor]:
-    return {"second": torch.zeros(len(p), device=p.device), "last": torch.zeros(len(p), dtype=torch.int32, device=p.device)}
+    return {"second": p.new_zeros(len(p), dtype=torch.float32), "last": p.new_zeros(len(p), dtype=torch.int32)}
 
 
 class Rule(NamedTuple):
     """How a parameter is updated."""
 
     state: Callable  # a rank's part of a parameter -> what its updates keep
-    hypers: Callable  # Param, Plan, Recipe -> the scalars of one update, at most 8
+    hypers: Callable  # Param, Plan, Recipe -> the scalars of one update, at most 9
     update: Callable  # see adam_update
     bank: bool = False  # for banks [K, rows, columns] only, at rates by matrix
 
@@ -1379,7 +1345,7 @@ RULES = {
     "normuon": Rule(normuon_state, normuon_hypers, normuon_update, bank=True),
     "muon": Rule(muon_state, normuon_hypers, normuon_update, bank=True),
     "adam": Rule(adam_state, adam_hypers, adam_update),
-    "row_adam": Rule(row_adam_state, row_adam_hypers, row_adam_update),
+    "row_adam": Rule(row_adam_state, adam_hypers, row_adam_update),
 }
 
 
@@ -1400,44 +1366,31 @@ class Cycle:
     """The n-gram rows that this rank reads between two updates of the table. Each has a slot."""
 
     def __init__(self, model: GPT, hp: Recipe, ranks: Ranks):
-        self.ranks, self.table, self.signs, self.add_rows = ranks, model.ngram_embed.data, model.signs, model.ops.add_rows
+        self.table, self.signs, self.add_rows = model.ngram_embed.data, model.signs, model.ops.add_rows
         slots, D = cycle_slots(hp, ranks.world), hp.model_dim
         self.ids = torch.zeros(slots, dtype=torch.int32, device=ranks.device)
         self.sums = torch.zeros(slots, D, device=ranks.device)  # of gradients
         self.copies = self.table.new_zeros(slots, D) if ranks.world > 1 else None
-        self.filled = 0
-        self.saved: tuple[Tensor, Tensor] | None = None  # ids and sums of a checkpoint, until they have slots
+        self.chunk = min(CHUNK_ROWS, slots)
+        self.filled, self.saved = 0, None  # saved: ids and sums of a checkpoint, until they have slots
 
     def read(self, touched: TouchedRows) -> None:
-        """Before a step: slots for the rows that it reads first and, of a table that ranks share, copies of them."""
+        """Before a step: slots for the rows that it is the first to read and, of a table that ranks share, copies."""
         self.filled = touched.first + len(touched.ids)
         self.ids[touched.first : self.filled] = touched.ids
         if touched.copies:
-            got, work = exchanged(self.table, touched.copies)
+            rows, work = exchanged(self.table, touched.copies)
             wait(work)
-            self.copies[touched.copies.received] = got
+            self.copies[touched.copies.received] = rows
         if self.saved:
             ids, sums = self.saved
-            self.sums[touched.first + torch.searchsorted(touched.ids, ids)] = sums
+            self.sums[torch.searchsorted(touched.ids, ids)] = sums
             self.saved = None
 
     def add(self, batch: Batch, grad: Tensor) -> None:
         """Add the rows' gradients, for that of their sum [T, D]."""
         for slots, ids in zip(batch.slots, batch.sign_ids):
             self.add_rows(grad * F.embedding(ids, self.signs), slots, self.sums)
-
-    def reduced(self, part: Tensor, touched: TouchedRows) -> tuple[Tensor, Tensor]:
-        """At an update this rank's rows [n], and their gradients in whole chunks; part: what came of gradients."""
-        if touched.gradients is None:
-            return self.ids[: self.filled], self.sums
-        n = len(touched.owned)
-        sums = self.sums.new_zeros(round_up(n, min(CHUNK_ROWS, len(self.sums))), self.sums.size(1))
-        self.add_rows(part, touched.gradients.received, sums)
-        return touched.owned, sums.div_(self.ranks.world)
-
-    def end(self) -> None:
-        self.sums[: self.filled] = 0
-        self.filled = 0
 
 
 def exchanged(rows: Tensor, to: Exchange, dtype: torch.dtype | None = None) -> tuple[Tensor, dist.Work]:
@@ -1447,18 +1400,18 @@ def exchanged(rows: Tensor, to: Exchange, dtype: torch.dtype | None = None) -> t
     return part, dist.all_to_all_single(part, sent, to.receive_counts, to.send_counts, async_op=True)
 
 
-def read_anywhere(table: Tensor, batch: Batch, ranks: Ranks) -> tuple[Batch, Tensor | None]:
-    """For validation, which may wait: the batch with places among copies of the n-gram rows that it reads, and these."""
-    ids, places = batch.bigram_ids.unique(return_inverse=True)
-    counts = torch.bincount(ids // len(table), minlength=ranks.world)
-    asked = torch.empty_like(counts)
-    dist.all_to_all_single(asked, counts)
-    counts, asked = counts.tolist(), asked.tolist()
-    wanted = ids.new_empty(sum(asked))
-    dist.all_to_all_single(wanted, ids, asked, counts)
-    copies = table.new_empty(len(ids), table.size(1))
-    dist.all_to_all_single(copies, table[wanted % len(table)], counts, asked)
-    return batch._replace(bigram_ids=places.int()), copies
+def read_anywhere(table: Tensor, batch: Batch, ranks: Ranks) -> tuple[Batch, Tensor]:
+    """Of a shared table, for validation: a copy of each n-gram row that a batch reads, and the batch with their places.
+
+    Each rank puts its own among zeros for all ranks: simple, if too much traffic for training."""
+    ids = batch.bigram_ids.new_empty(2 * ranks.world, len(batch.tokens))
+    dist.all_gather_into_tensor(ids, batch.bigram_ids)
+    own = (ids // len(table) == ranks.rank).flatten()
+    rows = table.new_zeros(ids.numel(), table.size(1))
+    rows[own] = table[ids.flatten()[own] % len(table)]
+    copies = table.new_empty(batch.bigram_ids.numel(), table.size(1))
+    dist.reduce_scatter_tensor(copies, rows)
+    return batch._replace(bigram_ids=torch.arange(len(copies), device=table.device).view(2, -1)), copies
 
 
 class NorMuonAdam:
@@ -1475,7 +1428,9 @@ class NorMuonAdam:
         self.grads = self.make_gradients()
         self.moments = {row.name: self.rules[row.rule].state(self.shard(row)) for row in hp.params}
         self.rates = {row.name: {"rate": self.matrix_rates(row)} for row in hp.params if RULES[row.rule].bank}
-        self.averages = self.make_averages()
+        self.averages = {(average, name): torch.zeros_like(self.shard(self.row[name]), dtype=torch.float32)
+                         for average in hp.averages if hp.tail_average * average.blend
+                         for name in average.params.split()}
         self.reset()
 
     @torch.no_grad()
@@ -1494,11 +1449,11 @@ class NorMuonAdam:
         # 2. in order: wait for gradients, update, launch the gather
         gathering = []
         for group in self.update_groups(rows):
-            if group[0].reduce == "rows":
-                self.update_rows(group[0], *reducing.pop(group[0].name), touched, hypers)
-                continue
             grads = [self.reduced_gradient(row, *reducing.pop(row.name), touched) for row in group]
-            self.update(group, grads, hypers)
+            if group[0].reduce == "rows":
+                self.update_rows(group[0], grads[0], hypers, touched)
+            else:
+                self.update(group, grads, hypers)
             del grads
             gathering += [self.launch_gather(row) for row in group]
 
@@ -1508,8 +1463,7 @@ class NorMuonAdam:
         if now.tied:
             self.copy_tied_weight(rows)
         for row in rows:
-            if row.reduce != "rows":
-                self.grads[row.name].zero_()
+            self.grads[row.name].zero_()
         self.average(now)
 
     def rows_due(self, now: Plan) -> list[Param]:
@@ -1528,7 +1482,7 @@ class NorMuonAdam:
 
     def hypers(self, rows: list[Param], now: Plan) -> dict[str, Tensor]:
         """The scalars of each update as a small device tensor, so that compiled code never changes."""
-        table = torch.zeros(len(rows), 8)
+        table = torch.zeros(len(rows), 9)
         for row, line in zip(rows, table):
             values = self.rules[row.rule].hypers(row, now, self.hp)
             line[: len(values)] = torch.tensor(values)
@@ -1538,10 +1492,10 @@ class NorMuonAdam:
                           touched: TouchedRows | None) -> dict[str, tuple[Tensor, dist.Work | None]]:
         """Start averaging gradients; where this rank's part of each (if sparse, rows) will be, and the work."""
         if self.ranks.world == 1:
-            return {row.name: (self.grads.get(row.name), None) for row in rows}
+            return {row.name: (self.grads[row.name], None) for row in rows}
         found, small = {}, {}
         for row in rows:
-            grad = self.cycle.sums if row.reduce == "rows" else self.grads[row.name]
+            grad = self.grads[row.name]
             if row.reduce != "replicate":
                 found[row.name] = self.launch_shard_reduction(row, grad, touched)
                 continue
@@ -1567,28 +1521,27 @@ class NorMuonAdam:
         yield from ([row] for row in sorted(large, key=lambda row: UPDATE_ORDER.index(row.name)))
 
     def reduced_gradient(self, row: Param, part: Tensor, work: dist.Work | None, touched: TouchedRows | None) -> Tensor:
-        """Wait for a gradient; of sparse rows make this rank's part, in fp32."""
+        """Wait for a gradient; of rows that were sent make this rank's part, in fp32."""
         wait(work)
-        if work is None or row.reduce != "sparse" or touched is None:
+        if work is None or row.reduce not in ("sparse", "rows") or touched is None:
             return part
-        whole = torch.zeros_like(self.shard(row), dtype=torch.float32)
+        n = len(self.shard(row)) if row.reduce == "sparse" else round_up(len(touched.owned), self.cycle.chunk)
+        whole = torch.zeros(n, part.size(1), device=part.device)
         self.add_rows(part, touched.gradients.received, whole)
         return whole.div_(self.ranks.world)
 
-    def update_rows(self, row: Param, part: Tensor, work: dist.Work | None, touched: TouchedRows,
-                    hypers: dict[str, Tensor]) -> None:
-        """Update the rows of the n-gram table that the cycle touched, in chunks of one size, and end the cycle."""
-        wait(work)
-        rows, grads = self.cycle.reduced(part, touched)
-        p, moments, chunk = self.params[row.name].data, self.moments[row.name], min(CHUNK_ROWS, len(self.cycle.sums))
-        for at, g in zip(rows.long().split(chunk), grads.split(chunk)):
-            padded = F.pad(at, (0, chunk - len(at)))
-            new, state = p[padded], {key: x[padded] for key, x in moments.items()}
-            self.rules[row.rule].update([new], [g], [state], [hypers[row.name]], [row.cautious])
-            p[at] = new[: len(at)]
-            for key, x in moments.items():
-                x[at] = state[key][: len(at)]
-        self.cycle.end()
+    def update_rows(self, row: Param, grads: Tensor, hypers: dict[str, Tensor], touched: TouchedRows) -> None:
+        """Update the rows of this rank's n-gram shard that a cycle touched, in chunks of one size; it ends."""
+        rows = self.cycle.ids[: self.cycle.filled] if touched.owned is None else touched.owned
+        tensors = [self.params[row.name].data, *self.moments[row.name].values()]
+        for at, g in zip(rows.long().split(self.cycle.chunk), grads.split(self.cycle.chunk)):
+            padded = F.pad(at, (0, len(g) - len(at)))
+            p, *moments = parts = [x[padded] for x in tensors]
+            state = dict(zip(self.moments[row.name], moments))
+            self.rules[row.rule].update([p], [g], [state], [hypers[row.name]], [row.cautious])
+            for x, part in zip(tensors, parts):
+                x[at] = part[: len(at)]
+        self.cycle.filled = 0
 
     def update(self, group: list[Param], grads: list[Tensor], hypers: dict[str, Tensor]) -> None:
         self.rules[group[0].rule].update(
@@ -1601,7 +1554,7 @@ class NorMuonAdam:
 
     def launch_gather(self, row: Param) -> dist.Work | None:
         """Start sending this rank's updated shard to all ranks."""
-        if row.reduce == "replicate" or self.ranks.world == 1:
+        if row.reduce in ("replicate", "rows") or self.ranks.world == 1:
             return None
         return dist.all_gather_into_tensor(self.params[row.name].data, self.shard(row), async_op=True)
 
@@ -1624,7 +1577,7 @@ class NorMuonAdam:
     def make_gradients(self) -> dict[str, Tensor]:
         """Where gradients are summed until an update: of looked-up tables in fp32, of others where autograd adds, of
         the replicated ones as views of one tensor a dtype, which one all-reduce takes."""
-        grads = {}
+        grads = {"ngram_embed": self.cycle.sums} if self.cycle else {}
         self.flat = {}
         dtypes = {name: torch.float32 if name in LOOKED_UP else p.dtype for name, p in self.params.items()}
         for dtype in (torch.float32, torch.bfloat16):
@@ -1635,7 +1588,7 @@ class NorMuonAdam:
             parts = self.flat[dtype].split(sizes)
             grads |= {name: part[: p.numel()].view(p.shape) for part, (name, p) in zip(parts, small.items())}
         for name, p in self.params.items():
-            if name not in grads and self.row[name].reduce != "rows":
+            if name not in grads:
                 grads[name] = torch.zeros_like(p, dtype=dtypes[name], requires_grad=False)
             if name not in LOOKED_UP:
                 p.grad = grads[name]
@@ -1654,42 +1607,25 @@ class NorMuonAdam:
         for row, table in zip(rows.value, tables):
             add(row.grad, batch.tokens, table, batch.order)
 
-    def make_averages(self) -> list[tuple[Average, float, dict[int, float], dict[str, Tensor]]]:
-        """Of each average that is kept, how much the weights take of it, its ticks, and by parameter its fp32 values."""
-        found = []
-        for i, average in enumerate(self.hp.averages):
-            if blend := self.hp.tail_average * average.blend:
-                parts = {name: torch.zeros_like(self.shard(self.row[name]), dtype=torch.float32)
-                         for name in average.params.split()}
-                found.append((average, blend, ticks(average, self.hp), parts))
-        return found
-
     def average(self, now: Plan) -> None:
-        """Let the averages take in the weights, as far as a rank owns them; after the last step the reverse."""
-        for _, _, rates, parts in self.averages:
-            for name, x in parts.items():
-                if now.step == min(rates):
-                    x.copy_(self.shard(self.row[name]))
-                elif now.step in rates:
-                    x.mul_(1 - rates[now.step]).add_(self.shard(self.row[name]), alpha=rates[now.step])
-        if now.step < self.hp.num_steps - 1 or not self.averages:
-            return
-        norms = {name: self.shard_norm(name) for average, *_, parts in self.averages for name in parts if average.norm}
-        for _, blend, _, parts in self.averages:
-            for name, x in parts.items():
-                p = self.shard(self.row[name])
-                p.copy_(p.float().lerp_(x, blend))
-        for name, norm in norms.items():
-            p = self.shard(self.row[name])
-            p.copy_(p.float() * (norm / self.shard_norm(name)))
-        for name in dict.fromkeys(name for *_, parts in self.averages for name in parts):  # on all ranks in one order
-            wait(self.launch_gather(self.row[name]))
+        """Let averages take in the weights, of which each rank has its part; after the last step the reverse."""
+        def norm_of(p: Tensor) -> Tensor:
+            square = p.float().square().sum()
+            dist.all_reduce(square)
+            return square.sqrt()
 
-    def shard_norm(self, name: str) -> Tensor:
-        """The Frobenius norm of a parameter that ranks share."""
-        square = self.shard(self.row[name]).float().square().sum()
-        dist.all_reduce(square)
-        return square.sqrt()
+        for (average, name), x in self.averages.items():
+            if rate := ticks(average, self.hp).get(now.step):
+                x.mul_(1 - rate).add_(self.shard(self.row[name]), alpha=rate)
+        if now.step == self.hp.num_steps - 1:
+            shards = {name: self.shard(self.row[name]) for _, name in self.averages}  # on all ranks in one order
+            norms = {name: norm_of(shards[name]) for average, name in self.averages if average.norm}
+            for (average, name), x in self.averages.items():
+                shards[name].copy_(shards[name].float().lerp_(x, self.hp.tail_average * average.blend))
+            for name, p in shards.items():
+                if name in norms:
+                    p.copy_(p.float() * (norms[name] / norm_of(p)))
+                wait(self.launch_gather(self.row[name]))
 
     def untie(self) -> None:
         """From now on embed has a life of its own, beginning with lm_head's moments, transposed and sharded anew."""
@@ -1710,18 +1646,17 @@ class NorMuonAdam:
     def states(self) -> Iterator[State]:
         """All that steps change: what is reset after the warm-up and what a checkpoint holds."""
         for row in self.hp.params:
-            kind = {"replicate": "same", "rows": "rows"}.get(row.reduce, "shard")
+            kind = {"replicate": "same", "rows": "rows" if self.cycle else "same"}.get(row.reduce, "shard")
             yield State(row.name, self.params[row.name].data, "rows" if kind == "rows" else "same")
             for key, x in self.moments[row.name].items():
                 yield State(f"{row.name}.{key}", x, kind)
-            if kind != "rows":
-                yield State(f"{row.name}.grad", self.grads[row.name], "own")
-        for i, (*_, parts) in enumerate(self.averages):
-            for name, x in parts.items():
-                yield State(f"{name}.average{i}", x, "same" if self.row[name].reduce == "replicate" else "shard")
+            yield State(f"{row.name}.grad", self.grads[row.name], "slots" if kind == "rows" else "own")
+        for (average, name), x in self.averages.items():
+            kind = "same" if self.row[name].reduce == "replicate" else "shard"
+            yield State(f"{name}.average{self.hp.averages.index(average)}", x, kind)
         if self.cycle:
-            for key in ("ids", "sums") + ("copies",) * (self.ranks.world > 1):
-                yield State(f"ngram_embed.{key}", getattr(self.cycle, key), "slots")
+            yield State("ngram_embed.ids", self.cycle.ids, "slots")
+            yield from [State("ngram_embed.copies", self.cycle.copies, "slots")] * (self.ranks.world > 1)
 
 
 def wait(work: dist.Work | None) -> None:
@@ -1805,9 +1740,8 @@ class Run:
         windows = now.windows._replace(long=long, max_doc=validation.max_doc, segment=0)
         total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)  # loss, count
         for batch in itertools.islice(validation.batches(), chunks):
-            copies = None
-            if self.optimizer.cycle and self.ranks.world > 1:
-                batch, copies = read_anywhere(self.model.ngram_embed, batch, self.ranks)
+            shared = self.optimizer.cycle and self.ranks.world > 1
+            batch, copies = read_anywhere(self.model.ngram_embed, batch, self.ranks) if shared else (batch, None)
             losses = self.val_losses_of(batch, self.model.lookup(batch, copies), windows)
             total += torch.stack([losses.double().sum(), total.new_tensor(len(losses))])
         dist.all_reduce(total)
@@ -3124,24 +3058,10 @@ def memory_needed(hp: Recipe) -> float:
     channel = RECOMPUTE_BYTES if hp.recompute else PLAIN_BYTES if plain else KERNEL_BYTES
     step = channel * len(hp.layers) * hp.model_dim * T + logits * hp.vocab_size
     numbers = sum(math.prod(param_shape(row, hp)) for row in hp.params if row.reduce != "rows")
-    rows, slots = ngram_bytes(hp)
-    return PARAMETER_BYTES * numbers + hp.ngram_rows * rows + slots + (1 + hp.graphs) * step
-
-
-def ngram_bytes(hp: Recipe) -> tuple[float, float]:
-    """GPU memory that a row of the n-gram table takes of each rank, with its moments; and that of a rank's slots."""
-    _, world, _ = launched_ranks()
-    D, bytes = hp.model_dim, 2 if hp.dtype == "bfloat16" else 4
-    return (bytes * D + 8) / world, cycle_slots(hp, world) * D * (4 + (world > 1) * bytes)
-
-
-def check_table(hp: Recipe, device: torch.device) -> None:
-    """Raise UserError if the n-gram table does not fit, even with the smallest micro-batches if these may be chosen."""
-    if hp.ngram_rows and device.type == "cuda":
-        missing = memory_needed(hp) - usable_memory(device)
-        rows = int(hp.ngram_rows - missing / ngram_bytes(hp)[0]) // (2 * SEGMENTS) * 2 * SEGMENTS
-        require(missing <= 0, f"--ngram_rows={hp.ngram_rows}: the table and the rest of the run do not fit the GPU's memory; "
-                + (f"up to {rows} rows do, or use more GPUs" if rows > 0 else "use --ngram_rows=0 or more GPUs"))
+    world, number = launched_ranks()[1], getattr(torch, hp.dtype).itemsize
+    table = hp.ngram_rows / world * (number * hp.model_dim + 8)  # of two moments
+    table += cycle_slots(hp, world) * hp.model_dim * (4 + number * (world > 1))
+    return PARAMETER_BYTES * numbers + table + (1 + hp.graphs) * step
 
 
 def usable_memory(device: torch.device) -> float:
@@ -3171,7 +3091,11 @@ def choose_backends(hp: Recipe, device: torch.device) -> Recipe:
     kernels = ("hopper" if fits else "plain") if hp.kernels == "auto" else hp.kernels
     hp = replace(hp, kernels=kernels)
     hp = fit_memory(hp, device) if hp.micro_tokens == "auto" else hp
-    check_table(hp, device)
+    if hp.ngram_rows and device.type == "cuda":
+        rows = range(2 * SEGMENTS, hp.ngram_rows + 1, 2 * SEGMENTS)
+        fit = bisect.bisect(rows, usable_memory(device), key=lambda n: memory_needed(replace(hp, ngram_rows=n)))
+        require(fit == len(rows), f"--ngram_rows={hp.ngram_rows}: beside the rest of the run the GPU's memory holds "
+                f"{rows[fit - 1] if fit else 0}; use so many, or more GPUs")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         hp = replace(hp, fp8_head=False)
     gpu = device.type == "cuda" and hp.dtype == "bfloat16"
@@ -3518,10 +3442,10 @@ def check_sizes(hp: Recipe) -> None:
     require(hp.model_dim == hp.num_heads * hp.head_dim, "--model_dim must equal num_heads * head_dim")
     require(hp.num_heads % 2 == 0 and hp.head_dim % 8 == 0, "--num_heads must be even, --head_dim a multiple of 8")
     require(hp.model_dim % SEGMENTS == 0, f"--model_dim must be a multiple of {SEGMENTS}, so that ranks can share it")
-    require(hp.ngram_rows % (2 * SEGMENTS) == 0, f"--ngram_rows={hp.ngram_rows} must be a multiple of {2 * SEGMENTS}, so "
-            "that ranks can share it, and bigrams and trigrams")
-    require(hp.ngram_rows == 0 or hp.vocab_size != 50_257 or TOKEN_CLASSES.exists(), f"{TOKEN_CLASSES} is missing: get it "
-            "again with the script, make it by tools/token_classes.py, or use --ngram_rows=0")
+    require(hp.ngram_rows % (2 * SEGMENTS) == 0,
+            f"--ngram_rows={hp.ngram_rows} must be a multiple of {2 * SEGMENTS}, for ranks and two kinds of rows")
+    require(hp.ngram_rows == 0 or hp.vocab_size != 50_257 or TOKEN_CLASSES.exists(),
+            f"{TOKEN_CLASSES} is missing: make it by tools/token_classes.py, or use --ngram_rows=0")
     require(hp.vocab_size <= 2**16, f"--vocab_size={hp.vocab_size}: shards hold 16-bit tokens")
     require(hp.val_tokens % (hp.val_chunk * world) == 0,
             f"--val_tokens={hp.val_tokens} must be a multiple of --val_chunk={hp.val_chunk} x {world} ranks")
@@ -3595,11 +3519,10 @@ def check_params(hp: Recipe) -> None:
                     "first")
 
     for i, average in enumerate(hp.averages):
-        place = f"AVERAGES.{i}"
         require(average.params.split() and {*average.params.split()} <= {*names} - {"ngram_embed"},
-                f"{place}.params={average.params!r}: use names of PARAMS, but not ngram_embed")
-        require(average.start < 1 and hp.tail_average * average.blend <= 1, f"{place}: use a start below 1 and a blend of "
-                "1 at most, also times --tail_average")
+                f"AVERAGES.{i}.params={average.params!r}: use names of PARAMS, but not ngram_embed")
+        require(hp.tail_average * average.blend <= 1 and average.start < 1,
+                f"AVERAGES.{i}: use a blend, also times --tail_average, up to 1, and a start below 1")
     require(embed.init == "lm_head" or not hp.stages[0].tied,
             f"PARAMS.embed.init={embed.init!r}: use lm_head, as they are one weight at first (STAGES.0.tied)")
 
@@ -4363,15 +4286,15 @@ def recipe_of(saved: dict) -> Recipe:
 
 
 def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> Path | None:
-    """Write a checkpoint: tensors as one rank has them, but each rank's gradients that wait for an update; beside it each
-    rank's piece of the n-gram table.
+    """Write a checkpoint: tensors as one rank has them, but each rank's gradients that wait for an update; each rank's
+    part of the n-gram table and its Cycle in a file beside it.
 
     Returns its path, on rank 0; raises UserError."""
     rank, R, _ = optimizer.ranks
     about, tensors, piece = run_identity(optimizer.hp), {}, {}
     for name, x, kind in optimizer.states():
         if kind in ("rows", "slots"):
-            piece[name] = x if kind == "rows" else x[: optimizer.cycle.filled]
+            piece[name] = (x if kind == "rows" else x[: optimizer.cycle.filled].clone()).cpu()
             continue
         if kind != "same":
             part = x[None] if kind == "own" else x
@@ -4381,7 +4304,7 @@ def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> P
             tensors[name] = (x if kind == "own" else x[: about["shapes"][name.split(".")[0]][0]]).cpu()
     paths = [log.path and log.path.with_name(f"{log.path.stem}_step{step}.pt")]
     dist.broadcast_object_list(paths, 0)
-    saved = {"settings": about, "step": step, "ms": ms, "tensors": tensors, "pieces": R if optimizer.cycle else 0}
+    saved = {"settings": about, "step": step, "ms": ms, "tensors": tensors, "pieces": R if piece else 0}
 
     def write(path: Path, content: dict) -> Path:
         temporary = Path(f"{path}.tmp")
@@ -4395,20 +4318,8 @@ def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> P
         return path
 
     if piece:
-        on_every_rank(lambda: write(piece_of(paths[0], rank, R), {"step": step, "tensors": piece}))
+        on_every_rank(lambda: write(Path(f"{paths[0]}.{rank}of{R}"), {"ms": ms, "tensors": piece}))
     return on_every_rank(lambda: write(paths[0], saved) if rank == 0 else None)
-
-
-def piece_of(path: Path | str, rank: int, R: int) -> Path:
-    """Where a rank's piece of a checkpoint is."""
-    return Path(f"{path}.{rank}of{R}")
-
-
-def read_file(path: Path | str) -> dict:
-    """What torch.save wrote, on the CPU, as data."""
-    if zipfile.ZipFile(path).testzip():  # torch.load ignores checksums
-        raise ValueError("wrong checksum")
-    return torch.load(path, "cpu", weights_only=True, mmap=True)
 
 
 def read_checkpoint(path: str, hp: Recipe | None = None) -> dict | None:
@@ -4416,16 +4327,22 @@ def read_checkpoint(path: str, hp: Recipe | None = None) -> dict | None:
     if not path:
         return None
     require(os.path.exists(path), f"{path}: there is no such checkpoint; choose another")
+
+    def read(path: str) -> dict:
+        if zipfile.ZipFile(path).testzip():  # torch.load ignores checksums
+            raise ValueError("wrong checksum")
+        return torch.load(path, "cpu", weights_only=True, mmap=True)
+
     try:
-        saved = read_file(path)
+        saved = read(path)
         old, R = saved["settings"], saved["pieces"]
-        for piece in (read_file(piece_of(path, rank, R)) for rank in range(R)):
+        for piece in (read(f"{path}.{rank}of{R}") for rank in range(R)):
             for name, x in piece["tensors"].items():
                 saved["tensors"].setdefault(name, []).append(x)
-            if piece["step"] != saved["step"]:
+            if piece["ms"] != saved["ms"]:
                 raise ValueError("pieces of several checkpoints")
         if not isinstance(saved["step"], int) or any(
-                slice_of(saved["tensors"][name], 0, shape[0], "meta").shape != shape for name, shape in old["shapes"].items()):
+                slice_of(saved["tensors"][name], 0, x[0], "meta").shape != x for name, x in old["shapes"].items()):
             raise ValueError("wrong step or shapes")
         if not hp:
             saved["hp"] = recipe_of(old)
@@ -4457,11 +4374,13 @@ def load_checkpoint(saved: dict, optimizer: NorMuonAdam, clock: Clock) -> int:
         if name in saved["tensors"] and kind != "slots":  # else a gradient of zeros
             y = saved["tensors"][name]
             if kind == "own":
+                sparse = name == "bigram_embed.grad" and len(y) != R  # see TouchLog.take_over
                 y = y[rank] if len(y) == R else y.float().mean(0)
+                y = R * y * (torch.arange(len(y)) * R // len(y) == rank)[:, None] if sparse else y
             y = slice_of(y, rank * len(x), len(x)) if kind in ("shard", "rows") else y
             x[: len(y)].copy_(y)  # the rest is padding
     if optimizer.cycle and any(map(len, saved["tensors"]["ngram_embed.ids"])):
-        pieces = [*zip(*(saved["tensors"][f"ngram_embed.{key}"] for key in ("ids", "sums")))]
+        pieces = [*zip(*(saved["tensors"][f"ngram_embed.{key}"] for key in ("ids", "grad")))]
         ids, sums = (torch.cat(x).to(device) for x in zip(*(pieces[rank : rank + 1] if len(pieces) == R else pieces)))
         if len(pieces) != R:  # each rank takes those of its shard, see TouchLog.take_over
             own = ids // len(optimizer.cycle.table) == rank

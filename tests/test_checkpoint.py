@@ -203,7 +203,7 @@ def test_eight_ranks_pad_and_shard(straight, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("done", [2, 3])
 def test_loader_skips(base, done):
-    """It goes on with the same batches; Adam's next step of eight ranks exchanges all rows with waiting gradients."""
+    """It goes on with the same batches; Adam's next step of eight ranks sends all rows with waiting gradients."""
     loaders = [t.load_batches(base, t.Ranks(rank, 8, CPU), range(6)) for rank in range(8)]
     whole = [[next(loader) for _ in range(6)] for loader in loaders]
     read = [[set(batches[0].bigram_ids.tolist()) for batches, _ in items] for items in whole]  # [rank][step]
@@ -212,11 +212,13 @@ def test_loader_skips(base, done):
         ((batch,), touched), ((same,), expected) = next(loaders[-1]), whole[5][step]
         assert all(map(torch.equal, batch, same))
         assert (touched is None) == (step % 2 == 0)
-        if step == 3:  # of step 2 the gradients of all ranks if it was before the checkpoint, else its own
-            waiting = set().union(*(r[2] for r in read)) if done == 3 else read[5][2]
-            assert touched.sent.tolist() == sorted(waiting | read[5][3])
+        if step == 3:  # of step 2 its own rows or, if it was before the checkpoint, also those of its shard
+            size = base.sizes["B"] // 8
+            shard = {row for rows in read for row in rows[2] if row // size == 5} if done == 3 else set()
+            assert touched.gradients.sent.tolist() == sorted(read[5][2] | shard | read[5][3])
         elif step == 5:
-            assert torch.equal(touched.sent, expected.sent) and torch.equal(touched.received, expected.received)
+            assert torch.equal(touched.gradients.sent, expected.gradients.sent)
+            assert torch.equal(touched.gradients.received, expected.gradients.received)
     for loader in loaders:
         loader.close()
 
