@@ -490,11 +490,11 @@ class Batch(NamedTuple):
     tokens: Tensor  # [T] int32
     targets: Tensor  # [T] int64; where there are candidates, places among these
     bigram_ids: Tensor  # [T] int32; with an n-gram table [2, T], of bigrams and trigrams: rows, or slots of copies
-    sign_ids: Tensor  # [2, T] int32: rows of the signs that n-gram rows are multiplied by
-    slots: Tensor  # [2, T] int32: where n-gram rows' gradients are summed
     cu_seqlens: Tensor  # [documents + 1] int32, padded with T to a fixed length
     order: Tensor  # [T] int32, positions sorted by token
     candidates: Tensor  # [n, classes] int64, rising: what the softmax of each of n segments is over; [n, 0]: all
+    sign_ids: Tensor  # [2, T] int32: rows of the signs that n-gram rows are multiplied by
+    slots: Tensor  # [2, T] int32: where n-gram rows' gradients are summed
 
 
 class Exchange(NamedTuple):
@@ -759,66 +759,81 @@ def pack(
     ids = np.concatenate([table_ids(tokens[:-1], hp) for tokens, _ in segments], axis=-1)
     signs = np.concatenate([sign_ids(tokens[:-1], hp) for tokens, _ in segments], axis=-1) if hp.ngram_rows else ids[:0]
     slots = log.slots[ids] if log and hp.ngram_rows else ids[:0]
-    ids = slots if len(slots) and log.ranks.world > 1 else ids  # of copies
+    ids = slots if len(slots) and log.world > 1 else ids  # of copies
     order = np.argsort(inputs, kind="stable").astype(np.int32)  # fast for uint16
-    arrays = (inputs.astype(np.int32), targets.astype(np.int64), ids, signs, slots, cu_seqlens, order,
-              np.stack(candidates))
-    return Batch(*map(torch.from_numpy, arrays))
+    arrays = inputs.astype(np.int32), targets.astype(np.int64), ids, cu_seqlens, order, np.stack(candidates)
+    return Batch(*map(torch.from_numpy, (*arrays, signs, slots)))
 
 
 class TouchLog:
-    """Which rows of the bigram or n-gram table each rank read since the table's last update; the n-gram rows that this
-    rank read have slots, in the order of steps and of rows."""
+    """Which rows of the bigram or n-gram table each rank read since the table's last update: this rank all, the others
+    those of its shard. The n-gram rows that it read have slots, in the order of steps and of rows."""
 
     def __init__(self, hp: Recipe, ranks: Ranks):
-        self.hp, self.ranks = hp, ranks
+        self.hp, self.rank, self.world = hp, ranks.rank, ranks.world
         rows = hp.ngram_rows or hp.sizes["B"]
-        self.size = rows // ranks.world
-        self.shard = slice(ranks.rank * self.size, (ranks.rank + 1) * self.size)
-        self.touched, self.known = np.zeros((2, ranks.world, rows), dtype=bool)  # known: up to the last step
-        self.slots, self.filled = np.zeros(rows, dtype=np.int32), 0
+        self.size = rows // self.world
+        self.touched, self.slots = np.zeros((self.world, rows), dtype=bool), np.zeros(rows, dtype=np.int32)
+        self.begin()
+
+    def begin(self) -> None:
+        """A cycle, after an update or where steps are left out."""
+        self.touched[:], self.filled = False, 0
+        self.read, self.known = [[] for _ in range(self.world)], [0] * self.world  # parts by rank; those with slots
 
     def mark(self, documents: Documents, segments: list[list[tuple[int, int]]]) -> None:
         for s, slices in enumerate(segments):
-            self.touched[s % self.ranks.world, table_ids(documents.join(slices)[:-1], self.hp)] = True
+            rank, ids = s % self.world, table_ids(documents.join(slices)[:-1], self.hp)
+            self.add(rank, ids.ravel() if rank == self.rank else self.in_shard(ids))
+
+    def in_shard(self, ids: np.ndarray) -> np.ndarray:
+        return ids[ids // self.size == self.rank]
+
+    def add(self, rank: int, ids: np.ndarray) -> None:
+        ids = distinct(ids[~self.touched[rank, ids]])
+        self.touched[rank, ids] = True
+        self.read[rank].append(ids)
 
     def take_over(self) -> None:
         """A checkpoint of other ranks gives each its shard's gradients, which it then sends to itself."""
-        self.touched[self.ranks.rank, self.shard] = self.touched[:, self.shard].any(axis=0)
+        for ids in [*itertools.chain(*self.read)]:
+            self.add(self.rank, self.in_shard(ids))
 
-    def exchange(self, known: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[int], list[int]]:
-        """What was not known: the rows that this rank read, of its shard those that each read, and counts by rank."""
-        own = np.flatnonzero(self.touched[self.ranks.rank] > known[self.ranks.rank])
-        shard = np.flatnonzero(self.touched[:, self.shard] > known[:, self.shard])
-        counts = (np.bincount(x // self.size, minlength=self.ranks.world).tolist() for x in (own, shard))
-        return own.astype(np.int32), (shard % self.size).astype(np.int32), *counts
+    def exchange(self, first: list[int]) -> tuple[np.ndarray, np.ndarray, list[int], list[int]]:
+        """From these parts on: the rows that this rank read, those of its shard that each read, and counts by rank."""
+        read = [np.sort(np.concatenate(parts[n:])) for n, parts in zip(first, self.read)]
+        shard = [self.in_shard(ids) - self.rank * self.size for ids in read]
+        owners = np.bincount(read[self.rank] // self.size, minlength=self.world)
+        return read[self.rank], np.concatenate(shard), owners.tolist(), [*map(len, shard)]
 
     def step(self, update: bool) -> TouchedRows:
         """Slots for what was read since the last step, and the exchanges that are due; an update begins a cycle."""
-        first, shared, (ids, copies, owned, gradients) = self.filled, self.ranks.world > 1, [None] * 4
+        first, (ids, copies, owned, gradients) = self.filled, [None] * 4
         if self.hp.ngram_rows:
             own, shard, owners, readers = self.exchange(self.known)
-            self.filled, room = first + len(own), cycle_slots(self.hp, self.ranks.world)
+            self.known, self.filled, room = [*map(len, self.read)], first + len(own), cycle_slots(self.hp, self.world)
             require(self.filled <= room, f"--ngram_slots={self.hp.ngram_slots}: use more, as the steps between two "
                     f"updates read more than {room} n-gram rows")
             self.slots[own] = np.arange(first, self.filled)
-            for part in (self.ranks.rank, np.s_[:, self.shard]):
-                self.known[part] = self.touched[part]
             ids = torch.from_numpy(own)
-            copies = Exchange(*map(torch.from_numpy, (shard, self.slots[own])), readers, owners) if shared else None
-        if update and shared:
-            own, shard, owners, readers = self.exchange(np.broadcast_to(False, self.known.shape))
+            if self.world > 1:
+                copies = Exchange(*map(torch.from_numpy, (shard, self.slots[own])), readers, owners)
+        if update and self.world > 1:
+            own, shard, owners, readers = self.exchange([0] * self.world)
             if self.hp.ngram_rows:
-                own, (owned, shard) = self.slots[own], np.unique(shard, return_inverse=True)
+                owned = distinct(shard)
+                own, shard = self.slots[own], np.searchsorted(owned, shard).astype(np.int32)
                 owned = torch.from_numpy(owned)
             gradients = Exchange(*map(torch.from_numpy, (own, shard)), owners, readers)
         if update:
             self.begin()
         return TouchedRows(first, ids, copies, owned, gradients)
 
-    def begin(self) -> None:
-        """A cycle, after an update or where steps are left out."""
-        self.touched[:], self.known[:], self.filled = False, False, 0
+
+def distinct(ids: np.ndarray) -> np.ndarray:
+    """Sorted, each once; ten times as fast as np.unique."""
+    ids = np.sort(ids)
+    return ids[np.diff(ids, prepend=-1) > 0]
 
 
 def train_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int],

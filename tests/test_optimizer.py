@@ -172,6 +172,8 @@ def test_learning_rates_of_a_shard(world):
         assert all((optimizer.rates[name]["rate"] == 1).all() for name in ("qk_bank", "vo_bank"))
         for row in t.PARAMS:
             whole, part = getattr(model, row.name), optimizer.shard(row)
+            if row.name == "ngram_embed":  # of no rows here
+                continue
             size = len(whole) if row.reduce == "replicate" else len(whole) // world
             begin = 0 if row.reduce == "replicate" else rank * size
             assert torch.equal(part, whole[begin : begin + size]) and part.data_ptr() == whole[begin].data_ptr()
