@@ -1005,8 +1005,8 @@ class GPT(nn.Module):
         """Set all weights by the seed of hp. They are drawn on the CPU, so a seed means the same weights everywhere."""
         for row in self.hp.params:
             p = getattr(self, row.name)
-            if row.reduce == "rows":  # too large for the CPU
-                p.fill_(float(row.init))
+            if row.reduce == "rows":  # of zeros, as too large for the CPU
+                p.zero_()
                 continue
             values = self.lm_head.mT if row.init == "lm_head" else initial_values(row, hp)
             p.zero_()[: len(values)].copy_(values)
@@ -3517,6 +3517,7 @@ def check_params(hp: Recipe) -> None:
         require(bank or row.odd_lr == 1, f"{place}.odd_lr={row.odd_lr}: use 1 with {row.rule}")
         require(row.reduce != "sparse" or row.name == "bigram_embed",
                 f"{place}.reduce='sparse': use shard or replicate, as only bigram_embed's rows are known beforehand")
+        require(row.reduce != "rows" or row.init == "0", f"{place}.init={row.init!r}: use 0")
         for column, only in (("rule", "row_adam"), ("reduce", "rows")):
             require((getattr(row, column) == only) == (row.name == "ngram_embed"),
                     f"{place}.{column}={getattr(row, column)!r}: ngram_embed uses {only}, and nothing else does")
@@ -4317,8 +4318,8 @@ def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> P
             dist.all_gather_into_tensor(x.view(torch.uint8), part.view(torch.uint8))  # NCCL knows no int16
         if rank == 0 and (kind != "own" or x.any()):
             tensors[name] = (x if kind == "own" else x[: about["shapes"][name.split(".")[0]][0]]).cpu()
-    paths = [log.path and log.path.with_name(f"{log.path.stem}_step{step}.pt")]
-    dist.broadcast_object_list(paths, 0)
+    first = [log.path and log.path.with_name(f"{log.path.stem}_step{step}.pt"), ms]
+    dist.broadcast_object_list(first, 0)  # by which pieces know their checkpoint
     saved = {"settings": about, "step": step, "ms": ms, "tensors": tensors, "pieces": R if piece else 0}
 
     def write(path: Path, content: dict) -> Path:
@@ -4333,8 +4334,8 @@ def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> P
         return path
 
     if piece:
-        on_every_rank(lambda: write(Path(f"{paths[0]}.{rank}of{R}"), {"ms": ms, "tensors": piece}))
-    return on_every_rank(lambda: write(paths[0], saved) if rank == 0 else None)
+        on_every_rank(lambda: write(Path(f"{first[0]}.{rank}of{R}"), {"ms": first[1], "tensors": piece}))
+    return on_every_rank(lambda: write(first[0], saved) if rank == 0 else None)
 
 
 def read_checkpoint(path: str, hp: Recipe | None = None) -> dict | None:

@@ -190,7 +190,7 @@ def test_eight_ranks_pad_and_shard(straight, tmp_path, monkeypatch):
     assert sum(padded) == 3 and not model.qk_bank[60:].any() and not model.mlp_bank[22:].any()
     parts = zip(*([x for _, x, kind in optimizer.states() if kind != "same"] for optimizer in optimizers))
     monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", lambda out, part: out.copy_(
-        torch.cat([x.view(torch.uint8).view(-1, *part.shape[1:]) for x in next(parts)])))
+        torch.cat([x.view(torch.uint8).view(len(part), *part.shape[1:]) for x in next(parts)])))
     log = t.Log(dataclasses.replace(hp, log_dir=str(tmp_path)), ONE)
     t.save_checkpoint(log, optimizers[0], 5, 0.0)
     log.close()

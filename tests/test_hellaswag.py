@@ -99,7 +99,7 @@ def test_length_is_normalised(expected):
     ('{"ctx": "a", "endings": ["b", "c", "d"], "label": 0}', ["item 1", "four endings"]),
     ('{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": ""}', ["item 1", "label from 0 to 3"]),
     ('{"ctx": "a", "endings": ["b", "c", "d", ""], "label": 1}', ["item 1", "four endings"]),
-    (json.dumps({"ctx": "a " * 300, "endings": ["b", "c", "d", "e"], "label": 1}), ["305 tokens", "256", "val_chunk"]),
+    (json.dumps({"ctx": "a " * 300, "endings": ["b", "c", "d", "e"], "label": 1}), ["306 tokens", "256", "val_chunk"]),
 ])
 def test_bad_data(checkpoint, tmp_path, content, parts, monkeypatch, capsys):
     path = tmp_path / "items.jsonl"
