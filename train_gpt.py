@@ -186,7 +186,6 @@ TABLE = dict(rule="adam", lr=75, wd=5, betas=(0.75, 0.95), every=2)
 GATE = dict(rule="adam", betas=(0.9, 0.99), every=2)
 SCALAR = dict(rule="adam", lr=5, betas=(0.9, 0.99), every=2, dtype="float32")
 LAMBDA = dict(rule="adam", betas=(0.9, 0.95), every=2, dtype="float32")
-NGRAM = dict(rule="row_adam", lr=70, wd=5, betas=(0.0, 0.95), every=2, rarer=0.2814, reduce="rows")
 PARAMS = (  # in the order in which gradient reductions launch
     Param("qk_bank", "A*H 2*d D", "uniform", "normuon", wd=1, reduce="shard"),  # a layer's Q, then K
     Param("vo_bank", "2*A D D", "uniform", "normuon", wd=1, reduce="shard"),  # a layer's V, then O
@@ -201,7 +200,7 @@ PARAMS = (  # in the order in which gradient reductions launch
     Param("ve_gate_bank", "E H G", "0", wd=1, **GATE),
     Param("lm_head", "D V", "normal 0.005", **HEAD),
     Param("bigram_embed", "B D", "0", reduce="sparse", **TABLE),
-    Param("ngram_embed", "M D", "0", **NGRAM),
+    Param("ngram_embed", "M D", "0", "row_adam", lr=70, wd=5, betas=(0.0, 0.95), every=2, rarer=0.2814, reduce="rows"),
     Param("post_lambdas", "L 2", "1", **LAMBDA),  # times the output of attention, of the MLP
     Param("x0_lambdas", "L", "0", **LAMBDA),
     Param("bigram_lambdas", "L", "0.05", **LAMBDA),
@@ -816,18 +815,16 @@ class TouchLog:
                     f"updates read more than {room} n-gram rows")
             self.slots[own] = np.arange(first, self.filled)
             ids = torch.from_numpy(own)
-            if self.world > 1:
-                copies = Exchange(*map(torch.from_numpy, (shard, self.slots[own])), readers, owners)
+            copies = Exchange(*map(torch.from_numpy, (shard, self.slots[own])), readers, owners)
         if update and self.world > 1:
             own, shard, owners, readers = self.exchange([0] * self.world)
             if self.hp.ngram_rows:
-                owned = distinct(shard)
-                own, shard = self.slots[own], np.searchsorted(owned, shard).astype(np.int32)
-                owned = torch.from_numpy(owned)
+                own, rows = self.slots[own], distinct(shard)
+                shard, owned = np.searchsorted(rows, shard).astype(np.int32), torch.from_numpy(rows)
             gradients = Exchange(*map(torch.from_numpy, (own, shard)), owners, readers)
         if update:
             self.begin()
-        return TouchedRows(first, ids, copies, owned, gradients)
+        return TouchedRows(first, ids, copies if self.world > 1 else None, owned, gradients)
 
 
 def distinct(ids: np.ndarray) -> np.ndarray:
@@ -842,7 +839,7 @@ def train_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int],
     plans = [plan(step, hp) for step in steps]
     table = next(row for row in hp.params if row.name == ("ngram_embed" if hp.ngram_rows else "bigram_embed"))
     log = TouchLog(hp, ranks) if hp.ngram_rows or (ranks.world >= SPARSE_FROM and table.reduce == "sparse") else None
-    running = max((i + 1 for i in range(done) if due(table, plans[i].step, hp)), default=0)  # its cycle's first step
+    running = max((i for i, now in enumerate(plans[:done], 1) if due(table, now.step, hp)), default=0)  # cycle's begin
     sweep = Sweep(hp)
     number = -1
     for number, (documents, segments) in enumerate(walk(sorted(glob.glob(hp.train_files)), hp.bos, plans)):
@@ -1277,23 +1274,16 @@ def adam_update(
         p.copy_(old - update - decay)
 
 
-def row_adam_update(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[dict[str, Tensor]],
-    hypers: list[Tensor],
-    cautious: list[bool],
-) -> None:
+def row_adam_update(params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], hypers: list[Tensor],
+                    cautious: list[bool]) -> None:
     """One Adam step on rows p [n, D] without first moments and with one second moment a row (record #92), in place.
 
     A row without a gradient would not move, so it may be left out: state["last"] [n] int32 tells how long its moment
     has still to decay when it comes again."""
     for p, g, state, hyper, careful in zip(params, grads, states, hypers, cautious):
         h = AdamHypers(*hyper.unbind())
-        g = g.float()
-        old = p.float()
-        mean = g.square().mean(dim=1)
-        state["second"].mul_(h.beta ** (h.time - state["last"])).add_((1 - h.beta2) * mean)
+        g, old = g.float(), p.float()
+        state["second"].mul_(h.beta ** (h.time - state["last"])).add_((1 - h.beta2) * g.square().mean(dim=1))
         state["last"].copy_(h.time)
         update = g * (h.lr * h.bias2.sqrt() / (state["second"].sqrt() + h.eps))[:, None]
         decay = torch.where(update * old > 0, h.decay * old, 0.0) if careful else h.decay * old
@@ -1521,11 +1511,10 @@ class NorMuonAdam:
 
     def launch_shard_reduction(self, row: Param, grad: Tensor, touched: TouchedRows | None) -> tuple[Tensor, dist.Work]:
         dtype = self.params[row.name].dtype  # halves what the tables' gradients send
-        if touched and touched.gradients and row.reduce in ("sparse", "rows"):
+        if row.reduce in ("sparse", "rows") and touched:
             return exchanged(grad, touched.gradients, dtype)
-        grad = grad.to(dtype)
         part = torch.empty_like(self.shard(row))
-        return part, dist.reduce_scatter_tensor(part, grad, op=dist.ReduceOp.AVG, async_op=True)
+        return part, dist.reduce_scatter_tensor(part, grad.to(dtype), op=dist.ReduceOp.AVG, async_op=True)
 
     def update_groups(self, rows: list[Param]) -> Iterator[list[Param]]:
         """Rows that are updated together: the replicated ones of each rule, then the others in UPDATE_ORDER."""
@@ -1550,8 +1539,7 @@ class NorMuonAdam:
         rows = self.cycle.ids[: self.cycle.filled] if touched.owned is None else touched.owned
         tensors = [self.params[row.name].data, *self.moments[row.name].values()]
         for at, g in zip(rows.long().split(self.cycle.chunk), grads.split(self.cycle.chunk)):
-            padded = F.pad(at, (0, len(g) - len(at)))
-            p, *moments = parts = [x[padded] for x in tensors]
+            p, *moments = parts = [x[F.pad(at, (0, len(g) - len(at)))] for x in tensors]
             state = dict(zip(self.moments[row.name], moments))
             self.rules[row.rule].update([p], [g], [state], [hypers[row.name]], [row.cautious])
             for x, part in zip(tensors, parts):
@@ -3076,7 +3064,9 @@ def memory_needed(hp: Recipe) -> float:
     world, number = launched_ranks()[1], getattr(torch, hp.dtype).itemsize
     table = hp.ngram_rows / world * (number * hp.model_dim + 8)  # of two moments
     table += cycle_slots(hp, world) * hp.model_dim * (4 + number * (world > 1))
-    return PARAMETER_BYTES * numbers + table + (1 + hp.graphs) * step
+    averages = sum(math.prod(param_shape(row, hp)) for x in hp.averages if hp.tail_average * x.blend
+                   for row in hp.params if row.name in x.params.split())
+    return PARAMETER_BYTES * numbers + table + 4 * averages / world + (1 + hp.graphs) * step
 
 
 def usable_memory(device: torch.device) -> float:
@@ -3535,10 +3525,8 @@ def check_params(hp: Recipe) -> None:
                     "first")
 
     for i, average in enumerate(hp.averages):
-        require(average.params.split() and {*average.params.split()} <= {*names} - {"ngram_embed"},
+        require({"", *average.params.split()} < {"", *names} - {"ngram_embed"} and average.params.split(),
                 f"AVERAGES.{i}.params={average.params!r}: use names of PARAMS, but not ngram_embed")
-        require(hp.tail_average * average.blend <= 1 and average.start < 1,
-                f"AVERAGES.{i}: use a blend, also times --tail_average, up to 1, and a start below 1")
     require(embed.init == "lm_head" or not hp.stages[0].tied,
             f"PARAMS.embed.init={embed.init!r}: use lm_head, as they are one weight at first (STAGES.0.tied)")
 

@@ -24,12 +24,12 @@ def recipe(**more):
 
 
 def weights(step, name, dtype):
-    """What the golden numbers take for a parameter's weights after a step [8]; A's copy, here one step earlier, is of the
-    same weights there, as nothing is updated in step 896."""
+    """What the golden numbers take for a parameter's weights after a step [8]; A's copy, here one step earlier, is of
+    the same weights there, as nothing is updated in step 896."""
     step += step == 895
     k = 8 * PLACES[name] + np.arange(8)
     w = ((7919 * step + 104729 * (k + 1)) % 2003) / 2003 - 0.5 + 0.002 * (step - 894) * ((k % 5) - 2)
-    return torch.from_numpy(w).to(dtype).to(torch.float64 if dtype == torch.float64 else dtype)
+    return torch.from_numpy(w).to(dtype)
 
 
 @pytest.mark.parametrize("letter", "ABCE")
@@ -56,9 +56,8 @@ def test_golden_weights(dtype):
     for step in range(890, N):
         for name in PLACES:
             held[name].copy_(weights(step, name, dtype))
-        if step == N - 1:
-            assert torch.allclose(torch.stack([*held.values()]).double(),
-                                  torch.stack([torch.from_numpy(R92["weights_at_1193"][i]) for i in PLACES.values()]), atol=1e-2)
+        if step in (894, N - 1):
+            assert np.abs(np.stack([x.double() for x in held.values()]) - R92[f"weights_at_{step}"]).max() < 4e-3
         t.NorMuonAdam.average(optimizer, SimpleNamespace(step=step))
     kind, tolerance = ("_bf16", 1e-6) if dtype == torch.bfloat16 else ("", 2e-6)
     for (average, name), x in averages.items():
@@ -84,9 +83,9 @@ def test_off_by_a_zero():
     assert not t.NorMuonAdam(t.GPT(t.small(t.Recipe())), t.small(t.Recipe()), ranks).averages
 
 
-@pytest.mark.parametrize("cell,said", [("AVERAGES.0.params=lm_haed", "use names of PARAMS"), ("AVERAGES.0.start=1", "start"),
-                                       ("AVERAGES.0.params=ngram_embed", "but not ngram_embed"),
-                                       ("AVERAGES.2.blend=1.5", "up to 1"), ("AVERAGES.2.blend=-1", "0 or more")])
+@pytest.mark.parametrize("cell,said", [
+    ("AVERAGES.0.params=lm_haed", "use names of PARAMS"), ("AVERAGES.0.params=ngram_embed", "but not ngram_embed"),
+    ("AVERAGES.0.params=", "use names of PARAMS"), ("AVERAGES.2.blend=-1", "0 or more")])
 def test_bad_cells(cell, said):
     with pytest.raises(t.UserError, match=f"{cell[:10]}.*{said}"):
         t.parse_args(["--preset=frontier", f"--set={cell}"])

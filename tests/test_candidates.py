@@ -127,7 +127,7 @@ def test_targets_are_places():
 
 
 def test_off_is_record80(byte_files):
-    """Without candidates, n-gram table and averages, frontier's schedule, batches and losses are record80's, to the last bit."""
+    """Without candidates, table and averages, frontier's schedule, batches and losses are record80's, bit for bit."""
     losses = []
     for preset in ("demo", "frontier_demo"):
         hp = dataclasses.replace(t.PRESETS[preset], **byte_files, model_dim=48, head_dim=8, batch_unit=128,

@@ -197,7 +197,8 @@ def test_eight_ranks_pad_and_shard(straight, tmp_path, monkeypatch):
     again = contents(tmp_path, 5)
     for name in [name for name in again["tensors"] if name.endswith(".grad")]:
         assert len(again["tensors"][name]) == 8
-        again["tensors"][name] = again["tensors"][name][3:4]
+        x = again["tensors"][name]  # of the sparse table each rank has its shard's, so that it sends them to itself
+        again["tensors"][name] = x.mean(0, keepdim=True) if name == "bigram_embed.grad" else x[3:4]
     assert_same(again, contents(folder, 5))
 
 

@@ -191,7 +191,7 @@ def test_one_reduction_takes_all_replicated_gradients(dtype):
     optimizer = t.NorMuonAdam(t.GPT(hp), hp, ONE)
     for flat in optimizer.flat.values():
         flat.fill_(1)
-    assert {name for name, grad in optimizer.grads.items() if grad.all()} == {
+    assert {name for name, grad in optimizer.grads.items() if grad.numel() and grad.all()} == {
         row.name for row in hp.params if row.reduce == "replicate"}
 
 
@@ -209,7 +209,7 @@ def test_reset_brings_back_the_start(dtype, monkeypatch):
             for step in (0, 1, 4, 5, 6):
                 random_gradients(model, optimizer, generator)
                 optimizer.step(t.plan(step, hp))
-            assert all(x.any() for moments in optimizer.moments.values() for x in moments.values())
+            assert all(x.any() for moments in optimizer.moments.values() for x in moments.values() if x.numel())
             assert ("low" in optimizer.moments["vo_bank"]) == (dtype == "bfloat16")
             optimizer.reset()
             with torch.no_grad():
