@@ -4313,6 +4313,7 @@ def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> P
     def write(path: Path, content: dict) -> Path:
         temporary = Path(f"{path}.tmp")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)  # on machines without the log
             torch.save(content, temporary)
             os.replace(temporary, path)
         except (OSError, RuntimeError) as e:  # the latter by torch's writer
