@@ -1468,7 +1468,9 @@ class NorMuonAdam:
         if now.tied:
             self.copy_tied_weight(rows)
         for row in rows:
-            self.grads[row.name].zero_()
+            self.grads[row.name][: self.cycle.filled if row.reduce == "rows" else None].zero_()
+            if row.reduce == "rows":
+                self.cycle.filled = 0
         self.average(now)
 
     def rows_due(self, now: Plan) -> list[Param]:
@@ -1535,7 +1537,7 @@ class NorMuonAdam:
         return whole.div_(self.ranks.world)
 
     def update_rows(self, row: Param, grads: Tensor, hypers: dict[str, Tensor], touched: TouchedRows) -> None:
-        """Update the rows of this rank's n-gram shard that a cycle touched, in chunks of one size; it ends."""
+        """Update the rows of this rank's n-gram shard that a cycle touched, in chunks of one size."""
         rows = self.cycle.ids[: self.cycle.filled] if touched.owned is None else touched.owned
         tensors = [self.params[row.name].data, *self.moments[row.name].values()]
         for at, g in zip(rows.long().split(self.cycle.chunk), grads.split(self.cycle.chunk)):
@@ -1544,7 +1546,6 @@ class NorMuonAdam:
             self.rules[row.rule].update([p], [g], [state], [hypers[row.name]], [row.cautious])
             for x, part in zip(tensors, parts):
                 x[at] = part[: len(at)]
-        self.cycle.filled = 0
 
     def update(self, group: list[Param], grads: list[Tensor], hypers: dict[str, Tensor]) -> None:
         self.rules[group[0].rule].update(
