@@ -15,7 +15,7 @@ Letters, in shape comments and in PARAMS' shapes:
     S tokens of a segment       T tokens of a micro-batch: segments, one after the other
     D model width               H heads                  d width of a head (D = H*d)
     F width of the MLP          G channels gates see     K matrices of a bank
-    V vocabulary, padded        B bigram rows            E tables of value embeddings
+    V vocabulary, padded        B bigram rows            M n-gram rows      E tables of value embeddings
     L layers                    A layers with attention  R ranks (GPUs)     N steps
 and in code: x the residual stream, q k v, p a parameter, hp the Recipe of the run.
 
@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import bisect
 import contextlib
 import ctypes
 import difflib
@@ -167,14 +168,16 @@ class Param(NamedTuple):
     name: str
     shape: str  # in the letters above
     init: str  # initial values, see initial_values
-    rule: Literal["normuon", "muon", "adam"]  # a key of RULES
+    rule: Literal["normuon", "muon", "adam", "row_adam"]  # a key of RULES
     lr: float = 1  # times hp.muon_lr or hp.adam_lr
     wd: float = 0  # times hp.muon_wd or hp.adam_wd
     betas: tuple[float, float] | None = None  # Adam's
     every: int = 1  # updated every so many steps; gradients add up meanwhile
-    reduce: Literal["replicate", "shard", "sparse"] = "replicate"
+    rarer: float = 1  # from this fraction of the run on, every twice as many, with betas squared and twice the decay
+    reduce: Literal["replicate", "shard", "sparse", "rows"] = "replicate"
     # replicate: every rank updates all; shard: each rank owns and updates an equal slice of dim 0; sparse: a shard of
-    # whose gradient, from SPARSE_FROM ranks on, only the touched rows travel
+    # whose gradient, from SPARSE_FROM ranks on, only the touched rows travel; rows: a rank has its slice alone, and
+    # between two updates a copy of the rows that it reads
     dtype: Literal["model", "float32"] = "model"  # model: hp.dtype
     cautious: bool = True  # decay only where the update and the weight have the same sign
     odd_lr: float = 1  # times lr, for matrices 1, 3, 5 .. of a bank
@@ -199,6 +202,7 @@ PARAMS = (  # in the order in which gradient reductions launch
     Param("ve_gate_bank", "E H G", "0", wd=1, **GATE),
     Param("lm_head", "D V", "normal 0.005", **HEAD),
     Param("bigram_embed", "B D", "0", reduce="sparse", **TABLE),
+    Param("ngram_embed", "M D", "0", "row_adam", lr=70, wd=5, betas=(0.0, 0.95), every=2, rarer=0.2814, reduce="rows"),
     Param("post_lambdas", "L 2", "1", **LAMBDA),  # times the output of attention, of the MLP
     Param("x0_lambdas", "L", "0", **LAMBDA),
     Param("bigram_lambdas", "L", "0.05", **LAMBDA),
@@ -207,8 +211,31 @@ PARAMS = (  # in the order in which gradient reductions launch
     Param("embed", "V D", "lm_head", **HEAD),
 )
 # Replicated parameters come first; then tables, then banks, whose compute hides their traffic
-UPDATE_ORDER = ("value_embeds", "bigram_embed", "lm_head", "embed", "qk_bank", "vo_bank", "mlp_bank")
+UPDATE_ORDER = ("value_embeds", "bigram_embed", "ngram_embed", "lm_head", "embed", "qk_bank", "vo_bank", "mlp_bank")
 SPARSE_FROM = 8  # ranks; of fewer, each touches more of the table
+
+
+class Average(NamedTuple):
+    """An average of parameters over the last steps (record #92). Rates are for AVERAGE_STEPS, and larger for fewer."""
+
+    params: str  # their names
+    start: float  # fraction of the run; at the first tick from there on the average is a copy
+    every: int  # steps between ticks, counted back from the parameters' last update
+    rate: float  # how much of the weights a tick takes in
+    blend: float  # how much of the average the last weights take; 0: none is kept
+    last_rate: float = 0  # the last tick's, if it is another
+    also: int = 0  # one more tick so many steps before the last step, if not 0
+    norm: bool = True  # afterwards the weights' Frobenius norm is as before
+
+
+AVERAGE_STEPS = 1194
+AVERAGES = (  # in the order in which they blend
+    Average("lm_head embed", 0.7497, 2, 1 - (1 - 2 / 299) ** 2, 0.65, last_rate=2 / 299),
+    Average("vo_bank mlp_bank", 0.7906, 4, 4 / 53, 1.0),
+    Average("value_embeds", 0.7906, 4, 4 / 53, 1.0, norm=False),
+    Average("qk_bank", 0.7504, 4, 2 / 75, 0.55, also=1),
+    Average("vo_bank mlp_bank", 0.7504, 4, 2 / 75, 0.3493, also=1),
+)
 
 
 def key(
@@ -248,6 +275,7 @@ class Recipe:
     head_dim: int = key(128, "width of a head, a multiple of 8", above=0)
     mlp_dim: int = key(0, "width of the MLP; 0: four times model_dim", least=0)
     bigram_ratio: int = key(5, "rows of the bigram table for each of V", above=0)
+    ngram_rows: int = key(0, "rows of a table of bigrams and trigrams in its place; 0: the bigram table", least=0)
     attn_scale: float = key(0.1, "softmax scale before YaRN", above=0)
     rope_base: float = key(1024.0, "base of the rotary frequencies", above=0)
     # optimizers
@@ -261,6 +289,7 @@ class Recipe:
     adam_lr: float = key(0.008, "learning rate of Adam", least=0)
     adam_wd: float = key(0.005, "its weight decay, times the rate squared", least=0)
     adam_eps: float = key(1e-10, "its epsilon", above=0)
+    tail_average: float = key(0.0, "the last weights are averaged by AVERAGES, times this; 0: they are not", least=0)
     # how it runs
     seed: int = key(0, "draws the initial weights", least=-(2**63))
     dtype: str = key("bfloat16", "of weights and activations", choices=("bfloat16", "float32"))
@@ -270,6 +299,7 @@ class Recipe:
     micro_tokens: int | Literal["auto"] = key("auto", "join a rank's segments up to this; auto: what the GPU's memory "
                                               "holds, if need be without graphs and with recompute", above=0, free=True)
     recompute: bool = key(False, "compute MLPs again backward instead of keeping them; plain kernels only", free=True)
+    ngram_slots: int = key(1_966_080, "n-gram rows that a rank may read between two updates", above=0, free=True)
     attention: str = key("auto", "backend", choices=("auto", "fa4", "fa3", "torch", "reference"), free=True)
     kernels: str = key("auto", "operations", choices=("auto", "hopper", "plain"), free=True)
     device: str = key("auto", "where to run", choices=("auto", "cuda", "cpu"), free=True)
@@ -283,6 +313,7 @@ class Recipe:
     readout: Readout = READOUT
     stages: tuple[Stage, ...] = STAGES
     params: tuple[Param, ...] = PARAMS
+    averages: tuple[Average, ...] = AVERAGES
 
     @property
     def num_steps(self) -> int:
@@ -307,8 +338,8 @@ class Recipe:
         V = round_up(self.vocab_size, 128)
         E = sum(layer.value_table is not None for layer in self.layers)
         return dict(
-            L=len(self.layers), A=len(self.attn_layers), E=E, V=V, B=self.bigram_ratio * V,
-            D=self.model_dim, H=self.num_heads, d=self.head_dim, G=GATE_INPUTS,
+            L=len(self.layers), A=len(self.attn_layers), E=E, V=V, B=0 if self.ngram_rows else self.bigram_ratio * V,
+            M=self.ngram_rows, D=self.model_dim, H=self.num_heads, d=self.head_dim, G=GATE_INPUTS,
             F=self.mlp_dim or 4 * self.model_dim)
 
 
@@ -324,7 +355,8 @@ def small(recipe: Recipe) -> Recipe:
         without_fp8(recipe), train_files=f"{sample}/fineweb_train_*.bin", val_files=f"{sample}/fineweb_val_*.bin",
         val_tokens=8192, val_chunk=1024, num_scheduled_iterations=60, num_extension_iterations=4, val_every=20,
         batch_unit=512, micro_tokens=512, block=16, model_dim=96, head_dim=16, bigram_ratio=1, muon_momentum_warmup=30,
-        muon_momentum_cooldown=8, dtype="float32", compile=False, device="cpu")
+        muon_momentum_cooldown=8, ngram_rows=min(recipe.ngram_rows, 4096), dtype="float32", compile=False,
+        device="cpu")
 
 
 def mini(recipe: Recipe) -> Recipe:
@@ -333,15 +365,17 @@ def mini(recipe: Recipe) -> Recipe:
 
 
 def frontier(recipe: Recipe) -> Recipe:
-    """The recipe plus parts of record #92, each switched by a cell: --set 'STAGES.*.classes=0' takes all classes, --set
-    'LAYERS.*.fp8_mlp=false' multiplies in bf16."""
+    """The recipe plus parts of record #92: --set 'STAGES.*.classes=0' takes all classes, --set 'LAYERS.*.fp8_mlp=false'
+    multiplies in bf16, --ngram_rows=0 has the bigram table, --tail_average=0 the last weights, for which record80's
+    --cooldown_floor and --cooldown_start are better."""
     layers = tuple(layer._replace(fp8_qkv=layer.window is not None, fp8_mlp=True) for layer in recipe.layers)
     scheduled = [stage for stage in recipe.stages if stage.length is not None]
     stages = [stage._replace(classes=10_240) for stage in scheduled[:-1]]
     for share, classes in ((0.48, 14_336), (0.36, 24_576), (0.16, 0)):  # as #92's changes lie in its third stage
         stages += [stage._replace(length=share * stage.length, classes=classes) for stage in scheduled[-1:]]
-    extension = [stage for stage in recipe.stages if stage.length is None]
-    return replace(recipe, layers=layers, stages=(*stages, *extension))
+    stages += [stage for stage in recipe.stages if stage.length is None]
+    return replace(recipe, layers=layers, stages=tuple(stages), ngram_rows=10_575_360, tail_average=1.0,
+                   cooldown_start=0.2, cooldown_floor=0.3)
 
 
 RECORD80 = Recipe()
@@ -388,9 +422,16 @@ def stage_bounds(hp: Recipe) -> list[int]:
     return scheduled + [hp.num_steps] * any(stage.length is None for stage in hp.stages)
 
 
-def due(row: Param, step: int) -> bool:
+def cycle(row: Param, step: int, hp: Recipe) -> tuple[int, int]:
+    """Of the update that a step belongs to: from how many steps' gradients it is, and its number, from 1 on."""
+    n = row.every
+    later = 2 * n * round(row.rarer * hp.num_steps / (2 * n)) if row.rarer < 1 else hp.num_steps  # after an update
+    return (n, step // n + 1) if step < later else (2 * n, later // n + (step - later) // (2 * n) + 1)
+
+
+def due(row: Param, step: int, hp: Recipe) -> bool:
     """Whether a parameter is updated in this step."""
-    return (step + 1) % row.every == 0
+    return (step + 1) % cycle(row, step, hp)[0] == 0
 
 
 def untie_step(hp: Recipe) -> int:
@@ -399,6 +440,17 @@ def untie_step(hp: Recipe) -> int:
     bounds = zip(stage_bounds(hp), hp.stages)
     first = next((first for first, stage in bounds if not stage.tied), hp.num_steps)
     return round_up(first + 1, every) - 1
+
+
+@cache
+def ticks(average: Average, hp: Recipe) -> dict[int, float]:
+    """After which steps it takes in the weights, and at what rates; at the first as they are."""
+    row = next(row for row in hp.params if row.name in average.params.split())
+    last = max((step for step in range(hp.num_steps) if due(row, step, hp)), default=0)
+    steps = {last, *range(last, round(average.start * hp.num_steps) - 1, -average.every)}
+    steps |= {hp.num_steps - 1 - average.also} if average.also else set()
+    rates = dict.fromkeys(sorted(steps), average.rate) | ({last: average.last_rate} if average.last_rate else {})
+    return {step: min(1.0, rate * AVERAGE_STEPS / hp.num_steps) for step, rate in rates.items()} | {min(steps): 1.0}
 
 
 def plan(step: int, hp: Recipe) -> Plan:
@@ -452,21 +504,33 @@ class Batch(NamedTuple):
 
     tokens: Tensor  # [T] int32
     targets: Tensor  # [T] int64; where there are candidates, places among these
-    bigram_ids: Tensor  # [T] int32
+    bigram_ids: Tensor  # [T] int32; with an n-gram table [2, T], of bigrams and trigrams: rows, or slots of copies
     cu_seqlens: Tensor  # [documents + 1] int32, padded with T to a fixed length
     order: Tensor  # [T] int32, positions sorted by token
     candidates: Tensor  # [n, classes] int64, rising: what the softmax of each of n segments is over; [n, 0]: all
+    sign_ids: Tensor  # [2, T] int32: rows of the signs that n-gram rows are multiplied by
+    slots: Tensor  # [2, T] int32: where n-gram rows' gradients are summed
 
 
-class TouchedRows(NamedTuple):
-    """The rows of the bigram table that a rank's gradients touched since its last update, and their exchange.
+class Exchange(NamedTuple):
+    """Rows that all ranks send to each other at once.
 
     Known from the tokens, which every host can read: to ask the device or other ranks would be to wait."""
 
-    sent: Tensor  # [rows] int32, rising and thus by owner: touched by this rank
-    received: Tensor  # [rows] int32, of this rank's shard: touched by rank 0, 1, ...
-    send_counts: list[int]  # how many of `sent` each rank owns
-    receive_counts: list[int]  # how many of `received` each rank touched
+    sent: Tensor  # [rows] int32, by the rank that they go to
+    received: Tensor  # [rows] int32, by the rank that they come from: where they go here
+    send_counts: list[int]  # for rank 0, 1, ...
+    receive_counts: list[int]
+
+
+class TouchedRows(NamedTuple):
+    """What a step has to do with the rows of the bigram or n-gram table that ranks read since its last update."""
+
+    first: int  # slot of
+    ids: Tensor | None  # [rows] int32, rising: the n-gram rows that this rank had not read before
+    copies: Exchange | None  # of these from their owners, from rows to slots; None of one rank
+    owned: Tensor | None  # [rows] int32: n-gram rows of this rank's shard, which ranks read, at an update
+    gradients: Exchange | None  # to the owners at an update: from slots to places in owned, or from row to row
 
 
 class Embeddings(NamedTuple):
@@ -597,6 +661,50 @@ def bigram_ids(tokens: np.ndarray, rows: int) -> np.ndarray:
     return ids
 
 
+SIGN_ROWS = 8192  # of the fixed +1 and -1 that n-gram rows are multiplied by
+TOKEN_CLASSES = Path(__file__).with_name("data") / "token_classes.npy"  # of GPT-2's tokens, by tools/token_classes.py
+
+
+@cache
+def token_classes(vocab_size: int) -> np.ndarray:
+    """For each token the first one of the same text but for case, accents and white space, int32; of GPT-2's tokens."""
+    return np.load(TOKEN_CLASSES).astype(np.int32) if vocab_size == 50_257 else np.arange(vocab_size, dtype=np.int32)
+
+
+def hashed(t: np.ndarray, *factors: int) -> np.ndarray:
+    """For each token but the first ones the XOR of it and of those before it, each times its factor; int32."""
+    first = len(factors) - 1
+    return np.bitwise_xor.reduce([np.int32(x) * t[first - i : len(t) - i] for i, x in enumerate(factors)])
+
+
+def table_ids(tokens: np.ndarray, hp: Recipe) -> np.ndarray:
+    """Rows of the bigram table [T], or of the n-gram table [2, T], int32: of a token's bigram in one half, of its
+    trigram in the other, whatever documents they are of. The last row of a half where tokens are missing."""
+    if hp.ngram_rows == 0:
+        return bigram_ids(tokens, hp.sizes["B"])
+    half, t = hp.ngram_rows // 2, token_classes(hp.vocab_size)[tokens]
+    ids = np.full((2, len(t)), 2 * half - 1, dtype=np.int32)
+    ids[0] = bigram_ids(t, half)
+    ids[1, 2:] = half + hashed(t, 17351, 60961, 45259) % np.int32(half - 1)
+    return ids
+
+
+def sign_ids(tokens: np.ndarray, hp: Recipe) -> np.ndarray:
+    """Rows of signs [2, T] int32, of a token's bigram and trigram; 0 where tokens are missing."""
+    t = token_classes(hp.vocab_size)[tokens]
+    ids = np.zeros((2, len(t)), dtype=np.int32)
+    ids[0, 1:], ids[1, 2:] = hashed(t, 48271, 30011), hashed(t, 58699, 39779, 26801)
+    return ids & (SIGN_ROWS - 1)
+
+
+def cycle_slots(hp: Recipe, world: int) -> int:
+    """How many n-gram rows a rank may read between two updates: two a token, half as many more in a resumed run."""
+    row = next(row for row in hp.params if row.name == "ngram_embed")
+    tokens = max(stage.batch for stage in hp.stages) * hp.batch_unit // world * cycle(row, hp.num_steps, hp)[0]
+    room = min(hp.ngram_rows, hp.ngram_slots, 3 * tokens)
+    return round_up(room, CHUNK_ROWS) if room > CHUNK_ROWS else room
+
+
 def max_docs(S: int) -> int:
     """Fixed length of cu_seqlens for a segment of S tokens."""
     return MAX_DOCS.get(S) or max(128, round_up(S // 300, 128))
@@ -644,6 +752,7 @@ def pack(
     segments: list[tuple[np.ndarray, np.ndarray]],
     documents: int = 0,
     candidates: list[np.ndarray] | None = None,  # of each segment; none or empty: all classes
+    log: TouchLog | None = None,  # which knows the slots of n-gram rows; none: not needed
 ) -> Batch:
     """Segments, each S+1 tokens and the ends of its documents, as a Batch with room for so many documents at least.
 
@@ -664,60 +773,113 @@ def pack(
     candidates = candidates or [np.empty(0, dtype=np.int64) for _ in segments]
     targets = np.concatenate([np.searchsorted(classes, tokens[1:]) if len(classes) else tokens[1:]
                               for classes, (tokens, _) in zip(candidates, segments)])
-    ids = np.concatenate([bigram_ids(tokens[:-1], hp.sizes["B"]) for tokens, _ in segments])
+    ids = np.concatenate([table_ids(tokens[:-1], hp) for tokens, _ in segments], axis=-1)
+    signs = np.concatenate([sign_ids(tokens[:-1], hp) for tokens, _ in segments], axis=-1) if hp.ngram_rows else ids[:0]
+    slots = log.slots[ids] if log and hp.ngram_rows else ids[:0]
+    ids = slots if len(slots) and log.world > 1 else ids  # of copies
     order = np.argsort(inputs, kind="stable").astype(np.int32)  # fast for uint16
     arrays = inputs.astype(np.int32), targets.astype(np.int64), ids, cu_seqlens, order, np.stack(candidates)
-    return Batch(*map(torch.from_numpy, arrays))
+    return Batch(*map(torch.from_numpy, (*arrays, signs, slots)))
 
 
 class TouchLog:
-    """Which rows of the bigram table each rank's gradients touched since the table's last update."""
+    """Which rows of the bigram or n-gram table each rank read since the table's last update: this rank all, the others
+    those of its shard. The n-gram rows that it read have slots, in the order of steps and of rows."""
 
     def __init__(self, hp: Recipe, ranks: Ranks):
-        self.rows = hp.sizes["B"]
-        self.ranks = ranks
-        self.touched = np.zeros((ranks.world, self.rows), dtype=bool)
+        self.hp, self.rank, self.world = hp, ranks.rank, ranks.world
+        rows = hp.ngram_rows or hp.sizes["B"]
+        self.size = rows // self.world
+        self.touched, self.slots = np.zeros((self.world, rows), dtype=bool), np.zeros(rows, dtype=np.int32)
+        self.begin()
+
+    def begin(self) -> None:
+        """A cycle, after an update or where steps are left out."""
+        self.touched[:], self.filled = False, 0
+        self.read, self.known = [[] for _ in range(self.world)], [0] * self.world  # parts by rank; those with slots
 
     def mark(self, documents: Documents, segments: list[list[tuple[int, int]]]) -> None:
         for s, slices in enumerate(segments):
-            self.touched[s % self.ranks.world, bigram_ids(documents.join(slices)[:-1], self.rows)] = True
+            rank, ids = s % self.world, table_ids(documents.join(slices)[:-1], self.hp)
+            self.add(rank, ids.ravel() if rank == self.rank else self.in_shard(ids))
 
-    def exchange(self) -> TouchedRows:
-        """What this rank sends and receives in an update, with which the log starts anew."""
-        rank, R, _ = self.ranks
-        owned = self.touched.reshape(R, R, -1)  # [rank that touched, rank that owns, row of the shard]
-        counts = np.count_nonzero(owned, axis=2)
-        sent = np.flatnonzero(owned[rank]).astype(np.int32)
-        received = owned[:, rank].nonzero()[1].astype(np.int32)
-        self.touched[:] = False
-        return TouchedRows(torch.from_numpy(sent), torch.from_numpy(received), counts[rank].tolist(),
-                           counts[:, rank].tolist())
+    def in_shard(self, ids: np.ndarray) -> np.ndarray:
+        return ids[ids // self.size == self.rank]
+
+    def add(self, rank: int, ids: np.ndarray) -> None:
+        ids = distinct(ids[~self.touched[rank, ids]])
+        self.touched[rank, ids] = True
+        self.read[rank].append(ids)
+
+    def take_over(self) -> None:
+        """A checkpoint of other ranks gives each its shard's gradients, which it then sends to itself."""
+        for ids in [*itertools.chain(*self.read)]:
+            self.add(self.rank, self.in_shard(ids))
+
+    def exchange(self, first: list[int]) -> tuple[np.ndarray, np.ndarray, list[int], list[int]]:
+        """From these parts on: the rows that this rank read, those of its shard that each read, and counts by rank."""
+        read = [np.sort(np.concatenate(parts[n:])) for n, parts in zip(first, self.read)]
+        shard = [self.in_shard(ids) - self.rank * self.size for ids in read]
+        owners = np.bincount(read[self.rank] // self.size, minlength=self.world)
+        return read[self.rank], np.concatenate(shard), owners.tolist(), [*map(len, shard)]
+
+    def step(self, update: bool) -> TouchedRows:
+        """Slots for what was read since the last step, and the exchanges that are due; an update begins a cycle."""
+        first, (ids, copies, owned, gradients) = self.filled, [None] * 4
+        if self.hp.ngram_rows:
+            own, shard, owners, readers = self.exchange(self.known)
+            self.known, self.filled, room = [*map(len, self.read)], first + len(own), cycle_slots(self.hp, self.world)
+            require(self.filled <= room, f"--ngram_slots={self.hp.ngram_slots}: use more, as the steps between two "
+                    f"updates read more than {room} n-gram rows")
+            self.slots[own] = np.arange(first, self.filled)
+            ids = torch.from_numpy(own)
+            copies = Exchange(*map(torch.from_numpy, (shard, self.slots[own])), readers, owners)
+        if update and self.world > 1:
+            own, shard, owners, readers = self.exchange([0] * self.world)
+            if self.hp.ngram_rows:
+                own, rows = self.slots[own], distinct(shard)
+                shard, owned = np.searchsorted(rows, shard).astype(np.int32), torch.from_numpy(rows)
+            gradients = Exchange(*map(torch.from_numpy, (own, shard)), owners, readers)
+        if update:
+            self.begin()
+        return TouchedRows(first, ids, copies if self.world > 1 else None, owned, gradients)
+
+
+def distinct(ids: np.ndarray) -> np.ndarray:
+    """Sorted, each once; ten times as fast as np.unique."""
+    ids = np.sort(ids)
+    return ids[np.diff(ids, prepend=-1) > 0]
 
 
 def train_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int],
                   done: int = 0) -> Iterator[tuple[list[Batch], TouchedRows | None]]:
-    """For each of `steps` but the first `done`, this rank's batches and, for a sparse exchange, its TouchedRows."""
+    """For each of `steps` but the first `done`, this rank's batches and, if rows travel or have slots, TouchedRows."""
     plans = [plan(step, hp) for step in steps]
-    bigram = next(row for row in hp.params if row.name == "bigram_embed")
-    log = TouchLog(hp, ranks) if ranks.world >= SPARSE_FROM and bigram.reduce == "sparse" else None
+    table = next(row for row in hp.params if row.name == ("ngram_embed" if hp.ngram_rows else "bigram_embed"))
+    log = TouchLog(hp, ranks) if hp.ngram_rows or (ranks.world >= SPARSE_FROM and table.reduce == "sparse") else None
+    running = max((i for i, now in enumerate(plans[:done], 1) if due(table, now.step, hp)), default=0)  # cycle's begin
     sweep = Sweep(hp)
     number = -1
     for number, (documents, segments) in enumerate(walk(sorted(glob.glob(hp.train_files)), hp.bos, plans)):
         now = plans[number]
         touched = None
-        if log:
+        if log and number >= running:
+            if number and now.step != plans[number - 1].step + 1:
+                log.begin()
             log.mark(documents, segments)
-            touched = log.exchange() if due(bigram, now.step) else None
         own = [(documents.join(slices), np.cumsum([b - a for a, b in slices]))
                for slices in segments[ranks.rank :: ranks.world]]
         candidates = [sweep.choose(segment, tokens[1:], now.stage.classes)
                       for segment, (tokens, _) in zip(range(ranks.rank, SEGMENTS, ranks.world), own)]
         if number < done:
-            if log:  # a checkpoint of fewer ranks gives all of them its gradients
-                log.touched |= log.touched.any(axis=0)
+            if log and number >= running:
+                log.take_over()
             continue
+        if log:
+            touched = log.step(due(table, now.step, hp))
         n = segments_together(now.windows.segment, len(own), hp.micro_tokens)
-        yield [pack(hp, own[i : i + n], 0, candidates[i : i + n]) for i in range(0, len(own), n)], touched
+        yield ([pack(hp, own[i : i + n], 0, candidates[i : i + n], log) for i in range(0, len(own), n)],
+               touched if hp.ngram_rows or (touched and touched.gradients) else None)
     if number + 1 < len(plans):
         raise UserError("the train shards ran out before the schedule")
 
@@ -842,12 +1004,16 @@ class GPT(nn.Module):
         for row in hp.params:
             rows, *rest = param_shape(row, hp)
             rows = rows if row.reduce == "replicate" else round_up(rows, world)  # padding is and stays zero
+            rows //= world if row.reduce == "rows" else 1
             dtype = torch.float32 if row.dtype == "float32" else getattr(torch, hp.dtype)
             self.register_parameter(row.name, nn.Parameter(torch.zeros(rows, *rest, dtype=dtype)))
         longest = max(hp.val_chunk, max(stage.batch for stage in hp.stages) * hp.batch_unit // SEGMENTS)
         for name in ("cos", "sin"):  # row p is position p; paired heads use two for each token
             table = torch.empty(2 * longest, hp.head_dim // 4, dtype=torch.bfloat16)
             self.register_buffer(name, table, persistent=False)
+        signs = torch.randint(2, (SIGN_ROWS if hp.ngram_rows else 0, hp.model_dim), device="cpu", dtype=torch.int8,
+                              generator=torch.Generator().manual_seed(0))
+        self.register_buffer("signs", (2 * signs - 1).to(self.cos.device, getattr(torch, hp.dtype)), persistent=False)
         self.register_buffer("attn_layers", torch.tensor(hp.attn_layers), persistent=False)
 
     @torch.no_grad()
@@ -855,6 +1021,9 @@ class GPT(nn.Module):
         """Set all weights by the seed of hp. They are drawn on the CPU, so a seed means the same weights everywhere."""
         for row in self.hp.params:
             p = getattr(self, row.name)
+            if row.reduce == "rows":  # of zeros, as too large for the CPU
+                p.zero_()
+                continue
             values = self.lm_head.mT if row.init == "lm_head" else initial_values(row, hp)
             p.zero_()[: len(values)].copy_(values)
             dist.broadcast(p, 0)  # in case ranks have processors that draw differently
@@ -870,15 +1039,21 @@ class GPT(nn.Module):
             self.sin.copy_(angle.sin())
             self.index = index
 
-    def lookup(self, batch: Batch) -> Embeddings:
-        """The rows of the tables that a batch reads."""
+    def lookup(self, batch: Batch, copies: Tensor | None = None) -> Embeddings:
+        """The rows of the tables that a batch reads; n-gram rows as they are in copies, if given."""
         E, V, D = (self.sizes[letter] for letter in "EVD")
         tables = self.value_embeds.view(E, V, D).unbind()
         return Embeddings(
             embed=F.embedding(batch.tokens, self.embed),
-            bigram=F.embedding(batch.bigram_ids, self.bigram_embed),
+            bigram=(self.ngrams(batch, self.ngram_embed if copies is None else copies) if self.hp.ngram_rows
+                    else F.embedding(batch.bigram_ids, self.bigram_embed)),
             value=tuple(F.embedding(batch.tokens, table) for table in tables),
         )
+
+    def ngrams(self, batch: Batch, table: Tensor) -> Tensor:
+        """Each token's bigram row and trigram row, times their signs, as a sum that is rounded once; [T, D]."""
+        rows, signs = F.embedding(batch.bigram_ids, table), F.embedding(batch.sign_ids, self.signs)
+        return torch.addcmul(rows[0] * signs[0], rows[1], signs[1])
 
     def smear(self, e: Tensor) -> Tensor:
         """Add to each embedding [n, S, D] a gated part of the one before it, across documents."""
@@ -1048,6 +1223,8 @@ class AdamHypers(NamedTuple):
     bias1: Tensor  # 1 - beta1^t after t updates
     bias2: Tensor
     eps: Tensor
+    beta: Tensor | None = None  # beta2 of `every` steps
+    time: Tensor | None = None  # steps until now, over `every`
 
 
 def normuon_direction(
@@ -1118,6 +1295,22 @@ def adam_update(
         p.copy_(old - update - decay)
 
 
+def row_adam_update(params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], hypers: list[Tensor],
+                    cautious: list[bool]) -> None:
+    """One Adam step on rows p [n, D] without first moments and with one second moment a row (record #92), in place.
+
+    A row without a gradient would not move, so it may be left out: state["last"] [n] int32 tells how long its moment
+    has still to decay when it comes again."""
+    for p, g, state, hyper, careful in zip(params, grads, states, hypers, cautious):
+        h = AdamHypers(*hyper.unbind())
+        g, old = g.float(), p.float()
+        state["second"].mul_(h.beta ** (h.time - state["last"])).add_((1 - h.beta2) * g.square().mean(dim=1))
+        state["last"].copy_(h.time)
+        update = g * (h.lr * h.bias2.sqrt() / (state["second"].sqrt() + h.eps))[:, None]
+        decay = torch.where(update * old > 0, h.decay * old, 0.0) if careful else h.decay * old
+        p.copy_(old - update - decay)
+
+
 def normuon_hypers(row: Param, now: Plan, hp: Recipe) -> MuonHypers:
     lr = hp.muon_lr * now.lr_factor
     return MuonHypers(
@@ -1130,17 +1323,19 @@ def normuon_hypers(row: Param, now: Plan, hp: Recipe) -> MuonHypers:
 
 def adam_hypers(row: Param, now: Plan, hp: Recipe) -> AdamHypers:
     lr = hp.adam_lr * now.lr_factor * row.lr
-    updates = (now.step + 1) // row.every
-    bias1, bias2 = (1 - beta**updates for beta in row.betas)
-    beta1, beta2 = row.betas
+    steps, updates = cycle(row, now.step, hp)
+    beta1, beta2 = (beta ** (steps // row.every) for beta in row.betas)
+    bias1, bias2 = (1 - beta**updates for beta in (beta1, beta2))
     return AdamHypers(
         lr=lr,
-        decay=lr**2 * hp.adam_wd * row.wd,
+        decay=lr**2 * hp.adam_wd * row.wd * (steps // row.every),
         beta1=beta1,
         beta2=beta2,
         bias1=bias1,
         bias2=bias2,
         eps=hp.adam_eps,
+        beta=row.betas[1],
+        time=(now.step + 1) // row.every,
     )
 
 
@@ -1159,11 +1354,15 @@ def adam_state(p: Tensor) -> dict[str, Tensor]:
     return {key: torch.zeros_like(p, dtype=torch.float32) for key in ("first", "second")}
 
 
+def row_adam_state(p: Tensor) -> dict[str, Tensor]:
+    return {"second": p.new_zeros(len(p), dtype=torch.float32), "last": p.new_zeros(len(p), dtype=torch.int32)}
+
+
 class Rule(NamedTuple):
     """How a parameter is updated."""
 
     state: Callable  # a rank's part of a parameter -> what its updates keep
-    hypers: Callable  # Param, Plan, Recipe -> the scalars of one update, at most 8
+    hypers: Callable  # Param, Plan, Recipe -> the scalars of one update, at most 9
     update: Callable  # see adam_update
     bank: bool = False  # for banks [K, rows, columns] only, at rates by matrix
 
@@ -1172,6 +1371,7 @@ RULES = {
     "normuon": Rule(normuon_state, normuon_hypers, normuon_update, bank=True),
     "muon": Rule(muon_state, normuon_hypers, normuon_update, bank=True),
     "adam": Rule(adam_state, adam_hypers, adam_update),
+    "row_adam": Rule(row_adam_state, adam_hypers, row_adam_update),
 }
 
 
@@ -1180,10 +1380,64 @@ class State(NamedTuple):
 
     name: str
     tensor: Tensor
-    ranks: Literal["same", "shard", "own"]  # shard: slices of dim 0
+    ranks: Literal["same", "shard", "own", "rows", "slots"]
+    # shard: slices of dim 0; rows: the same of a table that no rank holds; slots: as many as a Cycle has filled
 
 
-LOOKED_UP = ("embed", "bigram_embed", "value_embeds")  # tables, see Embeddings
+LOOKED_UP = ("embed", "bigram_embed", "ngram_embed", "value_embeds")  # tables, see Embeddings
+CHUNK_ROWS = 131_072  # of the n-gram table, updated at once, so that there is one shape to compile
+
+
+class Cycle:
+    """The n-gram rows that this rank reads between two updates of the table. Each has a slot."""
+
+    def __init__(self, model: GPT, hp: Recipe, ranks: Ranks):
+        self.table, self.signs, self.add_rows = model.ngram_embed.data, model.signs, model.ops.add_rows
+        slots, D = cycle_slots(hp, ranks.world), hp.model_dim
+        self.ids = torch.zeros(slots, dtype=torch.int32, device=ranks.device)
+        self.sums = torch.zeros(slots, D, device=ranks.device)  # of gradients
+        self.copies = self.table.new_zeros(slots, D) if ranks.world > 1 else None
+        self.chunk = min(CHUNK_ROWS, slots)
+        self.filled, self.saved = 0, None  # saved: ids and sums of a checkpoint, until they have slots
+
+    def read(self, touched: TouchedRows) -> None:
+        """Before a step: slots for the rows that it is the first to read and, of a table that ranks share, copies."""
+        self.filled = touched.first + len(touched.ids)
+        self.ids[touched.first : self.filled] = touched.ids
+        if touched.copies:
+            rows, work = exchanged(self.table, touched.copies)
+            wait(work)
+            self.copies[touched.copies.received] = rows
+        if self.saved:
+            ids, sums = self.saved
+            self.sums[torch.searchsorted(touched.ids, ids)] = sums
+            self.saved = None
+
+    def add(self, batch: Batch, grad: Tensor) -> None:
+        """Add the rows' gradients, for that of their sum [T, D]."""
+        for slots, ids in zip(batch.slots, batch.sign_ids):
+            self.add_rows(grad * F.embedding(ids, self.signs), slots, self.sums)
+
+
+def exchanged(rows: Tensor, to: Exchange, dtype: torch.dtype | None = None) -> tuple[Tensor, dist.Work]:
+    """Where the rows will be that come for those sent, in dtype if given, and the work."""
+    sent = rows.index_select(0, to.sent).to(dtype or rows.dtype)
+    part = sent.new_empty(len(to.received), sent.size(1))
+    return part, dist.all_to_all_single(part, sent, to.receive_counts, to.send_counts, async_op=True)
+
+
+def read_anywhere(table: Tensor, batch: Batch, ranks: Ranks) -> tuple[Batch, Tensor]:
+    """Of a shared table, for validation: a copy of each n-gram row that a batch reads, and the batch with their places.
+
+    Each rank puts its own among zeros for all ranks: simple, if too much traffic for training."""
+    ids = batch.bigram_ids.new_empty(2 * ranks.world, len(batch.tokens))
+    dist.all_gather_into_tensor(ids, batch.bigram_ids)
+    own = (ids // len(table) == ranks.rank).flatten()
+    rows = table.new_zeros(ids.numel(), table.size(1))
+    rows[own] = table[ids.flatten()[own] % len(table)]
+    copies = table.new_empty(batch.bigram_ids.numel(), table.size(1))
+    dist.reduce_scatter_tensor(copies, rows)
+    return batch._replace(bigram_ids=torch.arange(len(copies), device=table.device).view(2, -1)), copies
 
 
 class NorMuonAdam:
@@ -1196,9 +1450,13 @@ class NorMuonAdam:
         self.params = {row.name: getattr(model, row.name) for row in hp.params}
         self.row = {row.name: row for row in hp.params}
         self.rules = {name: rule._replace(update=maybe_compiled(rule.update, hp)) for name, rule in RULES.items()}
+        self.cycle = Cycle(model, hp, ranks) if hp.ngram_rows else None
         self.grads = self.make_gradients()
         self.moments = {row.name: self.rules[row.rule].state(self.shard(row)) for row in hp.params}
         self.rates = {row.name: {"rate": self.matrix_rates(row)} for row in hp.params if RULES[row.rule].bank}
+        self.averages = {(average, name): torch.zeros_like(self.shard(self.row[name]), dtype=torch.float32)
+                         for average in hp.averages if hp.tail_average * average.blend
+                         for name in average.params.split()}
         self.reset()
 
     @torch.no_grad()
@@ -1218,7 +1476,10 @@ class NorMuonAdam:
         gathering = []
         for group in self.update_groups(rows):
             grads = [self.reduced_gradient(row, *reducing.pop(row.name), touched) for row in group]
-            self.update(group, grads, hypers)
+            if group[0].reduce == "rows":
+                self.update_rows(group[0], grads[0], hypers, touched)
+            else:
+                self.update(group, grads, hypers)
             del grads
             gathering += [self.launch_gather(row) for row in group]
 
@@ -1228,10 +1489,14 @@ class NorMuonAdam:
         if now.tied:
             self.copy_tied_weight(rows)
         for row in rows:
-            self.grads[row.name].zero_()
+            self.grads[row.name][: self.cycle.filled if row.reduce == "rows" else None].zero_()
+            if row.reduce == "rows":
+                self.cycle.filled = 0
+        self.average(now)
 
     def rows_due(self, now: Plan) -> list[Param]:
-        return [row for row in self.hp.params if due(row, now.step) and not (now.tied and row.name == "embed")]
+        return [row for row in self.hp.params if due(row, now.step, self.hp) and self.params[row.name].numel()
+                and not (now.tied and row.name == "embed")]
 
     def fold_tied_gradient(self, rows: list[Param]) -> None:
         """The tied weight's gradient as an embedding joins its gradient as a head."""
@@ -1245,7 +1510,7 @@ class NorMuonAdam:
 
     def hypers(self, rows: list[Param], now: Plan) -> dict[str, Tensor]:
         """The scalars of each update as a small device tensor, so that compiled code never changes."""
-        table = torch.zeros(len(rows), 8)
+        table = torch.zeros(len(rows), 9)
         for row, line in zip(rows, table):
             values = self.rules[row.rule].hypers(row, now, self.hp)
             line[: len(values)] = torch.tensor(values)
@@ -1268,14 +1533,11 @@ class NorMuonAdam:
         return found
 
     def launch_shard_reduction(self, row: Param, grad: Tensor, touched: TouchedRows | None) -> tuple[Tensor, dist.Work]:
-        sparse = row.reduce == "sparse" and touched is not None
-        grad = grad.index_select(0, touched.sent) if sparse else grad
-        grad = grad.to(self.params[row.name].dtype)  # halves what the tables' gradients send
-        if sparse:
-            part = grad.new_empty(len(touched.received), grad.size(1))
-            return part, dist.all_to_all_single(part, grad, touched.receive_counts, touched.send_counts, async_op=True)
+        dtype = self.params[row.name].dtype  # halves what the tables' gradients send
+        if row.reduce in ("sparse", "rows") and touched:
+            return exchanged(grad, touched.gradients, dtype)
         part = torch.empty_like(self.shard(row))
-        return part, dist.reduce_scatter_tensor(part, grad, op=dist.ReduceOp.AVG, async_op=True)
+        return part, dist.reduce_scatter_tensor(part, grad.to(dtype), op=dist.ReduceOp.AVG, async_op=True)
 
     def update_groups(self, rows: list[Param]) -> Iterator[list[Param]]:
         """Rows that are updated together: the replicated ones of each rule, then the others in UPDATE_ORDER."""
@@ -1286,13 +1548,25 @@ class NorMuonAdam:
         yield from ([row] for row in sorted(large, key=lambda row: UPDATE_ORDER.index(row.name)))
 
     def reduced_gradient(self, row: Param, part: Tensor, work: dist.Work | None, touched: TouchedRows | None) -> Tensor:
-        """Wait for a gradient; of sparse rows make this rank's part, in fp32."""
+        """Wait for a gradient; of rows that were sent make this rank's part, in fp32."""
         wait(work)
-        if work is None or row.reduce != "sparse" or touched is None:
+        if work is None or row.reduce not in ("sparse", "rows") or touched is None:
             return part
-        whole = torch.zeros_like(self.shard(row), dtype=torch.float32)
-        self.add_rows(part, touched.received, whole)
+        n = len(self.shard(row)) if row.reduce == "sparse" else round_up(len(touched.owned), self.cycle.chunk)
+        whole = torch.zeros(n, part.size(1), device=part.device)
+        self.add_rows(part, touched.gradients.received, whole)
         return whole.div_(self.ranks.world)
+
+    def update_rows(self, row: Param, grads: Tensor, hypers: dict[str, Tensor], touched: TouchedRows) -> None:
+        """Update the rows of this rank's n-gram shard that a cycle touched, in chunks of one size."""
+        rows = self.cycle.ids[: self.cycle.filled] if touched.owned is None else touched.owned
+        tensors = [self.params[row.name].data, *self.moments[row.name].values()]
+        for at, g in zip(rows.long().split(self.cycle.chunk), grads.split(self.cycle.chunk)):
+            p, *moments = parts = [x[F.pad(at, (0, len(g) - len(at)))] for x in tensors]
+            state = dict(zip(self.moments[row.name], moments))
+            self.rules[row.rule].update([p], [g], [state], [hypers[row.name]], [row.cautious])
+            for x, part in zip(tensors, parts):
+                x[at] = part[: len(at)]
 
     def update(self, group: list[Param], grads: list[Tensor], hypers: dict[str, Tensor]) -> None:
         self.rules[group[0].rule].update(
@@ -1305,14 +1579,14 @@ class NorMuonAdam:
 
     def launch_gather(self, row: Param) -> dist.Work | None:
         """Start sending this rank's updated shard to all ranks."""
-        if row.reduce == "replicate" or self.ranks.world == 1:
+        if row.reduce in ("replicate", "rows") or self.ranks.world == 1:
             return None
         return dist.all_gather_into_tensor(self.params[row.name].data, self.shard(row), async_op=True)
 
     def shard(self, row: Param) -> Tensor:
         """The part of a parameter that this rank updates, as a view."""
         p = self.params[row.name].data
-        if row.reduce == "replicate" or self.ranks.world == 1:
+        if row.reduce in ("replicate", "rows") or self.ranks.world == 1:
             return p
         return p.chunk(self.ranks.world)[self.ranks.rank]
 
@@ -1328,7 +1602,7 @@ class NorMuonAdam:
     def make_gradients(self) -> dict[str, Tensor]:
         """Where gradients are summed until an update: of looked-up tables in fp32, of others where autograd adds, of
         the replicated ones as views of one tensor a dtype, which one all-reduce takes."""
-        grads = {}
+        grads = {"ngram_embed": self.cycle.sums} if self.cycle else {}
         self.flat = {}
         dtypes = {name: torch.float32 if name in LOOKED_UP else p.dtype for name, p in self.params.items()}
         for dtype in (torch.float32, torch.bfloat16):
@@ -1350,10 +1624,33 @@ class NorMuonAdam:
         """Add the gradients of a micro-batch's table rows to the tables'; only these rows are touched."""
         add = self.add_rows
         add(rows.embed.grad, batch.tokens, self.grads["embed"], batch.order)
-        add(rows.bigram.grad, batch.bigram_ids, self.grads["bigram_embed"])
+        if self.cycle:
+            self.cycle.add(batch, rows.bigram.grad)
+        else:
+            add(rows.bigram.grad, batch.bigram_ids, self.grads["bigram_embed"])
         tables = self.grads["value_embeds"].chunk(max(len(rows.value), 1))
         for row, table in zip(rows.value, tables):
             add(row.grad, batch.tokens, table, batch.order)
+
+    def average(self, now: Plan) -> None:
+        """Let averages take in the weights, of which each rank has its part; after the last step the reverse."""
+        def norm_of(p: Tensor) -> Tensor:
+            square = p.float().square().sum()
+            dist.all_reduce(square)
+            return square.sqrt()
+
+        for (average, name), x in self.averages.items():
+            if rate := ticks(average, self.hp).get(now.step):
+                x.mul_(1 - rate).add_(self.shard(self.row[name]), alpha=rate)
+        if now.step == self.hp.num_steps - 1:
+            shards = {name: self.shard(self.row[name]) for _, name in self.averages}  # on all ranks in one order
+            norms = {name: norm_of(shards[name]) for average, name in self.averages if average.norm}
+            for (average, name), x in self.averages.items():
+                shards[name].copy_(shards[name].float().lerp_(x, self.hp.tail_average * average.blend))
+            for name, p in shards.items():
+                if name in norms:
+                    p.copy_(p.float() * (norms[name] / norm_of(p)))
+                wait(self.launch_gather(self.row[name]))
 
     def untie(self) -> None:
         """From now on embed has a life of its own, beginning with lm_head's moments, transposed and sharded anew."""
@@ -1368,14 +1665,23 @@ class NorMuonAdam:
         for state in self.states():
             if state.name not in self.params:
                 state.tensor.zero_()
+        if self.cycle:
+            self.cycle.filled, self.cycle.saved = 0, None
 
     def states(self) -> Iterator[State]:
         """All that steps change: what is reset after the warm-up and what a checkpoint holds."""
         for row in self.hp.params:
-            yield State(row.name, self.params[row.name].data, "same")
+            kind = {"replicate": "same", "rows": "rows" if self.cycle else "same"}.get(row.reduce, "shard")
+            yield State(row.name, self.params[row.name].data, "rows" if kind == "rows" else "same")
             for key, x in self.moments[row.name].items():
-                yield State(f"{row.name}.{key}", x, "same" if row.reduce == "replicate" else "shard")
-            yield State(f"{row.name}.grad", self.grads[row.name], "own")
+                yield State(f"{row.name}.{key}", x, kind)
+            yield State(f"{row.name}.grad", self.grads[row.name], "slots" if kind == "rows" else "own")
+        for (average, name), x in self.averages.items():
+            kind = "same" if self.row[name].reduce == "replicate" else "shard"
+            yield State(f"{name}.average{self.hp.averages.index(average)}", x, kind)
+        if self.cycle:
+            yield State("ngram_embed.ids", self.cycle.ids, "slots")
+            yield from [State("ngram_embed.copies", self.cycle.copies, "slots")] * (self.ranks.world > 1)
 
 
 def wait(work: dist.Work | None) -> None:
@@ -1426,6 +1732,8 @@ class Run:
         """One optimizer step on this rank's batches."""
         self.model.set_stage(now.index)
         mtp_weights = send(torch.tensor(now.mtp_weights), self.ranks.device)
+        if self.optimizer.cycle:
+            self.optimizer.cycle.read(touched)
 
         total = 0.0
         for batch in batches:
@@ -1441,7 +1749,7 @@ class Run:
     def add_gradients(self, batch: Batch, windows: Windows, mtp_weights: Tensor) -> Tensor:
         """Add a micro-batch's gradients to the optimizer's; returns its loss, 0-dim fp32."""
         with torch.no_grad():
-            rows = self.model.lookup(batch)
+            rows = self.model.lookup(batch, self.optimizer.cycle and self.optimizer.cycle.copies)
         for row in (rows.embed, rows.bigram, *rows.value):
             row.requires_grad_()
         loss = self.loss_of(batch, rows, self.attended(windows), mtp_weights)
@@ -1459,7 +1767,9 @@ class Run:
         windows = now.windows._replace(long=long, max_doc=validation.max_doc, segment=0)
         total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)  # loss, count
         for batch in itertools.islice(validation.batches(), chunks):
-            losses = self.val_losses_of(batch, self.model.lookup(batch), self.attended(windows))
+            shared = self.optimizer.cycle and self.ranks.world > 1
+            batch, copies = read_anywhere(self.model.ngram_embed, batch, self.ranks) if shared else (batch, None)
+            losses = self.val_losses_of(batch, self.model.lookup(batch, copies), self.attended(windows))
             total += torch.stack([losses.double().sum(), total.new_tensor(len(losses))])
         dist.all_reduce(total)
         return (total[0] / total[1]).item()
@@ -2952,7 +3262,13 @@ def memory_needed(hp: Recipe) -> float:
     logits = CHUNK_BYTES * min(T, PLAIN_HEAD_ROWS) if plain else LOGIT_BYTES * T
     channel = RECOMPUTE_BYTES if hp.recompute else PLAIN_BYTES if plain else KERNEL_BYTES
     step = channel * len(hp.layers) * hp.model_dim * T + logits * hp.vocab_size
-    return PARAMETER_BYTES * sum(math.prod(param_shape(row, hp)) for row in hp.params) + (1 + with_graphs(hp)) * step
+    numbers = sum(math.prod(param_shape(row, hp)) for row in hp.params if row.reduce != "rows")
+    world, number = launched_ranks()[1], getattr(torch, hp.dtype).itemsize
+    table = hp.ngram_rows / world * (number * hp.model_dim + 8)  # of two moments
+    table += cycle_slots(hp, world) * hp.model_dim * (4 + number * (world > 1))
+    averages = sum(math.prod(param_shape(row, hp)) for x in hp.averages if hp.tail_average * x.blend
+                   for row in hp.params if row.name in x.params.split())
+    return PARAMETER_BYTES * numbers + table + 4 * averages / world + (1 + with_graphs(hp)) * step
 
 
 def usable_memory(device: torch.device) -> float:
@@ -2982,6 +3298,11 @@ def choose_backends(hp: Recipe, device: torch.device) -> Recipe:
     kernels = ("hopper" if fits else "plain") if hp.kernels == "auto" else hp.kernels
     hp = replace(hp, kernels=kernels)
     hp = fit_memory(hp, device) if hp.micro_tokens == "auto" else hp
+    if hp.ngram_rows and device.type == "cuda":
+        rows = range(2 * SEGMENTS, hp.ngram_rows + 1, 2 * SEGMENTS)
+        fit = bisect.bisect(rows, usable_memory(device), key=lambda n: memory_needed(replace(hp, ngram_rows=n)))
+        require(fit == len(rows), f"--ngram_rows={hp.ngram_rows}: beside the rest of the run the GPU's memory holds "
+                f"{rows[fit - 1] if fit else 0}; use so many, or more GPUs")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         hp = without_fp8(hp)
     gpu = device.type == "cuda" and hp.dtype == "bfloat16"
@@ -3260,12 +3581,13 @@ def warn_once(text: str) -> None:
 
 # --- Checks of every key and cell
 
-TABLES = {"LAYERS": Layer, "READOUT": Readout, "STAGES": Stage, "PARAMS": Param}
+TABLES = {"LAYERS": Layer, "READOUT": Readout, "STAGES": Stage, "PARAMS": Param, "AVERAGES": Average}
 KEYS = {f.name: f for f in fields(Recipe) if f.metadata}
 TYPES = {row: typing.get_type_hints(row) for row in (*TABLES.values(), Recipe)}
 KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", NoneType: "none",
          tuple[float, float]: "two numbers with a comma", tuple[float, ...]: "numbers with commas"}
-LEAST = dict(batch=1, classes=0, max_doc=1, short=1, long=1, every=1, lr=0, wd=0, odd_lr=0)  # of cells, by column
+LEAST = dict(batch=1, classes=0, max_doc=1, short=1, long=1, every=1, lr=0, wd=0, odd_lr=0, rarer=0,
+             start=0, rate=0, blend=0, also=0)  # of cells, by column
 
 
 def options(kind: object) -> tuple:
@@ -3335,6 +3657,10 @@ def check_sizes(hp: Recipe) -> None:
     require(hp.model_dim == hp.num_heads * hp.head_dim, "--model_dim must equal num_heads * head_dim")
     require(hp.num_heads % 2 == 0 and hp.head_dim % 8 == 0, "--num_heads must be even, --head_dim a multiple of 8")
     require(hp.model_dim % SEGMENTS == 0, f"--model_dim must be a multiple of {SEGMENTS}, so that ranks can share it")
+    require(hp.ngram_rows % (2 * SEGMENTS) == 0,
+            f"--ngram_rows={hp.ngram_rows} must be a multiple of {2 * SEGMENTS}, for ranks and two kinds of rows")
+    require(hp.ngram_rows == 0 or hp.vocab_size != 50_257 or TOKEN_CLASSES.exists(),
+            f"{TOKEN_CLASSES} is missing: make it by tools/token_classes.py, or use --ngram_rows=0")
     require(hp.vocab_size <= 2**16, f"--vocab_size={hp.vocab_size}: shards hold 16-bit tokens")
     require(hp.val_tokens % (hp.val_chunk * world) == 0,
             f"--val_tokens={hp.val_tokens} must be a multiple of --val_chunk={hp.val_chunk} x {world} ranks")
@@ -3385,24 +3711,32 @@ def check_params(hp: Recipe) -> None:
             require(fits(tuple(number), tuple[float]) or part.strip() == "uniform" or part == "lm_head" != row.name,
                     f"{place}.init={row.init!r}: use a number, uniform, or normal and a deviation")
         bank = RULES[row.rule].bank
-        require(row.rule != "adam" or (row.betas and 0 <= min(row.betas) and max(row.betas) < 1),
+        require("adam" not in row.rule or (row.betas and 0 <= min(row.betas) and max(row.betas) < 1),
                 f"{place}.betas={row.betas}: Adam needs two numbers from 0 to below 1")
         require(not bank or len(axes) == 3, f"{place}.rule={row.rule!r}: use adam: this is no bank [K, rows, columns]")
         require(bank or row.odd_lr == 1, f"{place}.odd_lr={row.odd_lr}: use 1 with {row.rule}")
         require(row.reduce != "sparse" or row.name == "bigram_embed",
                 f"{place}.reduce='sparse': use shard or replicate, as only bigram_embed's rows are known beforehand")
+        require(row.reduce != "rows" or row.init == "0", f"{place}.init={row.init!r}: use 0")
+        for column, only in (("rule", "row_adam"), ("reduce", "rows")):
+            require((getattr(row, column) == only) == (row.name == "ngram_embed"),
+                    f"{place}.{column}={getattr(row, column)!r}: ngram_embed uses {only}, and nothing else does")
         require(row.reduce == "replicate" or row.name in UPDATE_ORDER,
                 f"{place}.reduce={row.reduce!r}: use replicate, or add {row.name} to UPDATE_ORDER")
     with torch.device("meta"):
         missing = sorted(reads - set(dir(GPT(hp))))
     require(not missing, f"PARAMS: add a row for {', '.join(missing)}, which GPT reads")
     head, embed = (next(row for row in hp.params if row.name == name) for name in ("lm_head", "embed"))
-    for column, only in (("rule", "adam"), ("reduce", "shard"), ("every", head.every), ("dtype", head.dtype)):
+    for column, only in (("rule", "adam"), ("reduce", "shard"), ("every", head.every), ("dtype", head.dtype),
+                         ("rarer", 1)):
         for row in (head, embed):
             value = getattr(row, column)
             require(value == only, f"PARAMS.{row.name}.{column}={value!r}: use {only}, as lm_head and embed are one at "
                     "first")
 
+    for i, average in enumerate(hp.averages):
+        require({"", *average.params.split()} < {"", *names} - {"ngram_embed"} and average.params.split(),
+                f"AVERAGES.{i}.params={average.params!r}: use names of PARAMS, but not ngram_embed")
     require(embed.init == "lm_head" or not hp.stages[0].tied,
             f"PARAMS.embed.init={embed.init!r}: use lm_head, as they are one weight at first (STAGES.0.tied)")
 
@@ -3526,7 +3860,7 @@ def print_plan(hp: Recipe) -> None:
     for step in range(hp.num_steps):
         now = plan(step, hp)
         weights = (*now.mtp_weights, *[0.0] * MTP_MAX)[:MTP_MAX]
-        adam = any(row.rule == "adam" and due(row, step) for row in hp.params)
+        adam = any(row.rule == "adam" and due(row, step, hp) for row in hp.params)
         windows = now.windows.max_doc, now.windows.short, now.windows.long
         values = step, now.batch_tokens, *windows, now.lr_factor, now.muon_momentum, *weights, adam, now.unties
         print(",".join(f"{value:.10g}" for value in values))
@@ -4168,24 +4502,31 @@ def recipe_of(saved: dict) -> Recipe:
 
 
 def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> Path | None:
-    """Write a checkpoint: tensors as one rank has them, but each rank's gradients that wait for an update.
+    """Write a checkpoint: tensors as one rank has them, but each rank's gradients that wait for an update; each rank's
+    part of the n-gram table and its Cycle in a file beside it.
 
     Returns its path, on rank 0; raises UserError."""
     rank, R, _ = optimizer.ranks
-    about, tensors = run_identity(optimizer.hp), {}
+    about, tensors, piece = run_identity(optimizer.hp), {}, {}
     for name, x, kind in optimizer.states():
+        if kind in ("rows", "slots"):
+            piece[name] = (x if kind == "rows" else x[: optimizer.cycle.filled].clone()).cpu()
+            continue
         if kind != "same":
             part = x[None] if kind == "own" else x
             x = part.new_empty(R * len(part), *part.shape[1:])
             dist.all_gather_into_tensor(x.view(torch.uint8), part.view(torch.uint8))  # NCCL knows no int16
         if rank == 0 and (kind != "own" or x.any()):
             tensors[name] = (x if kind == "own" else x[: about["shapes"][name.split(".")[0]][0]]).cpu()
+    first = [log.path and log.path.with_name(f"{log.path.stem}_step{step}.pt"), ms]
+    dist.broadcast_object_list(first, 0)  # by which pieces know their checkpoint
+    saved = {"settings": about, "step": step, "ms": ms, "tensors": tensors, "pieces": R if piece else 0}
 
-    def write() -> Path:
-        path = log.path.with_name(f"{log.path.stem}_step{step}.pt")
+    def write(path: Path, content: dict) -> Path:
         temporary = Path(f"{path}.tmp")
         try:
-            torch.save({"settings": about, "step": step, "ms": ms, "tensors": tensors}, temporary)
+            path.parent.mkdir(parents=True, exist_ok=True)  # on machines without the log
+            torch.save(content, temporary)
             os.replace(temporary, path)
         except (OSError, RuntimeError) as e:  # the latter by torch's writer
             raise UserError(f"cannot write {path}: {e}; free some space or choose another --log_dir") from None
@@ -4193,7 +4534,9 @@ def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> P
             temporary.unlink(missing_ok=True)
         return path
 
-    return on_every_rank(write if rank == 0 else lambda: None)
+    if piece:
+        on_every_rank(lambda: write(Path(f"{first[0]}.{rank}of{R}"), {"ms": first[1], "tensors": piece}))
+    return on_every_rank(lambda: write(first[0], saved) if rank == 0 else None)
 
 
 def read_checkpoint(path: str, hp: Recipe | None = None) -> dict | None:
@@ -4201,13 +4544,22 @@ def read_checkpoint(path: str, hp: Recipe | None = None) -> dict | None:
     if not path:
         return None
     require(os.path.exists(path), f"{path}: there is no such checkpoint; choose another")
-    try:
+
+    def read(path: str) -> dict:
         if zipfile.ZipFile(path).testzip():  # torch.load ignores checksums
             raise ValueError("wrong checksum")
-        saved = torch.load(path, "cpu", weights_only=True, mmap=True)
-        old = saved["settings"]
+        return torch.load(path, "cpu", weights_only=True, mmap=True)
+
+    try:
+        saved = read(path)
+        old, R = saved["settings"], saved["pieces"]
+        for piece in (read(f"{path}.{rank}of{R}") for rank in range(R)):
+            for name, x in piece["tensors"].items():
+                saved["tensors"].setdefault(name, []).append(x)
+            if piece["ms"] != saved["ms"]:
+                raise ValueError("pieces of several checkpoints")
         if not isinstance(saved["step"], int) or any(
-                saved["tensors"][name].shape != shape for name, shape in old["shapes"].items()):
+                slice_of(saved["tensors"][name], 0, x[0], "meta").shape != x for name, x in old["shapes"].items()):
             raise ValueError("wrong step or shapes")
         if not hp:
             saved["hp"] = recipe_of(old)
@@ -4223,16 +4575,35 @@ def read_checkpoint(path: str, hp: Recipe | None = None) -> dict | None:
     return saved
 
 
+def slice_of(saved: Tensor | list[Tensor], first: int, count: int, device: str = "cpu") -> Tensor:
+    """Up to so many rows of a saved tensor, or of one in pieces."""
+    found = []
+    for piece in saved if isinstance(saved, list) else [saved]:
+        found.append(piece[max(first, 0) : max(first + count, 0)].to(device))
+        first -= len(piece)
+    return torch.cat(found) if len(found) > 1 else found[0]
+
+
 def load_checkpoint(saved: dict, optimizer: NorMuonAdam, clock: Clock) -> int:
     """Bring optimizer and model from the start to where they were, on any number of ranks; returns the steps done."""
-    rank, R, _ = optimizer.ranks
+    rank, R, device = optimizer.ranks
     for name, x, kind in optimizer.states():
-        if name in saved["tensors"]:  # else a gradient of zeros
+        if name in saved["tensors"] and kind != "slots":  # else a gradient of zeros
             y = saved["tensors"][name]
             if kind == "own":
+                sparse = name == "bigram_embed.grad" and len(y) != R  # see TouchLog.take_over
                 y = y[rank] if len(y) == R else y.float().mean(0)
-            y = y[rank * len(x) :][: len(x)] if kind == "shard" else y
+                y = R * y * (torch.arange(len(y)) * R // len(y) == rank)[:, None] if sparse else y
+            y = slice_of(y, rank * len(x), len(x)) if kind in ("shard", "rows") else y
             x[: len(y)].copy_(y)  # the rest is padding
+    if optimizer.cycle and any(map(len, saved["tensors"]["ngram_embed.ids"])):
+        pieces = [*zip(*(saved["tensors"][f"ngram_embed.{key}"] for key in ("ids", "grad")))]
+        ids, sums = (torch.cat(x).to(device) for x in zip(*(pieces[rank : rank + 1] if len(pieces) == R else pieces)))
+        if len(pieces) != R:  # each rank takes those of its shard, see TouchLog.take_over
+            own = ids // len(optimizer.cycle.table) == rank
+            ids, places = ids[own].unique(return_inverse=True)
+            sums = sums.new_zeros(len(ids), sums.size(1)).index_add_(0, places, sums[own]) * (R / len(pieces))
+        optimizer.cycle.saved = ids, sums
     clock.before = saved["ms"]
     return saved["step"]
 

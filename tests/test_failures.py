@@ -45,6 +45,8 @@ def faulty(run, batches, touched, now, train_step=t.Run.train_step):
             time.sleep(1000)
         elif fault == "raise":
             raise ValueError("a test's error")
+        elif fault == "table":  # in the update of the n-gram table, when the other rank has its rows
+            t.NorMuonAdam.update_rows = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         elif fault == "inf":
             run.model.resid_lambdas.data[3, 1] = 3e38
         else:
@@ -98,7 +100,7 @@ class Faulty:
 
 
 RUNS = {"kill": ("SIGKILL 1", 2), "stop": ("SIGSTOP 0", 2), "hang": ("hang 1", 2), "raise": ("raise 1", 2),
-        "inf": ("inf 1", 2), "term": ("SIGTERM 1", 2), "interrupt": ("SIGINT 0", 1)}
+        "inf": ("inf 1", 2), "table": ("table 1", 2), "term": ("SIGTERM 1", 2), "interrupt": ("SIGINT 0", 1)}
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +108,8 @@ def runs(base, tmp_path_factory):
     """All faulty runs, a few at a time, as they mostly wait."""
     folders = {name: tmp_path_factory.mktemp(name) for name in RUNS}
     with ThreadPoolExecutor(4) as pool:
-        done = {name: pool.submit(Faulty, base, folders[name], *RUNS[name], save_final=name == "term")
-                for name in RUNS}
+        done = {name: pool.submit(Faulty, base, folders[name], *RUNS[name], save_final=name == "term",
+                                  ngram_rows=512 * (name == "table")) for name in RUNS}
     return {name: future.result() for name, future in done.items()}
 
 
@@ -115,6 +117,7 @@ LOST = (r"rank {} gave no sign of life for \d+ s, last in step \d at \S+ \(.*:\d
         "killed, out of memory, stopped or cut off")
 ERRORS = {  # the end of the one error line
     "kill": LOST.format(1),
+    "table": LOST.format(1),
     "stop": LOST.format(0),
     "hang": r"no rank finished a step for \d+ s, a rank hangs: rank 0 in step 6 at \S+ \(train_gpt.py:\d+\), "
             r"rank 1 in step 6 at faulty \(faulty.py:\d+\)",
@@ -132,14 +135,14 @@ def test_one_error(runs, name):
     expected = [line for line in lines if re.fullmatch("error: " + ERRORS[name], line)]
     assert len(expected) == 1, run.err
     assert run.log.splitlines()[-1] == expected[0]
-    extra = ["rank 1 was ended by SIGKILL"] * (name == "kill")
+    extra = ["rank 1 was ended by SIGKILL"] * (name in ("kill", "table"))
     told = [line for line in run.err.splitlines() if line not in extra + expected]
     if name == "raise":  # the failed rank's own traceback
         assert told[0].startswith("Traceback") and told[-1].startswith("ValueError") and "launch.py" not in run.err
         assert "\n".join(told) in run.log
     else:
         assert told == []
-    assert run.status == (137 if name == "kill" else 1)
+    assert run.status == (137 if name in ("kill", "table") else 1)
     assert run.left == []
     if name != "stop":  # nothing that was printed before is lost
         assert "step:4/100 val_loss" in run.out

@@ -40,7 +40,7 @@ def direct(model, windows, context, ending):
     tokens = [13, 13, 13, *before, *after]
     ids = t.bigram_ids(np.array(tokens), model.sizes["B"])
     batch = t.Batch(torch.tensor(tokens), None, torch.from_numpy(ids), torch.tensor([0, 1, 2, 3, len(tokens)]).int(),
-                    torch.tensor(tokens).argsort(stable=True).int(), torch.empty(1, 0))
+                    torch.tensor(tokens).argsort(stable=True).int(), torch.empty(1, 0), *[torch.empty(0)] * 2)
     x = model.trunk(batch, model.lookup(batch), windows._replace(max_doc=len(tokens)), model.val_layers)
     first = len(tokens) - len(after)
     p = t.softcap(x[first - 1 : -1] @ model.lm_head, *model.cap).double().softmax(-1)  # of each token of the ending
@@ -58,7 +58,7 @@ def test_packs_score_as_endings_alone(loaded, expected, limit):
     documents = [h.Document(item["ctx"], e) for item in h.read_items(str(ITEMS)) for e in item["endings"]]
     groups = list(h.packs(documents, limit))
     assert [d for group in groups for d in group] == documents and max(map(len, groups)) > 1
-    assert all(1 + sum(len(d.tokens) + 2 for d in group) <= limit for group in groups)
+    assert all(1 + sum(len(d.tokens) + 3 for d in group) <= limit for group in groups)
     losses = np.reshape([x for group in groups for x in h.score(*loaded, group)], (-1, 4))
     assert np.abs(losses - expected).max() < 2e-5
     assert np.diff(np.sort(expected, axis=1)[:, :2]).min() > 1e-3  # no item is decided by rounding
@@ -99,7 +99,7 @@ def test_length_is_normalised(expected):
     ('{"ctx": "a", "endings": ["b", "c", "d"], "label": 0}', ["item 1", "four endings"]),
     ('{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": ""}', ["item 1", "label from 0 to 3"]),
     ('{"ctx": "a", "endings": ["b", "c", "d", ""], "label": 1}', ["item 1", "four endings"]),
-    (json.dumps({"ctx": "a " * 300, "endings": ["b", "c", "d", "e"], "label": 1}), ["305 tokens", "256", "val_chunk"]),
+    (json.dumps({"ctx": "a " * 300, "endings": ["b", "c", "d", "e"], "label": 1}), ["306 tokens", "256", "val_chunk"]),
 ])
 def test_bad_data(checkpoint, tmp_path, content, parts, monkeypatch, capsys):
     path = tmp_path / "items.jsonl"

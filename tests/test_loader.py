@@ -200,7 +200,7 @@ def check_cu_seqlens(batch, begins=True):
         starts = [0] + starts
     assert cu[: len(starts)] == starts and set(cu[len(starts) :]) == {n} and len(cu) > len(starts)
     types = [x.dtype for x in batch]
-    assert types == [torch.int32, torch.int64, torch.int32, torch.int32, torch.int32, torch.int64]
+    assert types == [torch.int32, torch.int64, torch.int32, torch.int32, torch.int32, torch.int64, *[torch.int32] * 2]
 
 
 def numbered(seed, shards, longest):

@@ -172,6 +172,8 @@ def test_learning_rates_of_a_shard(world):
         assert all((optimizer.rates[name]["rate"] == 1).all() for name in ("qk_bank", "vo_bank"))
         for row in t.PARAMS:
             whole, part = getattr(model, row.name), optimizer.shard(row)
+            if row.name == "ngram_embed":  # of no rows here
+                continue
             size = len(whole) if row.reduce == "replicate" else len(whole) // world
             begin = 0 if row.reduce == "replicate" else rank * size
             assert torch.equal(part, whole[begin : begin + size]) and part.data_ptr() == whole[begin].data_ptr()
@@ -189,7 +191,7 @@ def test_one_reduction_takes_all_replicated_gradients(dtype):
     optimizer = t.NorMuonAdam(t.GPT(hp), hp, ONE)
     for flat in optimizer.flat.values():
         flat.fill_(1)
-    assert {name for name, grad in optimizer.grads.items() if grad.all()} == {
+    assert {name for name, grad in optimizer.grads.items() if grad.numel() and grad.all()} == {
         row.name for row in hp.params if row.reduce == "replicate"}
 
 
@@ -207,7 +209,7 @@ def test_reset_brings_back_the_start(dtype, monkeypatch):
             for step in (0, 1, 4, 5, 6):
                 random_gradients(model, optimizer, generator)
                 optimizer.step(t.plan(step, hp))
-            assert all(x.any() for moments in optimizer.moments.values() for x in moments.values())
+            assert all(x.any() for moments in optimizer.moments.values() for x in moments.values() if x.numel())
             assert ("low" in optimizer.moments["vo_bank"]) == (dtype == "bfloat16")
             optimizer.reset()
             with torch.no_grad():

@@ -126,12 +126,13 @@ def test_loader_counts(tmp_path):
         if step % 2 == 0:
             assert all(touched is None for _, touched in items)
             continue
-        received = [touched.received.split(touched.receive_counts) for _, touched in items]
-        for a, (_, touched) in enumerate(items):
+        exchanges = [touched.gradients for _, touched in items]
+        received = [touched.received.split(touched.receive_counts) for touched in exchanges]
+        for a, touched in enumerate(exchanges):
             assert touched.sent.dtype == touched.received.dtype == torch.int32
             assert touched.sent.tolist() == sorted(read[a])
             for b, rows in enumerate(touched.sent.split(touched.send_counts)):
-                assert touched.send_counts[b] == items[b][1].receive_counts[a]
+                assert touched.send_counts[b] == exchanges[b].receive_counts[a]
                 assert torch.equal(rows, received[b][a] + b * size)
         read = [set() for _ in range(R)]
 

@@ -36,7 +36,7 @@ def load_model(path: str) -> tuple[t.GPT, t.Windows]:
     with torch.device(device):
         model = t.GPT(hp).requires_grad_(False)
     for name, p in model.named_parameters():
-        p.copy_(saved["tensors"][name])
+        p.copy_(t.slice_of(saved["tensors"][name], 0, len(p)))
     model.ops = t.choose_ops(hp)
     last = step == hp.num_steps
     now = t.plan(step - last, hp)

@@ -28,9 +28,9 @@ from generate import DataError, load_model, pack, t, tokenizer
 DATASET = "Rowan/hellaswag"
 HUB_SECONDS = 3  # patience for any answer of the hub
 PACK_TOKENS = 4096  # the logits of a pack are 0.8 GB
-# Smear, bigram id and key offset cross a document's start. Two documents of one full stop before each make the same
-# past for all: the second one knows nothing of what came before the first.
-FILLER = 13
+# Smear, n-gram ids and key offset cross a document's start. Three documents of one full stop before each make the same
+# past for all: the last one knows nothing of what came before the first.
+FILLERS = [13] * 3
 
 
 class Document:
@@ -95,7 +95,7 @@ def packs(documents: Iterable[Document], limit: int) -> Iterator[list[Document]]
     """Documents in order, in groups of at most `limit` tokens with their fillers; raises UserError if one is longer."""
     group, size = [], 1
     for document in documents:
-        length = len(document.tokens) + 2
+        length = len(FILLERS) + len(document.tokens)
         if length >= limit:
             raise t.UserError(f"an item takes {length} tokens, the model {limit}; train with a larger --val_chunk")
         if size + length > limit:
@@ -108,11 +108,11 @@ def packs(documents: Iterable[Document], limit: int) -> Iterator[list[Document]]
 
 def score(model: t.GPT, windows: t.Windows, group: list[Document]) -> list[float]:
     """The mean loss of each document's ending, all scored in one pack."""
-    tokens, ends, spans = [FILLER], [1], []  # one more, as the first bigram id of a pack is its own
+    tokens, ends, spans = FILLERS[:1], [1], []  # one more, as the first bigram id of a pack is its own
     for document in group:
-        start = len(tokens) + 2
-        tokens += [FILLER, FILLER, *document.tokens]
-        ends += [start - 1, start, len(tokens)]
+        start = len(tokens) + len(FILLERS)
+        tokens += [*FILLERS, *document.tokens]
+        ends += [start - 2, start - 1, start, len(tokens)]
         spans.append((start + document.first - 1, len(tokens) - 1))  # a position's loss is that of the token after it
     batch = pack(model, tokens, ends)
     longest = max(len(document.tokens) for document in group)
