@@ -17,6 +17,7 @@ Letters, in shape comments and in PARAMS' shapes:
     F width of the MLP          G channels gates see     K matrices of a bank
     V vocabulary, padded        B bigram rows            M n-gram rows      E tables of value embeddings
     L layers                    A layers with attention  R ranks (GPUs)     N steps
+    X rows of strengths of exclusive attention: A, or none
 and in code: x the residual stream, q k v, p a parameter, hp the Recipe of the run.
 
 Map. The algorithm, as a token meets it:
@@ -103,6 +104,7 @@ class Layer(NamedTuple):
     paired: bool = False  # a token enters attention as two, heads 0..H/2-1 and then the rest
     key_offset: bool = False  # half of each key moves one position ahead
     gate: bool = True  # each head's output is gated
+    exclusive: bool = False  # and loses a learned part of what lies along the token's own value (record #82)
     value_table: int | None = None  # which table of value embeddings is mixed into V
     value_gate: bool = True  # it is gated
     reads: str | None = None  # attention reads the stream after this layer; None: as it is
@@ -206,6 +208,7 @@ PARAMS = (  # in the order in which gradient reductions launch
     Param("post_lambdas", "L 2", "1", **LAMBDA),  # times the output of attention, of the MLP
     Param("x0_lambdas", "L", "0", **LAMBDA),
     Param("bigram_lambdas", "L", "0.05", **LAMBDA),
+    Param("exclusive_alpha", "X H", "0", **LAMBDA),
     Param("resid_lambdas", "L 2", f"{math.sqrt(1.1)!r}", lr=5, **LAMBDA),  # of attention, of the MLP
     Param("value_embeds", "E*V D", "normal 0.01", reduce="shard", **TABLE),
     Param("embed", "V D", "lm_head", **HEAD),
@@ -340,7 +343,8 @@ class Recipe:
         return dict(
             L=len(self.layers), A=len(self.attn_layers), E=E, V=V, B=0 if self.ngram_rows else self.bigram_ratio * V,
             M=self.ngram_rows, D=self.model_dim, H=self.num_heads, d=self.head_dim, G=GATE_INPUTS,
-            F=self.mlp_dim or 4 * self.model_dim)
+            F=self.mlp_dim or 4 * self.model_dim,
+            X=len(self.attn_layers) * any(layer.exclusive for layer in self.layers))
 
 
 def without_fp8(recipe: Recipe) -> Recipe:
@@ -935,6 +939,13 @@ def softcap(logits: Tensor, cap: float, shift: float, width: float) -> Tensor:
     return cap * torch.sigmoid((logits.float() + shift) / width)
 
 
+def exclusive(y: Tensor, v: Tensor, alpha: Tensor) -> Tensor:
+    """What attention gives, y [T, H, d], less tanh(alpha [H]) of its part along v [T, H, d] (arXiv 2603.09078)."""
+    y32, v32 = y.float(), v.float()
+    along = (y32 * v32).sum(-1) / v32.square().sum(-1).clamp_min(1e-8)
+    return (y32 - (alpha.tanh() * along)[..., None] * v32).to(y.dtype)
+
+
 def next_targets(targets: Tensor, k: int) -> Tensor:
     """What each position predicts [n S, k]: its target and the next of its segment, for targets [n, S]; -1: none."""
     return F.pad(targets, (0, k - 1), value=-1).unfold(1, k, 1).flatten(0, 1).contiguous()
@@ -1110,6 +1121,8 @@ class GPT(nn.Module):
         window = windows.short if layer.window == "short" else windows.long
         documents = batch.cu_seqlens * n, windows.max_doc * n
         y = self.ops.attention(q, k, v, *documents, window, windows.scale, gate)
+        if layer.exclusive:  # linear in y, so it may follow the gate, one number a head, which a kernel multiplies by
+            y = exclusive(y, v, self.exclusive_alpha[j])
         return y.reshape(T, H * d)
 
     def trunk(self, batch: Batch, rows: Embeddings, windows: Windows, layers: tuple[Layer, ...]) -> Tensor:
@@ -3677,7 +3690,9 @@ def check_layers(hp: Recipe) -> None:
             name = getattr(layer, column)
             require(name is None or name in earlier[1:], f"LAYERS.{i}.{column}={name!r}: use {' or '.join(earlier)}, a "
                     "name of an earlier layer")
-        for column in ("paired", "key_offset", "value_table", "reads", "fp8_qkv"):
+        require(not (layer.exclusive and layer.paired),
+                f"LAYERS.{i}.exclusive=True: use false, as a paired token attends as two; or paired=false")
+        for column in ("paired", "key_offset", "exclusive", "value_table", "reads", "fp8_qkv"):
             value = getattr(layer, column)
             require(layer.window or value is None or value is False,  # a table 0 is neither
                     f"LAYERS.{i}.{column}={value!r}: a layer without attention (window=none) takes none or false")
