@@ -154,6 +154,7 @@ class Stage(NamedTuple):
     classes: int = 0  # that a segment's training softmax is over, its targets and others in turn; 0: all
     tied: bool = False  # embed is lm_head, transposed
     yarn: bool = True  # where the long window grows, rotary embeddings stretch with it
+    prefix: tuple[float, float] = (0.0, 0.0)  # weight, from, to, of predicting the token that begins the next (#88)
 
 
 STAGES = (
@@ -415,6 +416,7 @@ class Plan(NamedTuple):
     lr_factor: float
     muon_momentum: float
     mtp_weights: tuple[float, ...]
+    prefix_weights: tuple[float, ...]  # of the one prefix; without it none
     tied: bool
     unties: bool  # the step in which embed and lm_head part
 
@@ -492,6 +494,7 @@ def plan(step: int, hp: Recipe) -> Plan:
         lr_factor=lr_factor,
         muon_momentum=momentum,
         mtp_weights=tuple(a + (b - a) * t for a, b in zip(stage.mtp_start, stage.mtp_end)),
+        prefix_weights=tuple(a + (b - a) * t for a, b in [stage.prefix] if stage.prefix != (0, 0)),
         tied=step < untie_step(hp),
         unties=step == untie_step(hp),
     )
@@ -514,6 +517,7 @@ class Batch(NamedTuple):
     candidates: Tensor  # [n, classes] int64, rising: what the softmax of each of n segments is over; [n, 0]: all
     sign_ids: Tensor  # [2, T] int32: rows of the signs that n-gram rows are multiplied by
     slots: Tensor  # [2, T] int32: where n-gram rows' gradients are summed
+    prefixes: Tensor  # [T, 1] int64, as targets: the longest token that each of these begins with, -1: none; or [T, 0]
 
 
 class Exchange(NamedTuple):
@@ -667,12 +671,19 @@ def bigram_ids(tokens: np.ndarray, rows: int) -> np.ndarray:
 
 SIGN_ROWS = 8192  # of the fixed +1 and -1 that n-gram rows are multiplied by
 TOKEN_CLASSES = Path(__file__).with_name("data") / "token_classes.npy"  # of GPT-2's tokens, by tools/token_classes.py
+TOKEN_PREFIXES = TOKEN_CLASSES.with_name("token_prefixes.npy")  # by tools/token_prefixes.py
 
 
 @cache
 def token_classes(vocab_size: int) -> np.ndarray:
     """For each token the first one of the same text but for case, accents and white space, int32; of GPT-2's tokens."""
     return np.load(TOKEN_CLASSES).astype(np.int32) if vocab_size == 50_257 else np.arange(vocab_size, dtype=np.int32)
+
+
+@cache
+def token_prefixes(vocab_size: int) -> np.ndarray:
+    """For each token the longest other one that its bytes begin with, int32, -1: none; of GPT-2's tokens."""
+    return np.load(TOKEN_PREFIXES) if vocab_size == 50_257 else np.full(vocab_size, -1, dtype=np.int32)
 
 
 def hashed(t: np.ndarray, *factors: int) -> np.ndarray:
@@ -751,12 +762,21 @@ class Sweep:
         return np.flatnonzero(chosen)
 
 
+def places(tokens: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Where tokens are among rising classes, int64, -1: nowhere; without classes their own numbers."""
+    if len(classes) == 0:
+        return tokens.astype(np.int64)
+    found = np.searchsorted(classes, tokens)
+    return np.where(classes.take(found, mode="clip") == tokens, found, -1)
+
+
 def pack(
     hp: Recipe,
     segments: list[tuple[np.ndarray, np.ndarray]],
     documents: int = 0,
     candidates: list[np.ndarray] | None = None,  # of each segment; none or empty: all classes
     log: TouchLog | None = None,  # which knows the slots of n-gram rows; none: not needed
+    prefix: bool = False,  # prefixes are predicted, too
 ) -> Batch:
     """Segments, each S+1 tokens and the ends of its documents, as a Batch with room for so many documents at least.
 
@@ -775,15 +795,18 @@ def pack(
     cu_seqlens[1 : len(ends) + 1] = ends
     inputs = np.concatenate([tokens[:-1] for tokens, _ in segments])
     candidates = candidates or [np.empty(0, dtype=np.int64) for _ in segments]
-    targets = np.concatenate([np.searchsorted(classes, tokens[1:]) if len(classes) else tokens[1:]
-                              for classes, (tokens, _) in zip(candidates, segments)])
+    ahead, prefixes = [tokens[1:] for tokens, _ in segments], np.empty((T, 0), dtype=np.int64)
+    targets = np.concatenate([*map(places, ahead, candidates)])
+    if prefix:
+        starts = [token_prefixes(hp.vocab_size)[tokens] for tokens in ahead]
+        prefixes = np.concatenate([*map(places, starts, candidates)])[:, None]
     ids = np.concatenate([table_ids(tokens[:-1], hp) for tokens, _ in segments], axis=-1)
     signs = np.concatenate([sign_ids(tokens[:-1], hp) for tokens, _ in segments], axis=-1) if hp.ngram_rows else ids[:0]
     slots = log.slots[ids] if log and hp.ngram_rows else ids[:0]
     ids = slots if len(slots) and log.world > 1 else ids  # of copies
     order = np.argsort(inputs, kind="stable").astype(np.int32)  # fast for uint16
-    arrays = inputs.astype(np.int32), targets.astype(np.int64), ids, cu_seqlens, order, np.stack(candidates)
-    return Batch(*map(torch.from_numpy, (*arrays, signs, slots)))
+    arrays = inputs.astype(np.int32), targets, ids, cu_seqlens, order, np.stack(candidates), signs, slots, prefixes
+    return Batch(*map(torch.from_numpy, arrays))
 
 
 class TouchLog:
@@ -882,7 +905,8 @@ def train_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int],
         if log:
             touched = log.step(due(table, now.step, hp))
         n = segments_together(now.windows.segment, len(own), hp.micro_tokens)
-        yield ([pack(hp, own[i : i + n], 0, candidates[i : i + n], log) for i in range(0, len(own), n)],
+        prefix = now.prefix_weights != ()
+        yield ([pack(hp, own[i : i + n], 0, candidates[i : i + n], log, prefix) for i in range(0, len(own), n)],
                touched if hp.ngram_rows or (touched and touched.gradients) else None)
     if number + 1 < len(plans):
         raise UserError("the train shards ran out before the schedule")
@@ -1164,12 +1188,13 @@ class GPT(nn.Module):
         minus = after[self.named[self.hp.readout.minus]]
         return norm(x.x - self.backout_lambda[0] * minus.x)
 
-    def train_loss(self, batch: Batch, rows: Embeddings, windows: Windows, mtp_weights: Tensor) -> Tensor:
-        """The loss, summed over positions and times loss_scale; mtp_weights [k] of the next k tokens."""
+    def train_loss(self, batch: Batch, rows: Embeddings, windows: Windows, weights: Tensor) -> Tensor:
+        """The loss, summed over positions and times loss_scale; weights [k] of the next tokens and of a prefix."""
         x = self.trunk(batch, rows, windows, self.hp.layers)
         targets = batch.targets.unflatten(0, (-1, windows.segment or len(batch.targets)))  # [n, S]
-        targets = next_targets(targets, len(mtp_weights))
-        return self.ops.head_loss(x, self.lm_head, batch.candidates, targets, self.loss_scale * mtp_weights, self.cap,
+        targets = next_targets(targets, len(weights) - batch.prefixes.size(1))
+        targets = torch.cat([targets, batch.prefixes], dim=1)
+        return self.ops.head_loss(x, self.lm_head, batch.candidates, targets, self.loss_scale * weights, self.cap,
                                   self.hp.fp8_head, self.loss_scale)
 
     def val_losses(self, batch: Batch, rows: Embeddings, windows: Windows) -> Tensor:
@@ -1744,14 +1769,14 @@ class Run:
     def train_step(self, batches: list[Batch], touched: TouchedRows | None, now: Plan) -> StepLoss:
         """One optimizer step on this rank's batches."""
         self.model.set_stage(now.index)
-        mtp_weights = send(torch.tensor(now.mtp_weights), self.ranks.device)
+        weights = send(torch.tensor(now.mtp_weights + now.prefix_weights), self.ranks.device)
         if self.optimizer.cycle:
             self.optimizer.cycle.read(touched)
 
         total = 0.0
         for batch in batches:
-            total = total + self.micro_step(batch, now.windows, mtp_weights)
-        own = total / (now.windows.segment * sum(now.mtp_weights))
+            total = total + self.micro_step(batch, now.windows, weights)
+        own = total / (now.windows.segment * sum(now.mtp_weights + now.prefix_weights))
         each = own.new_empty(self.ranks.world)
         work = dist.all_gather_into_tensor(each, own.view(1), async_op=True)
 
@@ -1759,13 +1784,13 @@ class Run:
         work.wait()
         return StepLoss(each.mean(), each)
 
-    def add_gradients(self, batch: Batch, windows: Windows, mtp_weights: Tensor) -> Tensor:
+    def add_gradients(self, batch: Batch, windows: Windows, weights: Tensor) -> Tensor:
         """Add a micro-batch's gradients to the optimizer's; returns its loss, 0-dim fp32."""
         with torch.no_grad():
             rows = self.model.lookup(batch, self.optimizer.cycle and self.optimizer.cycle.copies)
         for row in (rows.embed, rows.bigram, *rows.value):
             row.requires_grad_()
-        loss = self.loss_of(batch, rows, self.attended(windows), mtp_weights)
+        loss = self.loss_of(batch, rows, self.attended(windows), weights)
         loss.backward()
         self.optimizer.add_table_gradients(batch, rows)
         return loss.detach()
@@ -3774,6 +3799,9 @@ def check_stages(hp: Recipe) -> None:
             weights = getattr(stage, column)
             require(1 <= len(weights) <= MTP_MAX and min(weights) >= 0 < sum(weights),
                     f"STAGES.{i}.{column}={weights}: use 1 to {MTP_MAX} weights from 0 on, not all 0")
+        require(min(stage.prefix) >= 0, f"STAGES.{i}.prefix={stage.prefix}: use two weights from 0 on")
+        require(stage.prefix == (0, 0) or hp.vocab_size != 50_257 or TOKEN_PREFIXES.exists(),
+                f"{TOKEN_PREFIXES} is missing: make it by tools/token_prefixes.py, or use STAGES.{i}.prefix=0,0")
         require(stage.classes == 0 or (stage.classes % 128 == 0 and MTP_MAX < stage.classes <= hp.sizes["V"]),
                 f"STAGES.{i}.classes={stage.classes}: use 0, for all, or a multiple of 128 up to {hp.sizes['V']}")
         require(not stage.tied or i == 0 or hp.stages[i - 1].tied,
@@ -3867,14 +3895,14 @@ def set_cells(hp: Recipe, text: str) -> Recipe:
 
 
 def print_plan(hp: Recipe) -> None:
-    """The schedule as CSV, a header and a line a step; absent MTP weights are 0, booleans 0 or 1."""
+    """The schedule as CSV, a header and a line a step; absent weights are 0, booleans 0 or 1."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --plan | head
-    mtp = ",".join(f"mtp_{k}" for k in range(MTP_MAX))
+    mtp = ",".join([*(f"mtp_{k}" for k in range(MTP_MAX)), "prefix"])
     windows = "max_doc_len,window_short,window_long"
     print(f"step,batch_tokens,{windows},lr_factor,muon_momentum,{mtp},update_adam,untie_embed")
     for step in range(hp.num_steps):
         now = plan(step, hp)
-        weights = (*now.mtp_weights, *[0.0] * MTP_MAX)[:MTP_MAX]
+        weights = *(*now.mtp_weights, *[0.0] * MTP_MAX)[:MTP_MAX], sum(now.prefix_weights)
         adam = any(row.rule == "adam" and due(row, step, hp) for row in hp.params)
         windows = now.windows.max_doc, now.windows.short, now.windows.long
         values = step, now.batch_tokens, *windows, now.lr_factor, now.muon_momentum, *weights, adam, now.unties
