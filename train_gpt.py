@@ -17,7 +17,7 @@ Letters, in shape comments and in PARAMS' shapes:
     F width of the MLP          G channels gates see     K matrices of a bank
     V vocabulary, padded        B bigram rows            M n-gram rows      E tables of value embeddings
     L layers                    A layers with attention  R ranks (GPUs)     N steps
-    X rows of strengths of exclusive attention: A, or none
+    X rows of strengths of exclusive attention: A or 0           C mixers of dense connections: 2 or 0
 and in code: x the residual stream, q k v, p a parameter, hp the Recipe of the run.
 
 Map. The algorithm, as a token meets it:
@@ -107,10 +107,12 @@ class Layer(NamedTuple):
     exclusive: bool = False  # and loses a learned part of what lies along the token's own value (record #82)
     value_table: int | None = None  # which table of value embeddings is mixed into V
     value_gate: bool = True  # it is gated
+    value_gate_mixed: bool = False  # on a paired layer, too, half of what the gate sees is the value embedding
     reads: str | None = None  # attention reads the stream after this layer; None: as it is
     skip_from: str | None = None  # at first, add the gated stream after this layer
     fp8_qkv: bool = False  # training multiplies with Q, K and V in FP8
     fp8_mlp: bool = False  # and with the MLP's matrices
+    dense: str | None = None  # it and the readout mix earlier streams in, as that after this layer (record #81)
 
 
 LAYERS = (
@@ -191,6 +193,9 @@ TABLE = dict(rule="adam", lr=75, wd=5, betas=(0.75, 0.95), every=2)
 GATE = dict(rule="adam", betas=(0.9, 0.99), every=2)
 SCALAR = dict(rule="adam", lr=5, betas=(0.9, 0.99), every=2, dtype="float32")
 LAMBDA = dict(rule="adam", betas=(0.9, 0.95), every=2, dtype="float32")
+DENSE_WEIGHTS, DENSE_SCALE = 14, 0.1  # of streams by a mixer, of which the readout takes 5; what makes them is larger
+# At first they are those of a model without dense connections, but for value gates of 2
+DENSE_BIAS = (0, 0, 0, 0, 0, 0, 2, 2, math.sqrt(1.1), 1, 0, 0.05, math.sqrt(1.1), 1), (0, -0.5, *[0] * 12)
 PARAMS = (  # in the order in which gradient reductions launch
     Param("qk_bank", "A*H 2*d D", "uniform", "normuon", wd=1, reduce="shard"),  # a layer's Q, then K
     Param("vo_bank", "2*A D D", "uniform", "normuon", wd=1, reduce="shard"),  # a layer's V, then O
@@ -203,6 +208,9 @@ PARAMS = (  # in the order in which gradient reductions launch
     Param("skip_gate", "1 G", "0", lr=0.05, **GATE),
     Param("attn_gate_bank", "A H G", "0", wd=1, **GATE),
     Param("ve_gate_bank", "E H G", "0", wd=1, **GATE),
+    Param("dense_in", "C 64 D", "uniform 1", lr=0.25, wd=1, **GATE),
+    Param("dense_out", "C 14 64", "0", lr=0.25, wd=1, **GATE),
+    Param("dense_bias", "C*14", ",".join(f"{x / DENSE_SCALE:.9g}" for x in sum(DENSE_BIAS, ())), lr=0.25, **GATE),
     Param("lm_head", "D V", "normal 0.005", **HEAD),
     Param("bigram_embed", "B D", "0", reduce="sparse", **TABLE),
     Param("ngram_embed", "M D", "0", "row_adam", lr=70, wd=5, betas=(0.0, 0.95), every=2, rarer=0.2814, reduce="rows"),
@@ -345,7 +353,8 @@ class Recipe:
             L=len(self.layers), A=len(self.attn_layers), E=E, V=V, B=0 if self.ngram_rows else self.bigram_ratio * V,
             M=self.ngram_rows, D=self.model_dim, H=self.num_heads, d=self.head_dim, G=GATE_INPUTS,
             F=self.mlp_dim or 4 * self.model_dim,
-            X=len(self.attn_layers) * any(layer.exclusive for layer in self.layers))
+            X=len(self.attn_layers) * any(layer.exclusive for layer in self.layers),
+            C=2 * any(layer.dense for layer in self.layers))
 
 
 def without_fp8(recipe: Recipe) -> Recipe:
@@ -970,6 +979,11 @@ def exclusive(y: Tensor, v: Tensor, alpha: Tensor) -> Tensor:
     return (y32 - (alpha.tanh() * along)[..., None] * v32).to(y.dtype)
 
 
+def mixed(weights: Iterable[Tensor | float], streams: list[Tensor]) -> Tensor:
+    """The sum of streams [T, D] times weights, [T, 1] or [T, D] fp32 or numbers, rounded once."""
+    return sum(w * x for w, x in zip(weights, streams)).to(streams[0].dtype)
+
+
 def next_targets(targets: Tensor, k: int) -> Tensor:
     """What each position predicts [n S, k]: its target and the next of its segment, for targets [n, S]; -1: none."""
     return F.pad(targets, (0, k - 1), value=-1).unfold(1, k, 1).flatten(0, 1).contiguous()
@@ -996,8 +1010,8 @@ def rotation(hp: Recipe, index: int) -> tuple[Tensor, float]:
 def initial_values(row: Param, hp: Recipe) -> Tensor:
     """A parameter's initial values, fp32 on the CPU, from a generator of its own: no other's depend on it.
 
-    init is a number; "uniform", of the standard deviation 0.5 / sqrt(fan-in); or "normal" and a deviation. Several,
-    divided by commas, are for matrices 0, 1, .. of a bank in turn."""
+    init is a number; "uniform", of the standard deviation 0.5 / sqrt(fan-in), or up to a number / sqrt(fan-in) given
+    after it; or "normal" and a deviation. Several, divided by commas, are for matrices 0, 1, .. of a bank in turn."""
     x = torch.zeros(param_shape(row, hp))
     seed = hashlib.sha256(f"{hp.seed} {row.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(seed[:8]) >> 1)
@@ -1005,8 +1019,8 @@ def initial_values(row: Param, hp: Recipe) -> Tensor:
     for i, text in enumerate(parts):
         part = x[i :: len(parts)]
         match text.split():
-            case ["uniform"]:
-                bound = math.sqrt(3) * 0.5 * x.size(-1) ** -0.5
+            case ["uniform", *most]:
+                bound = float(most[0] if most else math.sqrt(3) * 0.5) * x.size(-1) ** -0.5
                 part.copy_(torch.empty(part.shape).uniform_(-bound, bound, generator=generator))
             case ["normal", deviation]:
                 part.copy_(torch.empty(part.shape).normal_(0, float(deviation), generator=generator))
@@ -1049,6 +1063,7 @@ class GPT(nn.Module):
         signs = torch.randint(2, (SIGN_ROWS if hp.ngram_rows else 0, hp.model_dim), device="cpu", dtype=torch.int8,
                               generator=torch.Generator().manual_seed(0))
         self.register_buffer("signs", (2 * signs - 1).to(self.cos.device, getattr(torch, hp.dtype)), persistent=False)
+        self.register_buffer("dense", torch.tensor([[bool(layer.dense)] for layer in hp.layers]), persistent=False)
         self.register_buffer("attn_layers", torch.tensor(hp.attn_layers), persistent=False)
 
     @torch.no_grad()
@@ -1100,7 +1115,7 @@ class GPT(nn.Module):
 
         The lambdas multiply these, as they are smaller than activations."""
         L, A, H, D = (self.sizes[letter] for letter in "LAHD")
-        post_attn, post_mlp = self.post_lambdas.bfloat16().float().unbind(1)
+        post_attn, post_mlp = self.post_lambdas.bfloat16().float().masked_fill(self.dense, 1.0).unbind(1)
         qkv_lambda, o_lambda = self.attn_lambdas.unbind()
         qkv_lambda = qkv_lambda[self.attn_layers]  # [A]
         o_lambda = (o_lambda * post_attn)[self.attn_layers]
@@ -1129,7 +1144,7 @@ class GPT(nn.Module):
         T = len(h.x)
         n = 2 if layer.paired else 1
 
-        gated = ve is not None and layer.value_gate
+        gated = ve is not None and layer.value_gate and not layer.dense
         weights = AttentionWeights(
             qkv=qkv,
             gate=self.attn_gate_bank[j],
@@ -1148,6 +1163,26 @@ class GPT(nn.Module):
         if layer.exclusive:  # linear in y, so it may follow the gate, one number a head, which a kernel multiplies by
             y = exclusive(y, v, self.exclusive_alpha[j])
         return y.reshape(T, H * d)
+
+    def dense_weights(self, x: Tensor, j: int) -> tuple[Tensor, ...]:
+        """How much each token of the stream x [T, D] takes of others, 14 times [T, 1] fp32 (MUDD, arXiv 2502.12170)."""
+        hidden = F.gelu(F.linear(x, self.dense_in[j]))
+        bias = self.dense_bias.view(-1, DENSE_WEIGHTS)[j]
+        return (DENSE_SCALE * (F.linear(hidden, self.dense_out[j]).float() + bias.float())).split(1, dim=1)
+
+    def dense_layer(self, x: Stream, first: Tensor, middle: Tensor, bigram: Tensor, ve: Tensor, attend: Callable,
+                    o: Tensor, up: Tensor, down: Tensor, fp8: float | None) -> Stream:
+        """The last layer, if its connections are dense: each token weighs what makes V, the stream and the result.
+
+        first, middle, bigram, ve [T, D]: the stream before the layers, the one that attention reads, and rows;
+        attend: ve -> gated attention before O."""
+        w, nothing = self.dense_weights(x.x, 0), x.x.new_zeros(len(x.x), dtype=torch.float32)
+        gate = torch.cat(w[6:8], dim=1).repeat_interleave(x.x.size(1) // 2, dim=1)  # [T, D], one for half of the heads
+        y = attend(ve=mixed([*w[:3], gate], [first, middle, x.x, ve]))
+        stay = mixed([w[3], w[4], 1 + w[5]], [first, middle, x.x])
+        x = self.ops.stream(mixed(w[8:12], [stay, F.linear(y, o), first, bigram]))
+        y = self.ops.mlp(x, up, down, nothing, fp8).x
+        return self.ops.stream(mixed(w[12:], [x.x, y]))
 
     def trunk(self, batch: Batch, rows: Embeddings, windows: Windows, layers: tuple[Layer, ...]) -> Tensor:
         """From tokens to the normalised last hidden state [T, D]."""
@@ -1168,8 +1203,9 @@ class GPT(nn.Module):
         inject = ops.injections(x0, rows.bigram, x0_lambdas[self.attn_layers], bigram_later)
 
         # Layers; after: the stream after each layer; normed: its norm, which several layers read
-        after, normed = {}, {-1: ops.normed(x)}
+        after, normed = {-1: x}, {-1: ops.normed(x)}
         for i, layer in enumerate(layers):
+            fp8 = self.loss_scale if layer.fp8_mlp else None
             if layer.skip_from is not None:
                 gate = 2 * torch.sigmoid(F.linear(gate_in, self.skip_gate))
                 gate = torch.sigmoid(self.skip_lambda[0]) * gate
@@ -1178,15 +1214,22 @@ class GPT(nn.Module):
                 j = self.bank_index[i]
                 h = normed[i - 1 if layer.reads is None else self.named[layer.reads]]
                 ve = None if layer.value_table is None else rows.value[layer.value_table]
+                if layer.dense:
+                    attend = partial(self.attend, layer, j, h, qkv[j], batch=batch, windows=windows)
+                    streams = after[-1].x, after[self.named[layer.reads]].x, rows.bigram, ve
+                    x = after[i] = self.dense_layer(x, *streams, attend, o[j], up[i], down[i], fp8)
+                    break
                 y = self.attend(layer, j, h, qkv[j], ve, batch, windows)
                 x = ops.linear_sum(y, o[j], x, resid_attn[i], inject[j])  # y o^T + resid x + injected
-            fp8 = self.loss_scale if layer.fp8_mlp else None
             x = ops.mlp(x, up[i], down[i], resid_mlp[i], fp8)  # relu(norm(x) up^T)^2 down + resid x
             after[i], normed[i] = x, ops.normed(x)
 
-        # Read out, without what was there after the middle layer
-        minus = after[self.named[self.hp.readout.minus]]
-        return norm(x.x - self.backout_lambda[0] * minus.x)
+        # Read out, without what was there after the middle layer, or as much as each token says
+        minus, dense = after[self.named[self.hp.readout.minus]].x, layers[-1].dense
+        if dense is None:
+            return norm(x.x - self.backout_lambda[0] * minus)
+        streams = after[-1].x, minus, after[len(layers) - 2].x, rows.value[0], after[self.named[dense]].x
+        return norm(mixed([1, *self.dense_weights(x.x, 1)], [x.x, *streams]))
 
     def train_loss(self, batch: Batch, rows: Embeddings, windows: Windows, weights: Tensor) -> Tensor:
         """The loss, summed over positions and times loss_scale; weights [k] of the next tokens and of a prefix."""
@@ -3392,7 +3435,7 @@ def plain_attention_inputs(h: Stream, w: AttentionWeights, ve: Tensor | None, co
                            fp8: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     qkv = Fp8Linear.apply(h.x, w.qkv, fp8) if fp8 else F.linear(h.x, w.qkv)
     qkv = qkv.view(len(h.x), 3, -1, 4 * cos.size(1))
-    first = None if ve is None or layer.paired else ve[:, : GATE_INPUTS // 2]
+    first = None if ve is None or (layer.paired and not layer.value_gate_mixed) else ve[:, : GATE_INPUTS // 2]
     gate, value_gate = gates_reference(h.x[:, :GATE_INPUTS], None, first, w.gate, w.value_gate)
     value_gate = None if w.value_gate is None else value_gate
     return *attention_inputs_reference(qkv, None, ve, value_gate, cos, sin, layer.paired, layer.key_offset), gate
@@ -3436,7 +3479,7 @@ PLAIN = Ops(
 def hopper_attention_inputs(h: Stream, w: AttentionWeights, ve: Tensor | None, cos: Tensor, sin: Tensor, layer: Layer,
                             fp8: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     first = None
-    if w.value_gate is not None and not layer.paired:
+    if w.value_gate is not None and (layer.value_gate_mixed or not layer.paired):
         ve, first = FirstColumns.apply(ve, GATE_INPUTS // 2)
     qkv, gate, value_gate = NormedLinear.apply(h.x, h.rstd, w.qkv, first, w.gate, w.value_gate, fp8)
     if ve is not None and value_gate is None:
@@ -3711,13 +3754,16 @@ def check_layers(hp: Recipe) -> None:
     require(sorted(tables) == [*range(len(tables))], f"LAYERS.*.value_table={tables}: use 0, 1, 2 .., each once")
     for i, layer in enumerate(hp.layers):
         earlier = ["none", *(x.name for x in hp.layers[:i] if x.name)]
-        for column in ("reads", "skip_from"):
+        for column in ("reads", "skip_from", "dense"):
             name = getattr(layer, column)
             require(name is None or name in earlier[1:], f"LAYERS.{i}.{column}={name!r}: use {' or '.join(earlier)}, a "
                     "name of an earlier layer")
         require(not (layer.exclusive and layer.paired),
                 f"LAYERS.{i}.exclusive=True: use false, as a paired token attends as two; or paired=false")
-        for column in ("paired", "key_offset", "exclusive", "value_table", "reads", "fp8_qkv"):
+        last = i + 1 == len(hp.layers)
+        require(layer.dense is None or (last and layer.reads and layer.value_table is not None),
+                f"LAYERS.{i}.dense={layer.dense!r}: use none, but in the last layer, with reads and value_table")
+        for column in ("paired", "key_offset", "exclusive", "value_table", "reads", "fp8_qkv", "dense"):
             value = getattr(layer, column)
             require(layer.window or value is None or value is False,  # a table 0 is neither
                     f"LAYERS.{i}.{column}={value!r}: a layer without attention (window=none) takes none or false")
@@ -3745,7 +3791,7 @@ def check_params(hp: Recipe) -> None:
         require(param_shape(row, hp) == param_shape(read, hp),
                 f"{place}.shape={row.shape!r}: use {read.shape!r}, as GPT reads it so, or edit both")
         for part in row.init.split(","):
-            number = part.split()[1:] if part.split()[:1] == ["normal"] else part.split()
+            number = part.split()[1:] if part.split()[:1] in (["normal"], ["uniform"]) else part.split()
             with contextlib.suppress(ValueError):
                 number = [float(x) for x in number]
             require(fits(tuple(number), tuple[float]) or part.strip() == "uniform" or part == "lm_head" != row.name,
