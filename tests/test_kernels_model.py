@@ -33,15 +33,23 @@ MODEL_LAYERS = (
     t.Layer(None, "middle", skip_from="early"),
     t.Layer("long", key_offset=True, gate=False, value_table=1, value_gate=False, reads="early"),
 )
+# And those of dense connections and exclusive attention, with prefixes
+DENSE_LAYERS = (
+    MODEL_LAYERS[0]._replace(value_gate_mixed=True),
+    t.Layer("short", "middle", exclusive=True, skip_from="early"),
+    MODEL_LAYERS[2]._replace(gate=True, exclusive=True, dense="middle"),
+)
 # Compared as one vector, as they were one parameter: the sum over tokens that is one number's gradient may cancel
 SCALARS = ("attn_lambdas", "smear_lambda", "backout_lambda", "skip_lambda")
 
 
 class TestInterpreted(k.Interpreted):
-    def test_model(self, n=14):
+    @pytest.mark.parametrize("layers", [MODEL_LAYERS, DENSE_LAYERS], ids=["record80", "dense"])
+    def test_model(self, layers, n=14):
         """The loss of the whole model, as one compiled graph, and all gradients are those with PLAIN's operations."""
+        prefix = layers is DENSE_LAYERS
         sizes = dict(vocab_size=300, model_dim=64, num_heads=4)
-        hp = replace(t.PRESETS["demo"], layers=MODEL_LAYERS, **sizes)
+        hp = replace(t.PRESETS["demo"], layers=layers, **sizes)
         t.check_recipe(hp)
         model = t.GPT(hp)
         model.initialize(hp)
@@ -54,13 +62,14 @@ class TestInterpreted(k.Interpreted):
         ends = torch.tensor([0, 5, 10, n, n], dtype=torch.int32)
         order, windows = tokens[:-1].argsort().int(), t.Windows(4, 12, 17, 0.2, segment=n // 2)
         batch = t.Batch(tokens[:-1], tokens[1:].long(), ids, ends, order, torch.empty(2, 0, dtype=torch.int64),
-                        *[torch.empty(0)] * 2)
+                        *[torch.empty(0)] * 2, (tokens[1:, None].long() - 100).clamp_min(-1)[:, :prefix])
 
         def results(ops, compiler=lambda f, **_: f):
             model.ops = ops
             forward = compiler(model.train_loss, fullgraph=True, dynamic=False, backend="aot_eager")
-            loss = forward(batch, model.lookup(batch), windows, torch.tensor([1.0, 0.5]))
-            return loss.item(), *torch.autograd.grad(loss, [p for p in model.parameters() if p.numel()])
+            loss = forward(batch, model.lookup(batch), windows, torch.tensor([1.0, 0.5, 0.25][: 2 + prefix]))
+            return loss.item(), *torch.autograd.grad(loss, [p for p in model.parameters() if p.numel()],
+                                                     allow_unused=True, materialize_grads=True)
         (loss, *ours), (exact, *plain) = results(t.HOPPER, torch.compile), results(t.PLAIN)
         assert abs(loss - exact) <= 1e-6 * exact
         names = [name for name, p in model.named_parameters() if p.numel()]
