@@ -14,7 +14,7 @@ stand-in corpus, 2026-11-25). It has not been run on FineWeb or on more than two
 Letters, in shape comments and in PARAMS' shapes:
     S tokens of a segment       T tokens of a micro-batch: segments, one after the other
     D model width               H heads                  d width of a head (D = H*d)
-    F width of the MLP          G channels gates see     K matrices of a bank
+    F width of an MLP           G channels gates see     K matrices of a bank   P MLPs in all
     V vocabulary, padded        B bigram rows            M n-gram rows      E tables of value embeddings
     L layers                    A layers with attention  R ranks (GPUs)     N steps
     X rows of strengths of exclusive attention: A or 0           C mixers of dense connections: 2 or 0
@@ -112,6 +112,7 @@ class Layer(NamedTuple):
     skip_from: str | None = None  # at first, add the gated stream after this layer
     fp8_qkv: bool = False  # training multiplies with Q, K and V in FP8
     fp8_mlp: bool = False  # and with the MLP's matrices
+    mlps: int = 1  # MLPs, side by side
     dense: str | None = None  # it and the readout mix earlier streams in, as that after this layer (record #81)
 
 
@@ -199,7 +200,7 @@ DENSE_BIAS = (0, 0, 0, 0, 0, 0, 2, 2, math.sqrt(1.1), 1, 0, 0.05, math.sqrt(1.1)
 PARAMS = (  # in the order in which gradient reductions launch
     Param("qk_bank", "A*H 2*d D", "uniform", "normuon", wd=1, reduce="shard"),  # a layer's Q, then K
     Param("vo_bank", "2*A D D", "uniform", "normuon", wd=1, reduce="shard"),  # a layer's V, then O
-    Param("mlp_bank", "2*L F D", "uniform, 0", "normuon", wd=1, reduce="shard", odd_lr=2),  # a layer's up, then down
+    Param("mlp_bank", "2*P F D", "uniform, 0", "normuon", wd=1, reduce="shard", odd_lr=2),  # an MLP's up, then down
     Param("attn_lambdas", "2 L", "0.5, 1", **SCALAR),  # times QKV, times O
     Param("smear_lambda", "1", "0", **SCALAR),
     Param("backout_lambda", "1", "0.5", **SCALAR),
@@ -352,7 +353,7 @@ class Recipe:
         return dict(
             L=len(self.layers), A=len(self.attn_layers), E=E, V=V, B=0 if self.ngram_rows else self.bigram_ratio * V,
             M=self.ngram_rows, D=self.model_dim, H=self.num_heads, d=self.head_dim, G=GATE_INPUTS,
-            F=self.mlp_dim or 4 * self.model_dim,
+            F=self.mlp_dim or 4 * self.model_dim, P=sum(layer.mlps for layer in self.layers),
             X=len(self.attn_layers) * any(layer.exclusive for layer in self.layers),
             C=2 * any(layer.dense for layer in self.layers))
 
@@ -1065,6 +1066,8 @@ class GPT(nn.Module):
         self.register_buffer("signs", (2 * signs - 1).to(self.cos.device, getattr(torch, hp.dtype)), persistent=False)
         self.register_buffer("dense", torch.tensor([[bool(layer.dense)] for layer in hp.layers]), persistent=False)
         self.register_buffer("attn_layers", torch.tensor(hp.attn_layers), persistent=False)
+        mlp_layers = [i for i, layer in enumerate(hp.layers) for _ in range(layer.mlps)]
+        self.register_buffer("mlp_layers", torch.tensor(mlp_layers, dtype=torch.int64), persistent=False)
 
     @torch.no_grad()
     def initialize(self, hp: Recipe) -> None:
@@ -1110,11 +1113,12 @@ class GPT(nn.Module):
         gate = self.smear_lambda[0] * torch.sigmoid(F.linear(e[:, 1:, :GATE_INPUTS], self.smear_gate))
         return torch.cat([e[:, :1], e[:, 1:] + gate * e[:, :-1]], dim=1)
 
-    def matrices(self) -> Iterator[tuple[Tensor, ...]]:
-        """What products multiply with, a matrix a layer: qkv [3D, D], o [D, D], up [F, D], down [F, D].
+    def matrices(self) -> tuple[list[Tensor | None], ...]:
+        """What products multiply with, a matrix a layer with attention or MLPs: qkv [3D, D], o [D, D], up and down
+        [F, D], those of MLPs side by side one above the other.
 
         The lambdas multiply these, as they are smaller than activations."""
-        L, A, H, D = (self.sizes[letter] for letter in "LAHD")
+        P, A, H, D = (self.sizes[letter] for letter in "PAHD")
         post_attn, post_mlp = self.post_lambdas.bfloat16().float().masked_fill(self.dense, 1.0).unbind(1)
         qkv_lambda, o_lambda = self.attn_lambdas.unbind()
         qkv_lambda = qkv_lambda[self.attn_layers]  # [A]
@@ -1122,11 +1126,17 @@ class GPT(nn.Module):
 
         qk = self.qk_bank[: A * H].view(A, 2 * D, D)
         v, o = self.vo_bank[: 2 * A].view(A, 2, D, D).unbind(1)
-        up, down = self.mlp_bank[: 2 * L].view(L, 2, -1, D).unbind(1)
+        up, down = self.mlp_bank[: 2 * P].view(P, 2, self.sizes["F"], D).unbind(1)
         qkv, o, down = ((scale[:, None, None] * bank).to(bank.dtype) for scale, bank in (
-            (qkv_lambda, torch.cat([qk, v], dim=1)), (o_lambda, o), (post_mlp, down)))
+            (qkv_lambda, torch.cat([qk, v], dim=1)), (o_lambda, o), (post_mlp[self.mlp_layers], down)))
         # unbound once: the backward of an unbind is one stack, that of each indexing a pass over the bank
-        return (x.unbind() for x in (qkv, o, up, down))
+        return qkv.unbind(), o.unbind(), *(self.by_layer(x.unbind()) for x in (up, down))
+
+    def by_layer(self, matrices: tuple[Tensor, ...]) -> list[Tensor | None]:
+        """Of the MLPs' matrices each layer's; None where it has none."""
+        left = iter(matrices)
+        parts = [[*itertools.islice(left, layer.mlps)] for layer in self.hp.layers]
+        return [torch.cat(x) if len(x) > 1 else x[0] if x else None for x in parts]
 
     def attend(
         self,
@@ -1221,7 +1231,10 @@ class GPT(nn.Module):
                     break
                 y = self.attend(layer, j, h, qkv[j], ve, batch, windows)
                 x = ops.linear_sum(y, o[j], x, resid_attn[i], inject[j])  # y o^T + resid x + injected
-            x = ops.mlp(x, up[i], down[i], resid_mlp[i], fp8)  # relu(norm(x) up^T)^2 down + resid x
+            if layer.mlps:
+                x = ops.mlp(x, up[i], down[i], resid_mlp[i], fp8)  # relu(norm(x) up^T)^2 down + resid x
+            else:
+                x = ops.stream((resid_mlp[i][:, None] * x.x).to(x.x.dtype))
             after[i], normed[i] = x, ops.normed(x)
 
         # Read out, without what was there after the middle layer, or as much as each token says
@@ -3668,7 +3681,7 @@ TYPES = {row: typing.get_type_hints(row) for row in (*TABLES.values(), Recipe)}
 KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", NoneType: "none",
          tuple[float, float]: "two numbers with a comma", tuple[float, ...]: "numbers with commas"}
 LEAST = dict(batch=1, classes=0, max_doc=1, short=1, long=1, every=1, lr=0, wd=0, odd_lr=0, rarer=0,
-             start=0, rate=0, blend=0, also=0)  # of cells, by column
+             start=0, rate=0, blend=0, also=0, mlps=0)  # of cells, by column
 
 
 def options(kind: object) -> tuple:
@@ -3761,8 +3774,8 @@ def check_layers(hp: Recipe) -> None:
         require(not (layer.exclusive and layer.paired),
                 f"LAYERS.{i}.exclusive=True: use false, as a paired token attends as two; or paired=false")
         last = i + 1 == len(hp.layers)
-        require(layer.dense is None or (last and layer.reads and layer.value_table is not None),
-                f"LAYERS.{i}.dense={layer.dense!r}: use none, but in the last layer, with reads and value_table")
+        require(layer.dense is None or (last and layer.reads and layer.value_table is not None and layer.mlps),
+                f"LAYERS.{i}.dense={layer.dense!r}: use none, but in the last layer, with reads, value_table and mlps")
         for column in ("paired", "key_offset", "exclusive", "value_table", "reads", "fp8_qkv", "dense"):
             value = getattr(layer, column)
             require(layer.window or value is None or value is False,  # a table 0 is neither
@@ -4328,9 +4341,9 @@ class Log:
 def run_flops(hp: Recipe) -> int:
     """Of a run's products with weights: for each weight and token 2 forward and 4 backward. Attention's are not
     counted, and the head counts all its classes."""
-    L, A, D, F, V = (hp.sizes[letter] for letter in "LADFV")
+    P, A, D, F, V = (hp.sizes[letter] for letter in "PADFV")
     tokens = sum(plan(step, hp).batch_tokens for step in range(hp.num_steps))
-    return 6 * (A * 4 * D * D + L * 2 * D * F + D * V) * tokens
+    return 6 * (A * 4 * D * D + P * 2 * D * F + D * V) * tokens
 
 
 def log_environment(log: Log, hp: Recipe, ranks: Ranks) -> None:
