@@ -3258,12 +3258,15 @@ def with_graphs(hp: Recipe) -> bool:
 def memory_needed(hp: Recipe) -> float:
     """Bytes of GPU memory, about. A graph keeps its memory, so a run with graphs takes twice that of a micro-step."""
     plain = hp.kernels == "plain"
-    T = max(hp.micro_tokens, max(stage.batch for stage in hp.stages) * hp.batch_unit // SEGMENTS)
-    logits = CHUNK_BYTES * min(T, PLAIN_HEAD_ROWS) if plain else LOGIT_BYTES * T
-    channel = RECOMPUTE_BYTES if hp.recompute else PLAIN_BYTES if plain else KERNEL_BYTES
-    step = channel * len(hp.layers) * hp.model_dim * T + logits * hp.vocab_size
-    numbers = sum(math.prod(param_shape(row, hp)) for row in hp.params if row.reduce != "rows")
     world, number = launched_ranks()[1], getattr(torch, hp.dtype).itemsize
+    channel = RECOMPUTE_BYTES if hp.recompute else PLAIN_BYTES if plain else KERNEL_BYTES
+    step = 0
+    for stage in hp.stages:
+        S = stage.batch * hp.batch_unit // SEGMENTS
+        T = S * segments_together(S, SEGMENTS // world, hp.micro_tokens)
+        logits = CHUNK_BYTES * min(T, PLAIN_HEAD_ROWS) if plain else LOGIT_BYTES * T
+        step = max(step, channel * len(hp.layers) * hp.model_dim * T + logits * (stage.classes or hp.vocab_size))
+    numbers = sum(math.prod(param_shape(row, hp)) for row in hp.params if row.reduce != "rows")
     table = hp.ngram_rows / world * (number * hp.model_dim + 8)  # of two moments
     table += cycle_slots(hp, world) * hp.model_dim * (4 + number * (world > 1))
     averages = sum(math.prod(param_shape(row, hp)) for x in hp.averages if hp.tail_average * x.blend
