@@ -25,7 +25,6 @@ import sys
 import tempfile
 import threading
 import time
-from pathlib import Path
 
 # What programs use, if it is there; not huggingface_hub, which reads the environment when it is imported
 PRELOADED = ("torch", "torch.distributed.run", "torch.utils._device", "triton", "tqdm.auto", "numpy.ma",
