@@ -1037,6 +1037,18 @@ def param_shape(row: Param, hp: Recipe) -> tuple[int, ...]:
     return tuple(map(math.prod, factors))
 
 
+def sum_ngrams(table: Tensor, ids: Tensor, signs: Tensor, sign_ids: Tensor) -> Tensor:
+    """Each token's bigram row and trigram row, times their signs, rounded once; ids [2, T] -> [T, D]."""
+    rows, signs = F.embedding(ids, table), F.embedding(sign_ids, signs)
+    return torch.addcmul(rows[0] * signs[0], rows[1], signs[1])
+
+
+def add_ngrams(sums: Tensor, slots: Tensor, signs: Tensor, sign_ids: Tensor, grad: Tensor) -> None:
+    """Add the gradients of these rows to fp32 sums, at slots [2, T], for that of sum_ngrams' result [T, D]."""
+    for at, ids in zip(slots, sign_ids):
+        sums.index_add_(0, at, (grad * F.embedding(ids, signs)).to(sums.dtype))
+
+
 class GPT(nn.Module):
     """Layers on one residual stream; matrices of a kind are stacked in a bank, which the optimizer shards."""
 
@@ -1051,6 +1063,7 @@ class GPT(nn.Module):
         self.ops = PLAIN
         self.val_layers = without_fp8(hp).layers
         self.index = -1  # of the stage that the rotary tables are for
+        self.sum_ngrams = maybe_compiled(sum_ngrams, hp)
         for row in hp.params:
             rows, *rest = param_shape(row, hp)
             rows = rows if row.reduce == "replicate" else round_up(rows, world)  # padding is and stays zero
@@ -1098,15 +1111,11 @@ class GPT(nn.Module):
         tables = self.value_embeds.view(E, V, D).unbind()
         return Embeddings(
             embed=F.embedding(batch.tokens, self.embed),
-            bigram=(self.ngrams(batch, self.ngram_embed if copies is None else copies) if self.hp.ngram_rows
-                    else F.embedding(batch.bigram_ids, self.bigram_embed)),
+            bigram=(self.sum_ngrams(self.ngram_embed if copies is None else copies, batch.bigram_ids, self.signs,
+                                    batch.sign_ids)
+                    if self.hp.ngram_rows else F.embedding(batch.bigram_ids, self.bigram_embed)),
             value=tuple(F.embedding(batch.tokens, table) for table in tables),
         )
-
-    def ngrams(self, batch: Batch, table: Tensor) -> Tensor:
-        """Each token's bigram row and trigram row, times their signs, as a sum that is rounded once; [T, D]."""
-        rows, signs = F.embedding(batch.bigram_ids, table), F.embedding(batch.sign_ids, self.signs)
-        return torch.addcmul(rows[0] * signs[0], rows[1], signs[1])
 
     def smear(self, e: Tensor) -> Tensor:
         """Add to each embedding [n, S, D] a gated part of the one before it, across documents."""
@@ -1486,7 +1495,8 @@ class Cycle:
     """The n-gram rows that this rank reads between two updates of the table. Each has a slot."""
 
     def __init__(self, model: GPT, hp: Recipe, ranks: Ranks):
-        self.table, self.signs, self.add_rows = model.ngram_embed.data, model.signs, model.ops.add_rows
+        self.table, self.signs = model.ngram_embed.data, model.signs
+        self.add_ngrams = maybe_compiled(add_ngrams, hp)
         slots, D = cycle_slots(hp, ranks.world), hp.model_dim
         self.ids = torch.zeros(slots, dtype=torch.int32, device=ranks.device)
         self.sums = torch.zeros(slots, D, device=ranks.device)  # of gradients
@@ -1509,8 +1519,7 @@ class Cycle:
 
     def add(self, batch: Batch, grad: Tensor) -> None:
         """Add the rows' gradients, for that of their sum [T, D]."""
-        for slots, ids in zip(batch.slots, batch.sign_ids):
-            self.add_rows(grad * F.embedding(ids, self.signs), slots, self.sums)
+        self.add_ngrams(self.sums, batch.slots, self.signs, batch.sign_ids, grad)
 
 
 def exchanged(rows: Tensor, to: Exchange, dtype: torch.dtype | None = None) -> tuple[Tensor, dist.Work]:
@@ -2978,20 +2987,6 @@ def transposed(src: Tensor) -> Tensor:
 X_SCALE, W_SCALE, GRAD_SCALE = 100 / FP8_MAX, 1.6 / FP8_MAX, 0.75 / FP8_MAX  # tuned: a step of the format's grid
 
 
-def quick_fp8_product_reference(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """fp8_product to bf16, accumulated in the tensor cores' own, shorter sums."""
-    return torch._scaled_mm(a, b, scale_a=scale, scale_b=torch.ones_like(scale), out_dtype=torch.bfloat16,
-                            use_fast_accum=True)
-
-
-@op(quick_fp8_product_reference, cpu=False)
-def quick_fp8_product(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """The result is stored while the next tile is computed: logits in 3.29 ms, where cuBLAS takes 3.66 (H200)."""
-    y = a.new_empty(a.size(0), b.size(1), dtype=torch.bfloat16)
-    quack_products()["scaled8"][1](a, b, y, epi_args={"t": scale})
-    return y
-
-
 PLAIN_HEAD_ROWS = 4096  # tokens whose logits the plain head holds at a time: 0.8 GB for each fp32 copy
 
 
@@ -2999,11 +2994,11 @@ def head_gradients(x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, fp8: 
                    cap: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of HeadLoss over all columns of w, and its gradients of x and w."""
     loss_of = softcapped_mtp_loss if fast else softcapped_mtp_loss_reference
+    multiply = product if fast else product_reference
     rows = len(x) if fast else PLAIN_HEAD_ROWS
     if fp8:
-        w8 = (w.float() / W_SCALE).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        w8 = to_fp8(w.float() / W_SCALE, E4M3)
         w8_columns = w8.T.contiguous().T
-        multiply = quick_fp8_product if fast else quick_fp8_product_reference
         turn = transposed if fast else lambda y: y.T.contiguous()
         grad_scale = GRAD_SCALE * loss_scale
         logits_scale, dx_scale, dw_scale = (
@@ -3013,9 +3008,10 @@ def head_gradients(x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, fp8: 
     total, dx, dw = 0.0, [], None
     for chunk, ahead in zip(x.split(rows), targets.split(rows)):
         if fp8:
-            x8 = (chunk / X_SCALE).to(torch.float8_e4m3fn)
-            logits = multiply(x8, w8_columns, logits_scale)  # [rows, V]
-            loss, grad = loss_of(logits, ahead, weights, torch.float8_e5m2, grad_scale, *cap)
+            x8 = (chunk / X_SCALE).to(E4M3)
+            # stored while the next tile is computed: 3.29 ms, where cuBLAS takes 3.66 (H200)
+            logits, *_ = multiply("scaled8", x8, w8_columns, [logits_scale], torch.bfloat16)  # [rows, V]
+            loss, grad = loss_of(logits, ahead, weights, E5M2, grad_scale, *cap)
             dx.append(fp8_product(grad, w8.T, dx_scale, x.dtype))
             part = fp8_product(turn(x8), turn(grad).T, dw_scale, w.dtype)
         else:
@@ -3352,12 +3348,15 @@ def with_graphs(hp: Recipe) -> bool:
 def memory_needed(hp: Recipe) -> float:
     """Bytes of GPU memory, about. A graph keeps its memory, so a run with graphs takes twice that of a micro-step."""
     plain = hp.kernels == "plain"
-    T = max(hp.micro_tokens, max(stage.batch for stage in hp.stages) * hp.batch_unit // SEGMENTS)
-    logits = CHUNK_BYTES * min(T, PLAIN_HEAD_ROWS) if plain else LOGIT_BYTES * T
-    channel = RECOMPUTE_BYTES if hp.recompute else PLAIN_BYTES if plain else KERNEL_BYTES
-    step = channel * len(hp.layers) * hp.model_dim * T + logits * hp.vocab_size
-    numbers = sum(math.prod(param_shape(row, hp)) for row in hp.params if row.reduce != "rows")
     world, number = launched_ranks()[1], getattr(torch, hp.dtype).itemsize
+    channel = RECOMPUTE_BYTES if hp.recompute else PLAIN_BYTES if plain else KERNEL_BYTES
+    step = 0
+    for stage in hp.stages:
+        S = stage.batch * hp.batch_unit // SEGMENTS
+        T = S * segments_together(S, SEGMENTS // world, hp.micro_tokens)
+        logits = CHUNK_BYTES * min(T, PLAIN_HEAD_ROWS) if plain else LOGIT_BYTES * T
+        step = max(step, channel * len(hp.layers) * hp.model_dim * T + logits * (stage.classes or hp.vocab_size))
+    numbers = sum(math.prod(param_shape(row, hp)) for row in hp.params if row.reduce != "rows")
     table = hp.ngram_rows / world * (number * hp.model_dim + 8)  # of two moments
     table += cycle_slots(hp, world) * hp.model_dim * (4 + number * (world > 1))
     averages = sum(math.prod(param_shape(row, hp)) for x in hp.averages if hp.tail_average * x.blend
@@ -3908,6 +3907,7 @@ def parse_args(argv: list[str]) -> tuple[Recipe, argparse.Namespace]:
         hint = f"did you mean {' or '.join(close)}?" if close else "python train_gpt.py --help lists every key"
         raise UserError(f"unknown key {key}; {hint}")
     if args.help:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head
         print(help_text(args.preset))
         sys.exit()
     hp = replace(PRESETS[args.preset], **{name: getattr(args, name) for name in KEYS if hasattr(args, name)})

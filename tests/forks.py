@@ -25,7 +25,6 @@ import sys
 import tempfile
 import threading
 import time
-from pathlib import Path
 
 # What programs use, if it is there; not huggingface_hub, which reads the environment when it is imported
 PRELOADED = ("torch", "torch.distributed.run", "torch.utils._device", "triton", "tqdm.auto", "numpy.ma",
@@ -83,7 +82,7 @@ class Program(Child):
         self.args = [str(arg) for arg in args]
         self.connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.connection.connect(server(optimized).listener.getsockname())
-        about = {"args": self.args, "env": dict(os.environ if env is None else env), "cwd": str(cwd or Path.cwd())}
+        about = {"args": self.args, "env": dict(os.environ if env is None else env), "cwd": os.path.abspath(cwd or ".")}
         socket.send_fds(self.connection, [json.dumps(about).encode()], [stdout.fileno(), stderr.fileno()])
         self.connection.settimeout(120)  # lest a server that has failed be waited for
         self.pid = int(self.connection.recv(99))

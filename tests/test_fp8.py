@@ -11,7 +11,6 @@ import train_gpt as t
 # Half a step: relative to a number, and the smallest one, in units of the scale
 ROUNDING = {t.E4M3: (2.0**-4, 2.0**-10), t.E5M2: (2.0**-3, 2.0**-17)}
 T, D, N = 48, 32, 64
-LAYERS = t.PRESETS["demo"].layers
 
 
 def within(found: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> None:
@@ -98,18 +97,34 @@ def test_gradients_scale_with_the_loss():
 RANKS = t.Ranks(0, 1, torch.device("cpu"))
 
 
-def test_cells():
-    """Cells of LAYERS switch the products of training, each its own; validation computes the same with and without."""
+@pytest.fixture
+def base(byte_files):
+    return replace(t.PRESETS["demo"], **byte_files, vocab_size=256, model_dim=64, num_heads=2, head_dim=32,
+                   batch_unit=256, val_tokens=1024)
+
+
+def with_cells(hp, **cells):
+    """Cells of all layers that have what they switch."""
+    return replace(hp, layers=tuple(
+        layer._replace(**{k: v and (k != "fp8_qkv" or layer.window is not None) for k, v in cells.items()})
+        for layer in hp.layers))
+
+
+def started(hp):
+    """A run whose MLPs begin with random numbers throughout: half of them would be 0."""
+    run = t.Run(hp, RANKS)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        run.model.mlp_bank.normal_(0, 0.05)
+    return run
+
+
+def test_cells(base):
+    """Cells of LAYERS switch the products of training, each its own."""
     def loss(**cells):
-        hp = replace(t.PRESETS["demo"], layers=tuple(
-            layer._replace(**{k: v and (k != "fp8_qkv" or layer.window is not None) for k, v in cells.items()})
-            for layer in LAYERS), batch_unit=256)
-        trained = t.Run(hp, RANKS)
-        torch.manual_seed(3)
-        with torch.no_grad():
-            trained.model.mlp_bank.normal_(0, 0.05)  # at first, half of it is 0
-        loader = t.load_batches(hp, trained.ranks, [0])
-        mean = trained.train_step(*next(loader), t.plan(0, hp)).mean.item()
+        hp = with_cells(base, **cells)
+        loader = t.load_batches(hp, RANKS, [0])
+        mean = started(hp).train_step(*next(loader), t.plan(0, hp)).mean.item()
         loader.close()
         return mean
 
@@ -119,16 +134,12 @@ def test_cells():
     assert off == loss(fp8_mlp=False)
 
 
-def test_validation_is_exact():
-    hp = replace(t.PRESETS["demo"], val_tokens=1024)
-    on = replace(hp, layers=tuple(x._replace(fp8_mlp=True, fp8_qkv=x.window is not None) for x in LAYERS))
+def test_validation_is_exact(base):
+    """It computes the same with and without the cells."""
     values = []
-    for recipe in (hp, on):
-        validated = t.Run(recipe, RANKS)
-        torch.manual_seed(0)
-        with torch.no_grad():
-            validated.model.mlp_bank.normal_(0, 0.05)
-        values.append(validated.evaluate(t.Validation(recipe, validated.ranks), t.plan(0, recipe)))
+    for hp in (base, with_cells(base, fp8_mlp=True, fp8_qkv=True)):
+        run = started(hp)
+        values.append(run.evaluate(t.Validation(hp, RANKS), t.plan(0, hp)))
     assert values[0] == values[1]
 
 

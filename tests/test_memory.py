@@ -78,12 +78,12 @@ def test_readme_says_how_much(gpu):
 
 
 @pytest.mark.parametrize("capability,fp8", [((8, 0), False), ((8, 9), True), ((12, 0), True)])
-def test_fp8_head(gpu, capability, fp8):
-    """Before compute capability 8.9 the head is bf16, with one line that says so."""
-    asked, device = replace(t.Recipe(), attention="reference"), gpu(79, capability)
+def test_without_fp8(gpu, capability, fp8):
+    """Before compute capability 8.9 products are in bf16, with one line that says so."""
+    asked, device = replace(t.PRESETS["frontier"], attention="reference"), gpu(79, capability)
     hp = t.choose_backends(asked, device)
-    assert hp.fp8_head is fp8
-    said = [line for line in t.notices(asked, hp, device) if "no FP8 products: the head computes in bfloat16" in line]
+    assert (hp.fp8_head, hp.layers == asked.layers, any(x.fp8_mlp or x.fp8_qkv for x in hp.layers)) == (fp8,) * 3
+    said = [line for line in t.notices(asked, hp, device) if "no FP8 products: they are in bfloat16" in line]
     assert len(said) == (not fp8)
 
 

@@ -47,11 +47,9 @@ def test_golden_sum_and_gradients():
     sign_places = torch.from_numpy(np.searchsorted(toy["sign_row_ids"], signs))
     assert (toy["row_ids"][places] == rows).all() and (toy["sign_row_ids"][sign_places] == signs).all()
     table, pool = (torch.from_numpy(toy[name]).bfloat16() for name in ("rows", "signs"))
-    batch = SimpleNamespace(bigram_ids=places, sign_ids=sign_places, slots=torch.arange(24).view(2, 12))
-    assert (t.GPT.ngrams(SimpleNamespace(signs=pool), batch, table).float().numpy() == toy["g"]).all()
+    assert (t.sum_ngrams(table, places, pool, sign_places).float().numpy() == toy["g"]).all()
     sums = torch.zeros(24, 8)
-    cycle = SimpleNamespace(signs=pool, sums=sums, add_rows=t.PLAIN.add_rows)
-    t.Cycle.add(cycle, batch, torch.from_numpy(toy["dg"]).bfloat16())
+    t.add_ngrams(sums, torch.arange(24).view(2, 12), pool, sign_places, torch.from_numpy(toy["dg"]).bfloat16())
     assert (sums.numpy() == toy["row_gradients"]).all()
 
 
