@@ -195,7 +195,7 @@ GATE = dict(rule="adam", betas=(0.9, 0.99), every=2)
 SCALAR = dict(rule="adam", lr=5, betas=(0.9, 0.99), every=2, dtype="float32")
 LAMBDA = dict(rule="adam", betas=(0.9, 0.95), every=2, dtype="float32")
 DENSE_WEIGHTS, DENSE_SCALE = 14, 0.1  # of streams by a mixer, of which the readout takes 5; what makes them is larger
-# At first they are those of a model without dense connections, but for value gates of 2
+# At first they are those of a model without dense connections, but for value gates of 2; in bf16 the large ones stay
 DENSE_BIAS = (0, 0, 0, 0, 0, 0, 2, 2, math.sqrt(1.1), 1, 0, 0.05, math.sqrt(1.1), 1), (0, -0.5, *[0] * 12)
 PARAMS = (  # in the order in which gradient reductions launch
     Param("qk_bank", "A*H 2*d D", "uniform", "normuon", wd=1, reduce="shard"),  # a layer's Q, then K

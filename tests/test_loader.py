@@ -200,7 +200,8 @@ def check_cu_seqlens(batch, begins=True):
         starts = [0] + starts
     assert cu[: len(starts)] == starts and set(cu[len(starts) :]) == {n} and len(cu) > len(starts)
     types = [x.dtype for x in batch]
-    assert types == [torch.int32, torch.int64, torch.int32, torch.int32, torch.int32, torch.int64, *[torch.int32] * 2]
+    i32, i64 = torch.int32, torch.int64
+    assert types == [i32, i64, i32, i32, i32, i64, i32, i32, i64]
 
 
 def numbered(seed, shards, longest):

@@ -164,7 +164,8 @@ def test_initial_values_depend_on_seed_and_name_alone():
             values = t.initial_values(row, fewer)
             assert torch.equal(values, t.initial_values(row, SMALL))
             drawn = "uniform" in row.init or "normal" in row.init
-            assert torch.equal(values, t.initial_values(row, dataclasses.replace(SMALL, seed=1))) != drawn
+            other = t.initial_values(row, dataclasses.replace(SMALL, seed=1))
+            assert torch.equal(values, other) != (drawn and values.numel() > 0)
 
 
 def parse(*args):
