@@ -415,10 +415,10 @@ def test_bad_cells(cell, said):
         t.parse_args([f"--set={cell}"])
 
 
-@pytest.mark.parametrize("cell", ["reads", "value_table"])
+@pytest.mark.parametrize("cell", ["reads=none", "value_table=none", "mlps=0"])
 def test_dense_needs(cell):
-    with pytest.raises(t.UserError, match="LAYERS.10.dense='early': use none, but .* with reads and value_table"):
-        t.parse_args(["--set=LAYERS.10.dense=early", f"--set=LAYERS.10.{cell}=none"])
+    with pytest.raises(t.UserError, match="LAYERS.10.dense='early': use none, but .* with reads, value_table and"):
+        t.parse_args(["--set=LAYERS.10.dense=early", f"--set=LAYERS.10.{cell}"])
 
 
 def test_missing_prefixes(monkeypatch, tmp_path):
