@@ -98,6 +98,13 @@ EDITS = (
     Edit("zero O init", "64", "PARAMS.vo_bank.init='uniform, 0'"),
     Edit("zero V and O init", "64", "PARAMS.vo_bank.init=0"),  # layers without value embeddings never attend then
     Edit("final window not extended", "33", "--final_val_window=13"),  # the last stage's
+    # of the frontier recipe; left out where a recipe has none of it
+    Edit("softmax over all classes", "92", "STAGES.*.classes=0"),
+    Edit("bf16 MLP", "84, 89, 90", "LAYERS.*.fp8_mlp=false"),
+    Edit("bf16 QKV", "90", "LAYERS.*.fp8_qkv=false"),
+    Edit("bigram table for n-grams", "92", "--ngram_rows=0"),
+    Edit("no averages", "92", "--tail_average=0"),
+    Edit("no averages, cooldown of #80", "92", "--tail_average=0 --cooldown_start=0.4 --cooldown_floor=0.15"),
 )
 
 
