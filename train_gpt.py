@@ -3786,12 +3786,19 @@ def check_layers(hp: Recipe) -> None:
     require(hp.readout.cap_width > 0, f"READOUT.cap_width={hp.readout.cap_width}: use a number above 0")
 
 
+@cache
+def attributes_read(model: type) -> frozenset[str]:
+    """The names x of self.x in a class."""
+    tree = ast.parse(inspect.getsource(model))
+    return frozenset(
+        x.attr for x in ast.walk(tree) if isinstance(x, ast.Attribute) and getattr(x.value, "id", "") == "self")
+
+
 def check_params(hp: Recipe) -> None:
     """PARAMS and the model name the same parameters, and each row can be trained."""
     require(hp.params and hp.stages, "PARAMS and STAGES need rows")
     names = [row.name for row in hp.params]
-    tree = ast.parse(inspect.getsource(GPT))
-    reads = {x.attr for x in ast.walk(tree) if isinstance(x, ast.Attribute) and getattr(x.value, "id", "") == "self"}
+    reads = attributes_read(GPT)
     for row in hp.params:
         place, axes = f"PARAMS.{row.name}", row.shape.split()
         require(names.count(row.name) == 1, f"{place} has two rows: leave one")

@@ -374,9 +374,9 @@ def test_all_is_trained(base, part):
     names = [name for name, p in run.model.named_parameters() if p.numel() and name.startswith(("dense", "exclusive"))]
     assert len(names) == {"dense": 3, "exclusive": 1, "prefix": 0, "all": 4}[part]
     before = {name: getattr(run.model, name).detach().clone() for name in names}
-    steps = t.train_batches(hp, ONE, range(8))
+    steps = t.train_batches(hp, ONE, range(4))
     losses = [run.train_step(*item, t.plan(step, hp)).mean.item() for step, item in enumerate(steps)]
-    assert len(losses) == 8 and np.isfinite(losses).all()
+    assert len(losses) == 4 and np.isfinite(losses).all()
     for name in names:
         assert not torch.equal(before[name], getattr(run.model, name))
 

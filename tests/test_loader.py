@@ -227,7 +227,7 @@ def items_of(hp, rank, world, done=0):
 @given(seed=st.integers(0, 10**6), shards=st.lists(st.integers(0, 250), min_size=1, max_size=4),
        longest=st.integers(1, 60), unit=st.integers(3, 40), block=st.integers(1, 4), steps=st.integers(3, 12),
        done=st.integers(0, 12))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_every_token_once_and_in_order(tmp_path_factory, seed, shards, longest, unit, block, steps, done):
     """For any documents, cuts, batch sizes, shards and numbers of ranks, and from any step on.
 
