@@ -1196,7 +1196,8 @@ class GPT(nn.Module):
         first, middle, bigram, ve [T, D]: the stream before the layers, the one that attention reads, and rows;
         attend: ve -> gated attention before O."""
         w, nothing = self.dense_weights(x.x, 0), x.x.new_zeros(len(x.x), dtype=torch.float32)
-        gate = torch.cat(w[6:8], dim=1).repeat_interleave(x.x.size(1) // 2, dim=1)  # [T, D], one for half of the heads
+        half = x.x.size(1) // 2
+        gate = torch.cat([g.expand(-1, half) for g in w[6:8]], dim=1)  # [T, D], one for half of the heads
         y = attend(ve=mixed([*w[:3], gate], [first, middle, x.x, ve]))
         stay = mixed([w[3], w[4], 1 + w[5]], [first, middle, x.x])
         x = self.ops.stream(mixed(w[8:12], [stay, F.linear(y, o), first, bigram]))
