@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from compare import plot, table
-from runlogs import LogError, RunLog, mean_interval, read_log
+from runlogs import LogError, RunLog, mean_interval, read_log, told
 
 THREADS = "4"  # of a process under torchrun, as in run.sh
 
@@ -155,13 +155,7 @@ def run_tool(work: Callable[[argparse.Namespace], int], args: argparse.Namespace
     """Do the work of a tool that starts runs in args.out; what ends it early is told in a line. Returns the status."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated; the same command continues"))
     try:
-        return work(args)
-    except LogError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: cannot write below {args.out}: {error}; choose another --out", file=sys.stderr)
-        return 2
+        return told(lambda: work(args), args.out)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

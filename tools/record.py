@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from compare import plot
 from compare import table as compare_table
-from runlogs import RULE, LogError, RunLog, read_logs
+from runlogs import RULE, LogError, RunLog, read_logs, told
 from verify import CLOCK, MIN_RUNS, OWN_KEYS, TARGET, check, interval, number, runs, statistics
 
 RECORDS = Path(__file__).resolve().parents[1] / "records"
@@ -230,6 +230,25 @@ def write(folder: Path, name: str, day: str, paths: list[Path], base_paths: list
     (folder / "README.md").write_text(readme(name, day, logs, baseline, facts, diffs, kept))
 
 
+def make(args: argparse.Namespace) -> int:
+    """Write the folder and say what is left to do; returns the exit status."""
+    final = args.out.resolve() / f"{args.date}_{args.name}"
+    if not re.fullmatch(r"[\w-]+", args.name):
+        raise LogError(f"{args.name!r} is no name of a folder; use letters, digits, - and _")
+    if final.exists():
+        raise LogError(f"{final} is there; choose another name, or remove it")
+    with tempfile.TemporaryDirectory(dir=args.out) as scratch:  # nothing half-written has the record's name
+        folder = Path(scratch) / "record"
+        folder.mkdir()
+        write(folder, args.name, str(args.date), args.logs, args.baseline, args.target, final)
+        folder.rename(final)
+    facts = json.loads((final / "verify.json").read_text())
+    print(f"{final}: {'valid' if facts['valid'] else 'not valid: ' + '; '.join(facts['problems'])}\n"
+          f"Left to write in its README.md: {TO_WRITE}. A row for the table in records/README.md:\n"
+          f"| [{final.name}]({final.name}/README.md) | {facts['logs'][0]['gpus']} | which data | what it shows |")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -240,28 +259,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target", type=float, default=TARGET, help="loss to be below (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RECORDS, help="where the folder is made (default: %(default)s)")
     args = parser.parse_args(argv)
-    final = args.out.resolve() / f"{args.date}_{args.name}"
-    try:
-        if not re.fullmatch(r"[\w-]+", args.name):
-            raise LogError(f"{args.name!r} is no name of a folder; use letters, digits, - and _")
-        if final.exists():
-            raise LogError(f"{final} is there; choose another name, or remove it")
-        with tempfile.TemporaryDirectory(dir=args.out) as scratch:  # nothing half-written has the record's name
-            folder = Path(scratch) / "record"
-            folder.mkdir()
-            write(folder, args.name, str(args.date), args.logs, args.baseline, args.target, final)
-            folder.rename(final)
-    except LogError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: cannot write below {args.out}: {error}; choose another --out", file=sys.stderr)
-        return 2
-    facts = json.loads((final / "verify.json").read_text())
-    print(f"{final}: {'valid' if facts['valid'] else 'not valid: ' + '; '.join(facts['problems'])}\n"
-          f"Left to write in its README.md: {TO_WRITE}. A row for the table in records/README.md:\n"
-          f"| [{final.name}]({final.name}/README.md) | {facts['logs'][0]['gpus']} | which data | what it shows |")
-    return 0
+    return told(lambda: make(args), args.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +39,17 @@ OLD_STAGES = 3  # equal parts of the scheduled steps
 
 class LogError(Exception):
     """Logs that cannot be used, told in one line that names the cause and the remedy."""
+
+
+def told(work: Callable[[], int], out: Path) -> int:
+    """The exit status of work that writes below a folder; an error of the logs or of writing is one line and 2."""
+    try:
+        return work()
+    except LogError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: cannot write below {out}: {error}; choose another --out", file=sys.stderr)
+    return 2
 
 
 class Line(NamedTuple):

@@ -10,7 +10,7 @@ import argparse
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -43,20 +43,27 @@ def token_classes(vocabulary: Iterable[bytes | None]) -> np.ndarray:
     return np.array(classes, dtype=np.uint16)
 
 
-def main() -> None:
-    """Run the command line; a vocabulary that is not there is one line and exit status 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+def make_table(text: str, default: Path, table: Callable[[Iterable[bytes | None]], np.ndarray],
+               told: Callable[[np.ndarray], str]) -> None:
+    """Run the command line of a tool that makes a table of GPT-2's tokens and tells what it holds; a vocabulary that is
+    not there is one line and exit status 2."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=t.TOKEN_CLASSES, help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=default, help="(default: %(default)s)")
     args = parser.parse_args()
     try:
         vocabulary = tokenizer()
     except DataError as error:
         parser.exit(2, f"error: {error}\n")
-    classes = token_classes(vocabulary.decode_single_token_bytes(token) if token != END_OF_TEXT else None
-                            for token in range(vocabulary.n_vocab))
-    np.save(args.out, classes)
-    print(f"{args.out}: {len(np.unique(classes))} classes of {len(classes)} tokens")
+    found = table(vocabulary.decode_single_token_bytes(token) if token != END_OF_TEXT else None
+                  for token in range(vocabulary.n_vocab))
+    np.save(args.out, found)
+    print(f"{args.out}: {told(found)}")
+
+
+def main() -> None:
+    """Write the table of classes."""
+    make_table(__doc__, t.TOKEN_CLASSES, token_classes, lambda x: f"{len(np.unique(x))} classes of {len(x)} tokens")
 
 
 if __name__ == "__main__":
