@@ -785,6 +785,7 @@ def pack(
     segments: list[tuple[np.ndarray, np.ndarray]],
     documents: int = 0,
     candidates: list[np.ndarray] | None = None,  # of each segment; none or empty: all classes
+    ids: list[np.ndarray] | None = None,  # table_ids of each segment; none or empty: to be found
     log: TouchLog | None = None,  # which knows the slots of n-gram rows; none: not needed
     prefix: bool = False,  # prefixes are predicted, too
 ) -> Batch:
@@ -810,7 +811,7 @@ def pack(
     if prefix:
         starts = [token_prefixes(hp.vocab_size)[tokens] for tokens in ahead]
         prefixes = np.concatenate([*map(places, starts, candidates)])[:, None]
-    ids = np.concatenate([table_ids(tokens[:-1], hp) for tokens, _ in segments], axis=-1)
+    ids = np.concatenate(ids or [table_ids(tokens[:-1], hp) for tokens, _ in segments], axis=-1)
     signs = np.concatenate([sign_ids(tokens[:-1], hp) for tokens, _ in segments], axis=-1) if hp.ngram_rows else ids[:0]
     slots = log.slots[ids] if log and hp.ngram_rows else ids[:0]
     ids = slots if len(slots) and log.world > 1 else ids  # of copies
@@ -835,10 +836,14 @@ class TouchLog:
         self.touched[:], self.filled = False, 0
         self.read, self.known = [[] for _ in range(self.world)], [0] * self.world  # parts by rank; those with slots
 
-    def mark(self, documents: Documents, segments: list[list[tuple[int, int]]]) -> None:
+    def mark(self, documents: Documents, segments: list[list[tuple[int, int]]]) -> list[np.ndarray]:
+        """Note a step's rows; those of this rank's segments."""
+        own = []
         for s, slices in enumerate(segments):
             rank, ids = s % self.world, table_ids(documents.join(slices)[:-1], self.hp)
             self.add(rank, ids.ravel() if rank == self.rank else self.in_shard(ids))
+            own += [ids] * (rank == self.rank)
+        return own
 
     def in_shard(self, ids: np.ndarray) -> np.ndarray:
         return ids[ids // self.size == self.rank]
@@ -899,11 +904,11 @@ def train_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int],
     number = -1
     for number, (documents, segments) in enumerate(walk(sorted(glob.glob(hp.train_files)), hp.bos, plans)):
         now = plans[number]
-        touched = None
+        touched, rows = None, []
         if log and number >= running:
             if number and now.step != plans[number - 1].step + 1:
                 log.begin()
-            log.mark(documents, segments)
+            rows = log.mark(documents, segments)
         own = [(documents.join(slices), np.cumsum([b - a for a, b in slices]))
                for slices in segments[ranks.rank :: ranks.world]]
         candidates = [sweep.choose(segment, tokens[1:], now.stage.classes)
@@ -916,7 +921,8 @@ def train_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int],
             touched = log.step(due(table, now.step, hp))
         n = segments_together(now.windows.segment, len(own), hp.micro_tokens)
         prefix = now.prefix_weights != ()
-        yield ([pack(hp, own[i : i + n], 0, candidates[i : i + n], log, prefix) for i in range(0, len(own), n)],
+        parts = [slice(i, i + n) for i in range(0, len(own), n)]
+        yield ([pack(hp, own[x], 0, candidates[x], rows[x], log, prefix) for x in parts],
                touched if hp.ngram_rows or (touched and touched.gradients) else None)
     if number + 1 < len(plans):
         raise UserError("the train shards ran out before the schedule")
@@ -2562,6 +2568,11 @@ def quantized(x: Tensor, r: Tensor | None, scale: float, dtype: torch.dtype) -> 
     return y, turned
 
 
+def fp8_operations(fast: bool) -> tuple[Callable, Callable]:
+    """quantized and product, as kernels or in PyTorch."""
+    return (quantized, product) if fast else (quantized_reference, product_reference)
+
+
 def fp8_weight(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A matrix as e4m3, that transposed, and its scale, with which the largest number is the format's."""
     scale = w.abs().amax().float().clamp_min(1e-12) / FP8_MAX
@@ -2572,9 +2583,10 @@ def fp8_weight(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def fp8_linear(x: Tensor, r: Tensor | None, w: Tensor, fast: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(r x) w^T for x [T, D], whose rows are normalised by r [T] if given, w [n, D]; and what its gradients need.
     fast: by kernels."""
-    x8, x8_turned = (quantized if fast else quantized_reference)(x, r, NORMED_SCALE, E4M3)
+    quantize, multiply = fp8_operations(fast)
+    x8, x8_turned = quantize(x, r, NORMED_SCALE, E4M3)
     w8, w8_turned, scale = fp8_weight(w)
-    y, _, _ = (product if fast else product_reference)("scaled8", x8, w8.mT, [NORMED_SCALE * scale], x.dtype)
+    y, _, _ = multiply("scaled8", x8, w8.mT, [NORMED_SCALE * scale], x.dtype)
     return y, (x8_turned, w8_turned, scale)
 
 
@@ -2583,9 +2595,10 @@ def fp8_linear_gradients(dy: Tensor, r: Tensor | None, kept: list[Tensor], loss_
     """Gradients of fp8_linear's x, times r for a FoldedNorm, and w, from that of its result [T, n]."""
     x8_turned, w8_turned, scale = kept
     unit = GRADIENT_SCALE * loss_scale
-    dy8, dy8_turned = (quantized if fast else quantized_reference)(dy, None, unit, E5M2)
+    quantize, multiply = fp8_operations(fast)
+    dy8, dy8_turned = quantize(dy, None, unit, E5M2)
     kind, operands = ("scaled8", []) if r is None else ("rows8", [r])
-    dx, _, _ = (product if fast else product_reference)(kind, dy8, w8_turned.mT, [*operands, unit * scale], dy.dtype)
+    dx, _, _ = multiply(kind, dy8, w8_turned.mT, [*operands, unit * scale], dy.dtype)
     return dx, fp8_product(dy8_turned, x8_turned.mT, torch.full_like(scale, unit * NORMED_SCALE), dy.dtype)
 
 
@@ -2610,8 +2623,8 @@ class Fp8MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, r: Tensor, up: Tensor, down: Tensor, scale: Tensor, loss_scale: float,
                 fast: bool) -> tuple[Tensor, Tensor]:
-        multiply = product if fast else product_reference
-        x8, x8_turned = (quantized if fast else quantized_reference)(x, r, NORMED_SCALE, E4M3)
+        quantize, multiply = fp8_operations(fast)
+        x8, x8_turned = quantize(x, r, NORMED_SCALE, E4M3)
         up8, up8_turned, up_scale = fp8_weight(up)
         down8, down8_turned, down_scale = fp8_weight(down)
         h8, _, h8_turned = multiply("relu_square8", x8, up8.mT, [NORMED_SCALE * up_scale], E4M3)  # [T, F]
@@ -2625,8 +2638,8 @@ class Fp8MLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor, _):
         x, r, scale, x8_turned, h8, h8_turned, up8_turned, up_scale, down8, down_scale = ctx.saved_tensors
-        multiply, unit = product if ctx.fast else product_reference, GRADIENT_SCALE * ctx.loss_scale
-        dy8, dy8_turned = (quantized if ctx.fast else quantized_reference)(dy, None, unit, E5M2)
+        (quantize, multiply), unit = fp8_operations(ctx.fast), GRADIENT_SCALE * ctx.loss_scale
+        dy8, dy8_turned = quantize(dy, None, unit, E5M2)
         dpre8, sums, dpre8_turned = multiply("root8", dy8, down8.mT, [h8, down_scale], E5M2)  # [T, F], in units
         factor = -unit / x.size(1) * r.square() * sums.sum(1)  # as in ReluSquareMLP
         dx, d_scale, _ = multiply("norm_grad8", dpre8, up8_turned.mT, [dy, x, scale[0], r, factor, unit * up_scale],
@@ -3000,7 +3013,7 @@ def head_gradients(x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, fp8: 
                    cap: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of HeadLoss over all columns of w, and its gradients of x and w."""
     loss_of = softcapped_mtp_loss if fast else softcapped_mtp_loss_reference
-    multiply = product if fast else product_reference
+    _, multiply = fp8_operations(fast)
     rows = len(x) if fast else PLAIN_HEAD_ROWS
     if fp8:
         w8 = to_fp8(w.float() / W_SCALE, E4M3)
