@@ -2369,35 +2369,6 @@ class FoldedNorm(torch.autograd.Function):
         return (dy - x * (r.square() * (dy * x).mean(1))[:, None]).to(g.dtype), None
 
 
-class NormedLinear(torch.autograd.Function):
-    """F.linear(x, w) of a FoldedNorm x [T, D], but for the factor r [T] unless fp8; and the gates of x's first
-    columns."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, r: Tensor, w: Tensor, ve_first: Tensor | None, w_gate: Tensor, w_value: Tensor | None,
-                fp8: float | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        gate, value_gate = gates(x[:, :GATE_INPUTS], r, ve_first, w_gate, w_value)
-        u, kept = fp8_linear(x, r, w, True) if fp8 else (product("none", x, w.mT, [], x.dtype)[0], ())
-        ctx.save_for_backward(x, r, w, ve_first, w_gate, w_value, gate, value_gate, *kept)
-        ctx.fp8 = fp8
-        return u, gate, None if w_value is None else value_gate
-
-    @staticmethod
-    def backward(ctx, du: Tensor, dgate: Tensor, dvalue_gate: Tensor | None):
-        x, r, w, ve_first, w_gate, w_value, gate, value_gate, *kept = ctx.saved_tensors
-        if ctx.fp8:
-            dx, dw = fp8_linear_gradients(du, r, kept, ctx.fp8, True)
-        else:
-            dw = weight_grad(du, x)  # first: cuBLAS gives autograd's thread the CUDA context that tensor maps need
-            dx, _, _ = product("none", du, w, [], x.dtype)
-        dgate_in, dve_first, dw_gates = gates_backward(
-            x[:, :GATE_INPUTS], r, ve_first, w_gate, w_value, gate, value_gate, dgate, dvalue_gate)
-        add_columns(dx, dgate_in)
-        dw_gate, dw_value = dw_gates.sum(0).to(w_gate.dtype).split([len(w_gate), dw_gates.size(1) - len(w_gate)])
-        return (dx, None, dw, None if ve_first is None else dve_first, dw_gate, None if w_value is None else dw_value,
-                None)
-
-
 def injections_backward_reference(x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor,
                                   grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x0, bigram, and of s0 and s1 in parts [parts, 2, n] fp32, from those of s0[i] x0 + s1[i] bigram."""
@@ -2590,16 +2561,14 @@ def fp8_linear(x: Tensor, r: Tensor | None, w: Tensor, fast: bool) -> tuple[Tens
     return y, (x8_turned, w8_turned, scale)
 
 
-def fp8_linear_gradients(dy: Tensor, r: Tensor | None, kept: list[Tensor], loss_scale: float,
-                         fast: bool) -> tuple[Tensor, Tensor]:
-    """Gradients of fp8_linear's x, times r for a FoldedNorm, and w, from that of its result [T, n]."""
+def fp8_linear_gradients(dy8: Tensor, dy8_turned: Tensor, r: Tensor | None, kept: list[Tensor], unit: float,
+                         dtype: torch.dtype, fast: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of fp8_linear's x, times r for a FoldedNorm, and w, from that of its result [T, n] in units."""
     x8_turned, w8_turned, scale = kept
-    unit = GRADIENT_SCALE * loss_scale
-    quantize, multiply = fp8_operations(fast)
-    dy8, dy8_turned = quantize(dy, None, unit, E5M2)
+    _, multiply = fp8_operations(fast)
     kind, operands = ("scaled8", []) if r is None else ("rows8", [r])
-    dx, _, _ = multiply(kind, dy8, w8_turned.mT, [*operands, unit * scale], dy.dtype)
-    return dx, fp8_product(dy8_turned, x8_turned.mT, torch.full_like(scale, unit * NORMED_SCALE), dy.dtype)
+    dx, _, _ = multiply(kind, dy8, w8_turned.mT, [*operands, unit * scale], dtype)
+    return dx, fp8_product(dy8_turned, x8_turned.mT, torch.full_like(scale, unit * NORMED_SCALE), dtype)
 
 
 class Fp8Linear(torch.autograd.Function):
@@ -2614,7 +2583,9 @@ class Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        return *fp8_linear_gradients(dy, None, ctx.saved_tensors, ctx.loss_scale, False), None
+        unit = GRADIENT_SCALE * ctx.loss_scale
+        dy8 = quantized_reference(dy, None, unit, E5M2)
+        return *fp8_linear_gradients(*dy8, None, ctx.saved_tensors, unit, dy.dtype, False), None
 
 
 class Fp8MLP(torch.autograd.Function):
@@ -2740,18 +2711,30 @@ def attention_inputs_kernel(qkv, r, ve, gate, cos, sin, q, k, v, T, S, EPS: tl.c
 
 
 @jit
-def attention_inputs_backward_kernel(qkv, r, ve, gate, cos, sin, dq, dk, dv, dqkv, dve, dgate, T, S,
+def store_gradient(x, out, turned, rows, columns, mask, T, N: tl.constexpr, per_unit, MAX: tl.constexpr,
+                   DTYPE: tl.constexpr, FP8: tl.constexpr):
+    """x, in DTYPE, to those places of out [T, N]; with FP8 as e5m2 in units, and to turned [N, T]."""
+    x, to = x.to(DTYPE), rows[:, None] * N + columns
+    if FP8:
+        x = tl.clamp(x.to(tl.float32) * per_unit, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
+        x = x.to(tl.float8e5).to(tl.int8, bitcast=True)
+        tl.store(turned + tl.trans(columns.to(tl.int64)) * T + rows[None, :], tl.trans(x), mask=mask[None, :])
+    tl.store(out + to, x, mask=mask[:, None])
+
+
+@jit
+def attention_inputs_backward_kernel(qkv, r, ve, gate, cos, sin, dq, dk, dv, dqkv, turned, dve, dgate, T, S, per_unit,
                                      EPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr,
                                      OFFSET: tl.constexpr, SCALED: tl.constexpr, MIX: tl.constexpr,
-                                     ROWS: tl.constexpr):
+                                     FP8: tl.constexpr, MAX: tl.constexpr, ROWS: tl.constexpr):
     head, rows = tl.program_id(0), tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside, half, position = rows < T, tl.arange(0, D // 2)[None, :], rows % S
     mask = inside[:, None]
     c, s = position_angles(cos, sin, position, head, inside, D, PAIRED)
     at = rows[:, None] * (H * D) + head * D + half
     for part in tl.static_range(2):  # q, k
-        here = rows[:, None] * (3 * H * D) + (part * H + head) * D + half
-        front, back, own = normalised(qkv + here, mask, D, EPS)
+        columns = (part * H + head) * D + half
+        front, back, own = normalised(qkv + rows[:, None] * (3 * H * D) + columns, mask, D, EPS)
         grad = dq if part == 0 else dk
         a, b = tl.split(tl.load(grad + at, mask=mask, other=0.0).to(tl.float32).reshape(ROWS, D // 4, 2))
         dfront = tl.join(a * c - b * s, a * s + b * c).reshape(ROWS, D // 2)
@@ -2763,16 +2746,18 @@ def attention_inputs_backward_kernel(qkv, r, ve, gate, cos, sin, dq, dk, dv, dqk
             dback = tl.load(grad + at + D // 2, mask=mask, other=0.0).to(tl.float32)
         # y = own x: dx = own (dy - y mean(dy y))
         mean = ((tl.sum(dfront * front, 1) + tl.sum(dback * back, 1)) / D)[:, None]
-        tl.store(dqkv + here, (own * (dfront - front * mean)).to(dqkv.dtype.element_ty), mask=mask)
-        tl.store(dqkv + here + D // 2, (own * (dback - back * mean)).to(dqkv.dtype.element_ty), mask=mask)
+        store_gradient(own * (dfront - front * mean), dqkv, turned, rows, columns, inside, T, 3 * H * D, per_unit, MAX,
+                       qkv.dtype.element_ty, FP8)
+        store_gradient(own * (dback - back * mean), dqkv, turned, rows, columns + D // 2, inside, T, 3 * H * D,
+                       per_unit, MAX, qkv.dtype.element_ty, FP8)
     wide = tl.arange(0, D)[None, :]
     at = rows[:, None] * (H * D) + head * D + wide
     dvalue = tl.load(dv + at, mask=mask, other=0.0).to(tl.float32)
     scaled = dvalue
     if SCALED:
         scaled = dvalue * tl.load(r + rows, mask=inside, other=0.0)[:, None]
-    to = dqkv + rows[:, None] * (3 * H * D) + (2 * H + head) * D + wide
-    tl.store(to, scaled.to(dqkv.dtype.element_ty), mask=mask)
+    store_gradient(scaled, dqkv, turned, rows, (2 * H + head) * D + wide, inside, T, 3 * H * D, per_unit, MAX,
+                   qkv.dtype.element_ty, FP8)
     if MIX:
         g = tl.load(gate + rows * H + head, mask=inside, other=0.0).to(tl.float32)[:, None]
         embedded = tl.load(ve + at, mask=mask, other=0.0).to(tl.float32)
@@ -2780,7 +2765,7 @@ def attention_inputs_backward_kernel(qkv, r, ve, gate, cos, sin, dq, dk, dv, dqk
         tl.store(dgate + rows * H + head, tl.sum(embedded * dvalue, 1).to(dgate.dtype.element_ty), mask=inside)
 
 
-ATTENTION_INPUT_ROWS = 16  # tokens of one program
+ATTENTION_INPUT_ROWS = 16  # tokens of one program; 32 where it stores columns, as memory takes 32 bytes at once
 
 
 @op(attention_inputs_reference)
@@ -2794,37 +2779,69 @@ def attention_inputs(qkv: Tensor, r: Tensor | None, ve: Tensor | None, gate: Ten
     return q, k, v
 
 
-@op(shapes=lambda qkv, r, ve, gate, *_: (
-    torch.empty_like(qkv), qkv.new_empty(0 if ve is None else qkv.size(0), qkv.shape[2:].numel()),
+@op(shapes=lambda qkv, r, ve, gate, cos, sin, dq, dk, dv, paired, offset, unit: (
+    qkv.new_empty(len(qkv), qkv[0].numel(), dtype=E5M2 if unit else qkv.dtype),
+    qkv.new_empty(qkv[0].numel() if unit else 0, len(qkv), dtype=E5M2 if unit else qkv.dtype),
+    qkv.new_empty(0 if ve is None else qkv.size(0), qkv.shape[2:].numel()),
     qkv.new_empty(0, qkv.size(2)) if ve is None else torch.empty_like(gate)))
 def attention_inputs_backward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, gate: Tensor | None, cos: Tensor,
-                              sin: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, paired: bool,
-                              key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of qkv, ve and gate; the last two are empty without a value embedding."""
-    (T, _, H, d), mix = qkv.shape, ve is not None
-    dqkv, dve = torch.empty_like(qkv), qkv.new_empty(T if mix else 0, H * d)
+                              sin: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, paired: bool, key_offset: bool,
+                              unit: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of qkv [T, 3 H d], ve and gate; the last two are empty without a value embedding. That of qkv is e5m2
+    in these units, followed by its transpose; with unit 0 it is of qkv's type, followed by nothing."""
+    (T, _, H, d), mix, fp8 = qkv.shape, ve is not None, unit > 0
+    dqkv = qkv.new_empty(T, 3 * H * d, dtype=E5M2 if fp8 else qkv.dtype)
+    turned, dve = dqkv.new_empty(3 * H * d if fp8 else 0, T), qkv.new_empty(T if mix else 0, H * d)
     dgate = torch.empty_like(gate) if mix else qkv.new_empty(0, H)
     dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
-    attention_inputs_backward_kernel[(H, triton.cdiv(T, ATTENTION_INPUT_ROWS))](
-        qkv, r, ve, gate, cos, sin, dq, dk, dv, dqkv, dve, dgate, T, segment_length(cos, paired), FP32_EPS, H, d,
-        paired, key_offset, r is not None, mix, ATTENTION_INPUT_ROWS)
-    return dqkv, dve, dgate
+    out = (dqkv.view(torch.int8), turned.view(torch.int8)) if fp8 else (dqkv, turned)
+    rows = 32 if fp8 else ATTENTION_INPUT_ROWS
+    attention_inputs_backward_kernel[(H, triton.cdiv(T, rows))](
+        qkv, r, ve, gate, cos, sin, dq, dk, dv, *out, dve, dgate, T, segment_length(cos, paired),
+        1 / unit if fp8 else 1.0, FP32_EPS, H, d, paired, key_offset, r is not None, mix, fp8, torch.finfo(E5M2).max,
+        rows)
+    return dqkv, turned, dve, dgate
 
 
 class AttentionInputs(torch.autograd.Function):
-    """attention_inputs_reference, forward and backward in one kernel each; r counts as a constant."""
+    """What attention reads, and the gates of its heads: plain_attention_inputs of a FoldedNorm x [T, D]. mixed: half of
+    what gates of values see is ve."""
 
     @staticmethod
-    def forward(ctx, qkv, r, ve, gate, cos, sin, paired, key_offset):
-        ctx.save_for_backward(qkv, r, ve, gate, cos, sin)
-        ctx.options = paired, key_offset
-        return attention_inputs(qkv, r, ve, gate, cos, sin, paired, key_offset)
+    def forward(ctx, x: Tensor, r: Tensor, w: Tensor, w_gate: Tensor, w_value: Tensor | None, ve: Tensor | None,
+                cos: Tensor, sin: Tensor, paired: bool, key_offset: bool, mixed: bool,
+                fp8: float | None) -> tuple[Tensor, ...]:
+        first = ve[:, : GATE_INPUTS // 2] if mixed and w_value is not None else None
+        gate, value_gate = gates(x[:, :GATE_INPUTS], r, first, w_gate, w_value)
+        qkv, kept = fp8_linear(x, r, w, True) if fp8 else (product("none", x, w.mT, [], x.dtype)[0], ())
+        qkv = qkv.view(len(x), 3, -1, 4 * cos.size(1))
+        mix = torch.ones_like(gate) if w_value is None else value_gate
+        q, k, v = attention_inputs(qkv, None if fp8 else r, ve, mix, cos, sin, paired, key_offset)
+        ctx.save_for_backward(x, r, w, w_gate, w_value, ve, cos, sin, qkv, gate, mix, *kept)
+        ctx.options = paired, key_offset, mixed, fp8
+        return q, k, v, gate
 
     @staticmethod
-    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
-        qkv, r, ve, *rest = ctx.saved_tensors
-        dqkv, dve, dgate = attention_inputs_backward(qkv, r, ve, *rest, dq, dk, dv, *ctx.options)
-        return (dqkv, None, *((dve, dgate) if ve is not None else (None, None)), None, None, None, None)
+    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor, dgate: Tensor):
+        x, r, w, w_gate, w_value, ve, cos, sin, qkv, gate, mix, *kept = ctx.saved_tensors
+        paired, key_offset, mixed, fp8 = ctx.options
+        unit = GRADIENT_SCALE * fp8 if fp8 else 0.0
+        du, du_turned, dve, dmix = attention_inputs_backward(
+            qkv, None if fp8 else r, ve, mix, cos, sin, dq, dk, dv, paired, key_offset, unit)
+        if fp8:
+            dx, dw = fp8_linear_gradients(du, du_turned, r, kept, unit, x.dtype, True)
+        else:
+            dw = weight_grad(du, x)  # first: cuBLAS gives autograd's thread the CUDA context that tensor maps need
+            dx, _, _ = product("none", du, w, [], x.dtype)
+        first = ve[:, : GATE_INPUTS // 2] if mixed and w_value is not None else None
+        dgate_in, dve_first, dw_gates = gates_backward(
+            x[:, :GATE_INPUTS], r, first, w_gate, w_value, gate, mix, dgate, None if w_value is None else dmix)
+        add_columns(dx, dgate_in)
+        if first is not None:
+            add_columns(dve, dve_first)
+        dw_gate, dw_value = dw_gates.sum(0).to(w_gate.dtype).split([len(w_gate), dw_gates.size(1) - len(w_gate)])
+        return (dx, None, dw, dw_gate, None if w_value is None else dw_value, None if ve is None else dve,
+                *[None] * 6)
 
 
 # --- Loss of the head
@@ -3509,16 +3526,8 @@ PLAIN = Ops(
 
 def hopper_attention_inputs(h: Stream, w: AttentionWeights, ve: Tensor | None, cos: Tensor, sin: Tensor, layer: Layer,
                             fp8: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    first = None
-    if w.value_gate is not None and (layer.value_gate_mixed or not layer.paired):
-        ve, first = FirstColumns.apply(ve, GATE_INPUTS // 2)
-    qkv, gate, value_gate = NormedLinear.apply(h.x, h.rstd, w.qkv, first, w.gate, w.value_gate, fp8)
-    if ve is not None and value_gate is None:
-        value_gate = torch.ones_like(gate)
-    qkv = qkv.view(len(h.x), 3, -1, 4 * cos.size(1))
-    rstd = None if fp8 else h.rstd
-    inputs = AttentionInputs.apply(qkv, rstd, ve, value_gate, cos, sin, layer.paired, layer.key_offset)
-    return *inputs, gate
+    options = layer.paired, layer.key_offset, layer.value_gate_mixed or not layer.paired, fp8
+    return AttentionInputs.apply(*h, w.qkv, w.gate, w.value_gate, ve, cos, sin, *options)
 
 
 def hopper_injections(x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor) -> list[Injection]:
@@ -3660,6 +3669,30 @@ def check_ops(ops: Ops, device: torch.device) -> None:
         key = "attention=reference" if case.op == "attention" else "kernels=plain"
         require(off < CASE_TOLERANCE, f"the operation {case.op} ({name}) is off by {off:.1%} from the plain one, as an "
                 f"edit changed one of them only; --{key} trains with the plain one")
+
+
+COMPILERS = 4  # processes
+
+
+def compile_ahead(hp: Recipe, device: torch.device) -> list[subprocess.Popen]:
+    """Compile kernels into their packages' caches on disk, in processes beside this one, which traces meanwhile: one
+    after the other they took 25 of 185 s from start to training (records/2026-11-26_plain)."""
+    if hp.kernels != "hopper" or int(os.environ.get("LOCAL_RANK") or 0):
+        return []
+    path = Path(__file__)
+    call = f"__import__({path.stem!r}).compile_cases({hp.attention!r}, {str(device)!r}, %d)"
+    return [subprocess.Popen([sys.executable, "-c", call % i], cwd=path.parent, stdin=subprocess.PIPE,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for i in range(COMPILERS)]
+
+
+def compile_cases(attention: str, device: str, part: int) -> None:
+    """Run this part of the cases, whatever comes of it, and no longer than stdin is open."""
+    threading.Thread(target=lambda: os._exit(sys.stdin.read() != ""), daemon=True).start()
+    ops = HOPPER._replace(attention=ATTENTION_BACKENDS[attention]())
+    for case in [*CASES.values()][part::COMPILERS]:
+        with contextlib.suppress(Exception):
+            case_results(case, ops, case_inputs(case, CASE_SIZES, torch.bfloat16, device))
+    os._exit(0)  # not waiting for the thread
 
 
 # ==== 10. Keeping a run: errors, checks, command line, ranks, log, watch, checkpoints; no line decides a weight ====
@@ -4157,7 +4190,7 @@ def trials(hp: Recipe, count: int) -> list[Recipe]:
 
 def train_trials(recipes: list[Recipe], ranks: Ranks, saved: dict | None, notes: list[str]) -> int:
     """Train recipes that differ in seed and name, one after the other; the last exit status. One set-up serves all."""
-    run, logs = None, []
+    run, logs, compilers = None, [], []
     for hp in recipes:
         log = on_every_rank(partial(Log, hp, ranks))
         with Watch(ranks, log) as watch:
@@ -4167,12 +4200,15 @@ def train_trials(recipes: list[Recipe], ranks: Ranks, saved: dict | None, notes:
             if run:
                 run.restart(hp)
             else:
+                compilers = compile_ahead(hp, ranks.device)
                 run = Run(hp, ranks, choose_ops(hp))
             status = train(run, log, watch, saved)
         log.close()
         logs.append(log.path)
         if status:
             break
+    for process in compilers:
+        process.communicate()
     if len(logs) > 1 and ranks.rank == 0:
         subprocess.run([sys.executable, Path(__file__).with_name("tools") / "verify.py", *logs])
     return status

@@ -59,6 +59,22 @@ def gradients(f, inputs, direction):
     return [x.detach() for x in (*outputs, *grads)]
 
 
+class Inputs(torch.autograd.Function):
+    """attention_inputs and attention_inputs_backward, as AttentionInputs uses them."""
+
+    @staticmethod
+    def forward(ctx, qkv, r, ve, gate, cos, sin, paired, key_offset):
+        ctx.save_for_backward(qkv, r, ve, gate, cos, sin)
+        ctx.options = paired, key_offset
+        return t.attention_inputs(qkv, r, ve, gate, cos, sin, paired, key_offset)
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv):
+        qkv, r, ve, *rest = ctx.saved_tensors
+        dqkv, _, dve, dgate = t.attention_inputs_backward(qkv, r, ve, *rest, dq, dk, dv, *ctx.options, 0.0)
+        return (dqkv.view(qkv.shape), None, *((dve, dgate) if ve is not None else (None, None)), *[None] * 4)
+
+
 def to(dtype, *values):
     """The tensors among the values in another dtype; the rest as it is."""
     return [x.to(dtype) if isinstance(x, torch.Tensor) else x for x in values]

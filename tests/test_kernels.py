@@ -83,7 +83,7 @@ class TestInterpreted(k.Interpreted):
             return gradients(lambda qkv, *y: f(qkv, *to(c.dtype, r), *y, c, s, paired, offset), x, direction)
 
         direction = grads
-        ours = results(t.AttentionInputs.apply, *inputs, cos, sin)
+        ours = results(k.Inputs.apply, *inputs, cos, sin)
         direction = to(FP64, *grads)
         exact = results(t.attention_inputs_reference, *to(FP64, *inputs, cos, sin))
         # q and k have length sqrt(d), their gradients own (dy - y mean(dy y)); token 0 of k has two in its half
@@ -180,7 +180,7 @@ class TestInterpreted(k.Interpreted):
             qkv, *inputs, grads = k.qkv_inputs(5, 2, 16, mix)
             inputs = [qkv, k.row_factors(5, mix), *inputs, *k.rotation(5, 16, False)]
             check(t.attention_inputs, (*inputs, False, True))
-            check(t.attention_inputs_backward, (*inputs, *grads, False, True))
-            _, dve, dgate = t.attention_inputs_backward(*inputs, *grads, False, True)
+            check(t.attention_inputs_backward, (*inputs, *grads, False, True, 0.0))
+            _, _, dve, dgate = t.attention_inputs_backward(*inputs, *grads, False, True, 0.0)
             assert mix or dve.numel() == dgate.numel() == 0
         check(t.transposed, (torch.ones(4, 8, dtype=torch.int8),))  # opcheck itself cannot do fp8

@@ -105,8 +105,29 @@ class TestGPU:
             c, s = to(dtype, *tables)
             return gradients(lambda qkv, *x: f(qkv, r, *x, c, s, paired, offset), to(dtype, *inputs), to(dtype, *grads))
 
-        as_good(results(t.AttentionInputs.apply), results(t.attention_inputs_reference),
+        as_good(results(k.Inputs.apply), results(t.attention_inputs_reference),
                 results(t.attention_inputs_reference, FP64))
+
+    @pytest.mark.parametrize("T,paired,offset,mix", [(1001, *kind) for kind in k.KINDS])
+    def test_attention_inputs_in_fp8(self, T, paired, offset, mix, unit=2.0**-7):
+        """The same gradients, rounded once more, and transposed."""
+        *inputs, grads = k.qkv_inputs(T, 6, 128, mix, device="cuda")
+        inputs, grads = [x if x is None else x.to(BF16) for x in inputs], to(BF16, *grads)
+        args = inputs[0], None, *inputs[1:], *to(BF16, *k.rotation(T, 128, paired, device="cuda")), *grads
+        plain, _, *rest = t.attention_inputs_backward(*args, paired, offset, 0.0)
+        ours, turned, *others = t.attention_inputs_backward(*args, paired, offset, unit)
+        exact, exact_turned = t.quantized_reference(plain, None, unit, E5M2)
+        assert torch.equal(ours.float(), exact.float()) and torch.equal(turned.float(), exact_turned.float())
+        assert all(map(torch.equal, rest, others)) and exact.float().abs().max() > 0
+
+    @pytest.mark.parametrize("dtype", [t.E4M3, E5M2])
+    @pytest.mark.parametrize("T,n,scaled", [(1001, 768, True), (130, 2304, False), (128, 72, True)])
+    def test_quantized(self, T, n, scaled, dtype):
+        """The reference's numbers, also what is cut and a nan."""
+        x, r = 50 * randn(T, n), torch.rand(T, device="cuda") if scaled else None
+        x[1, 2], x[3, 4] = 1e9, torch.nan
+        for a, b in zip(t.quantized(x, r, 2.0**-4, dtype), t.quantized_reference(x, r, 2.0**-4, dtype), strict=True):
+            assert torch.equal(a.float().nan_to_num(-1), b.float().nan_to_num(-1)) and a.shape == b.shape
 
     @pytest.mark.parametrize("n,S,V,count,spread,dtype,cap", [
         (1, 512, 50304, 3, 4, E5M2, CAP), (1, 37, 1002, 2, 8, E5M2, (30.0, 0.0, 12.0)), (1, 5, 50258, 1, 4, BF16, CAP),

@@ -4,6 +4,7 @@ run finds an edit of one of them. FlashAttention-4, with stand-ins for its packa
 import importlib.metadata
 import importlib.util
 import inspect
+import io
 import itertools
 import sys
 from dataclasses import replace
@@ -162,15 +163,20 @@ class Fp8Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         r, *kept = ctx.saved_tensors
-        dx, dw = t.fp8_linear_gradients(dy, r, kept, ctx.loss_scale, False)
+        unit = t.GRADIENT_SCALE * ctx.loss_scale
+        dy8 = t.quantized_reference(dy, None, unit, t.E5M2)
+        dx, dw = t.fp8_linear_gradients(*dy8, r, kept, unit, dy.dtype, False)
         return dx, None, dw, None
 
 
-def normed_linear(x, r, w, ve_first, w_gate, w_value, fp8):
-    """NormedLinear by references: its kernels' backward does not run on a CPU."""
-    gate, value_gate = t.gates_reference(x[:, : t.GATE_INPUTS], r, ve_first, w_gate, w_value)
-    y = Fp8Rows.apply(x, r, w, fp8) if fp8 else F.linear(x, w)
-    return y, gate, None if w_value is None else value_gate
+def attention_inputs(x, r, w, w_gate, w_value, ve, cos, sin, paired, key_offset, mixed, fp8):
+    """AttentionInputs by references: its kernels' backward does not run on a CPU."""
+    first = ve[:, : t.GATE_INPUTS // 2] if mixed and w_value is not None else None
+    gate, value_gate = t.gates_reference(x[:, : t.GATE_INPUTS], r, first, w_gate, w_value)
+    qkv = Fp8Rows.apply(x, r, w, fp8) if fp8 else F.linear(x, w)
+    qkv, r = qkv.view(len(x), 3, -1, 4 * cos.size(1)), None if fp8 else r
+    value_gate = None if w_value is None else value_gate
+    return *t.attention_inputs_reference(qkv, r, ve, value_gate, cos, sin, paired, key_offset), gate
 
 
 class TestCheckOps:
@@ -178,9 +184,8 @@ class TestCheckOps:
 
     @pytest.fixture
     def hopper(self, monkeypatch):
-        inputs, attention, rows = t.attention_inputs_reference, t.attention_reference, t.scatter_add_rows_reference
-        monkeypatch.setattr(t, "AttentionInputs", SimpleNamespace(apply=lambda *x: inputs(*x)))
-        monkeypatch.setattr(t, "NormedLinear", SimpleNamespace(apply=normed_linear))
+        attention, rows = t.attention_reference, t.scatter_add_rows_reference
+        monkeypatch.setattr(t, "AttentionInputs", SimpleNamespace(apply=attention_inputs))
         return t.HOPPER._replace(attention=lambda *x: attention(*x), add_rows=lambda *x: rows(*x))
 
     def test_passes(self, hopper):
@@ -298,3 +303,26 @@ def test_flash4_is_the_pinned_one():
     preprocess_takes = ("out dout dpsum lse lse_log2 dq_accum cu_seqlens_q seqused_q dlse dtype head_dim head_dim_v "
                         "m_block_size").split()
     assert [*inspect.signature(interface._bwd_preprocess).parameters][:13] == preprocess_takes
+
+
+def test_compile_ahead(monkeypatch):
+    """Processes beside a run on Hopper run all cases, end by themselves, and at once when it ends; none elsewhere."""
+    ranks = t.Ranks(0, 1, CPU)
+    assert t.compile_ahead(replace(t.PRESETS["demo"], kernels="plain"), ranks.device) == []
+    hp = replace(t.PRESETS["demo"], kernels="hopper", attention="reference")
+    started = t.compile_ahead(hp, ranks.device)
+    assert len(started) == t.COMPILERS
+    first, *others = started
+    for process in others:
+        process.stdin.close()
+    assert [process.wait(60) for process in others] == [0] * len(others)
+    assert first.wait(120) == 0
+    seen = []
+    monkeypatch.setattr(t, "case_inputs", lambda case, *_: seen.append(case))
+    monkeypatch.setattr(t.os, "_exit", lambda status: None)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    for part in range(t.COMPILERS):
+        t.compile_cases("reference", "cpu", part)
+    assert sorted(map(id, seen)) == sorted(map(id, t.CASES.values()))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert t.compile_ahead(hp, ranks.device) == []
