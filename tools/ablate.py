@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,6 +101,7 @@ EDITS = (
     Edit("final window not extended", "33", "--final_val_window=13"),  # the last stage's
     # of the frontier recipe; left out where a recipe has none of it
     Edit("softmax over all classes", "92", "STAGES.*.classes=0"),
+    Edit("sampled classes count once", "", "--weighted_classes=false"),
     Edit("bf16 MLP", "84, 89, 90", "LAYERS.*.fp8_mlp=false"),
     Edit("bf16 QKV", "90", "LAYERS.*.fp8_qkv=false"),
     Edit("bigram table for n-grams", "92", "--ngram_rows=0"),
@@ -143,7 +145,9 @@ def patched(source: str, edit: Edit) -> str:
 def recipe(edit: Edit, both: list[str]) -> t.Recipe:
     """The recipe of these arguments with the edit; raises LogError for those that train_gpt.py refuses."""
     try:
-        return t.parse_args([*both, *edit.arguments])[0]
+        hp = t.parse_args([*both, *edit.arguments])[0]
+        sampled = any(stage.classes for stage in hp.stages)
+        return hp if sampled else replace(hp, weighted_classes=True)  # which then changes nothing
     except t.UserError as error:
         raise LogError(str(error) if edit is CONTROL else f"{edit.name}: {error}") from None
 
