@@ -307,7 +307,8 @@ class Recipe:
     seed: int = key(0, "draws the initial weights", least=-(2**63))
     dtype: str = key("bfloat16", "of weights and activations", choices=("bfloat16", "float32"))
     fp8_head: bool = key(True, "the training head's products in FP8")
-    weighted_classes: bool = key(True, "sampled classes count for those left out, too")
+    frequent_classes: float = key(0.5, "share of the sampled classes that are the most frequent ones", least=0)
+    weighted_classes: bool = key(True, "the other sampled classes count for those left out, too")
     compile: bool = key(True, "torch.compile; plain eager PyTorch if false", free=True)
     graphs: bool = key(True, "replay micro-steps as CUDA graphs, on a GPU if compiled", free=True)
     micro_tokens: int | Literal["auto"] = key("auto", "join a rank's segments up to this; auto: what the GPU's memory "
@@ -387,7 +388,7 @@ def frontier(recipe: Recipe) -> Recipe:
     layers = tuple(layer._replace(fp8_qkv=layer.window is not None, fp8_mlp=True) for layer in recipe.layers)
     scheduled = [stage for stage in recipe.stages if stage.length is not None]
     stages = [stage._replace(classes=10_240) for stage in scheduled[:-1]]
-    for share, classes in ((0.84, 14_336), (0.16, 0)):  # the last part as in #92, which has 24,576 in 0.36 before it
+    for share, classes in ((0.48, 14_336), (0.36, 24_576), (0.16, 0)):  # as #92's changes lie in its third stage
         stages += [stage._replace(length=share * stage.length, classes=classes) for stage in scheduled[-1:]]
     stages += [stage for stage in recipe.stages if stage.length is None]
     return replace(recipe, layers=layers, stages=tuple(stages), ngram_rows=10_575_360, tail_average=1.0,
@@ -526,7 +527,7 @@ class Batch(NamedTuple):
     cu_seqlens: Tensor  # [documents + 1] int32, padded with T to a fixed length
     order: Tensor  # [T] int32, positions sorted by token
     candidates: Tensor  # [n, classes] int64: what the softmax of each of n segments is over; [n, 0]: all
-    shares: Tensor  # [n, 2] fp32: how many candidates, the first, are targets; what each other counts for; or [n, 0]
+    shares: Tensor  # [n, 2] fp32: how many candidates, the first, count once; what each other counts for; or [n, 0]
     sign_ids: Tensor  # [2, T] int32: rows of the signs that n-gram rows are multiplied by
     slots: Tensor  # [2, T] int32: where n-gram rows' gradients are summed
     prefixes: Tensor  # [T, 1] int64, as targets: the longest token that each of these begins with, -1: none; or [T, 0]
@@ -743,32 +744,39 @@ def segments_together(S: int, own: int, limit: int) -> int:
 
 
 class Sweep:
-    """Chooses what a segment's softmax is over: its targets, and other classes in turn. Each of the SEGMENTS walks over
-    all classes in its own place, so that any number of ranks chooses the same (a part of record #92).
+    """Chooses what a segment's softmax is over: its targets, the most frequent of the other classes, and of the rest
+    some in turn. Each of the SEGMENTS walks over all classes in its own place, so that any number of ranks chooses the
+    same (a part of record #92, which has neither frequent ones nor weights).
 
-    With weighted_classes, which #92 lacks, each of the others counts for free / missing classes in the softmax's sum,
-    so that this is an unbiased estimate of that over all classes (Bengio and Senecal 2008)."""
+    With weighted_classes each of those in turn counts for free / missing classes in the softmax's sum, which so is an
+    unbiased estimate of that over all classes (Bengio and Senecal 2008). Frequent ones halve how much it varies."""
 
     STRIDE = 20_011  # a prime: its multiples modulo V are a permutation
+    COUNTED = 8_000_000  # tokens, in 20 ms
     ALL = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)  # what choose returns for all classes
 
     def __init__(self, hp: Recipe):
-        self.V, self.weighted = hp.sizes["V"], hp.weighted_classes
+        self.V, self.weighted, self.frequent = hp.sizes["V"], hp.weighted_classes, hp.frequent_classes
         self.walk = self.STRIDE * np.arange(self.V) % self.V
         self.places = [self.V * segment // SEGMENTS for segment in range(SEGMENTS)]
+        self.by_count = np.arange(self.V)  # the most frequent first
 
     def choose(self, segment: int, targets: np.ndarray, classes: int, more: int = 256) -> tuple[np.ndarray, np.ndarray]:
-        """So many classes, all targets and then others, both in rising order, and their shares as in Batch; ALL if
-        classes is 0. Raises UserError."""
+        """So many classes, those that count once and then the others, both in rising order, and their shares as in
+        Batch; ALL if classes is 0. Raises UserError."""
         if classes == 0:
             return self.ALL
         chosen = np.zeros(self.V, dtype=bool)
         chosen[targets] = True
-        own = np.flatnonzero(chosen)
-        missing, share, found = classes - len(own), 1.0, own[:0]
-        require(missing >= 0, f"segment {segment} has {len(own)} different targets, above STAGES.*.classes={classes}")
+        distinct = np.count_nonzero(chosen)
+        require(distinct <= classes,
+                f"segment {segment} has {distinct} different targets, above STAGES.*.classes={classes}")
+        frequent = int(self.frequent * (classes - distinct))
+        chosen[self.by_count[~chosen[self.by_count]][:frequent]] = True
+        once = np.flatnonzero(chosen)
+        missing, share, found = classes - len(once), 1.0, once[:0]
         if missing:
-            share = (self.V - len(own)) / missing if self.weighted else 1.0
+            share = (self.V - len(once)) / missing if self.weighted else 1.0
             length = min(self.V, 17 * missing // 10 + more)
             window = self.walk[(self.places[segment] + np.arange(length)) % self.V]
             self.places[segment] = (self.places[segment] + length) % self.V
@@ -776,7 +784,11 @@ class Sweep:
             if len(found) < missing:
                 free = np.flatnonzero(~chosen)
                 found = free[:: len(free) // missing][:missing]
-        return np.concatenate([own, np.sort(found)]), np.array([len(own), share], dtype=np.float32)
+        return np.concatenate([once, np.sort(found)]), np.array([len(once), share], dtype=np.float32)
+
+    def count(self, tokens: np.ndarray) -> None:
+        """With these, the run's first, it becomes known which classes are frequent."""
+        self.by_count = np.argsort(-np.bincount(tokens[: self.COUNTED], minlength=self.V), kind="stable")
 
 
 def places(tokens: np.ndarray, classes: np.ndarray) -> np.ndarray:
@@ -912,6 +924,8 @@ def train_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int],
     number = -1
     for number, (documents, segments) in enumerate(walk(sorted(glob.glob(hp.train_files)), hp.bos, plans)):
         now = plans[number]
+        if number == 0:
+            sweep.count(documents.tokens)
         touched, rows = None, []
         if log and number >= running:
             if number and now.step != plans[number - 1].step + 1:
@@ -3825,6 +3839,7 @@ def check_sizes(hp: Recipe) -> None:
     require(hp.model_dim == hp.num_heads * hp.head_dim, "--model_dim must equal num_heads * head_dim")
     require(hp.num_heads % 2 == 0 and hp.head_dim % 8 == 0, "--num_heads must be even, --head_dim a multiple of 8")
     require(hp.model_dim % SEGMENTS == 0, f"--model_dim must be a multiple of {SEGMENTS}, so that ranks can share it")
+    require(hp.frequent_classes <= 1, f"--frequent_classes={hp.frequent_classes}: use a share from 0 to 1")
     require(hp.ngram_rows % (2 * SEGMENTS) == 0,
             f"--ngram_rows={hp.ngram_rows} must be a multiple of {2 * SEGMENTS}, for ranks and two kinds of rows")
     require(hp.ngram_rows == 0 or hp.vocab_size != 50_257 or TOKEN_CLASSES.exists(),

@@ -17,8 +17,8 @@ CAP = 23.0, 5.0, 7.5
 OFF = dict(ngram_rows=0, tail_average=0.0, cooldown_start=0.4, cooldown_floor=0.15)
 
 
-def sweep(V):
-    return t.Sweep(SimpleNamespace(sizes={"V": V}, weighted_classes=True))
+def sweep(V, frequent=0.0):
+    return t.Sweep(SimpleNamespace(sizes={"V": V}, weighted_classes=True, frequent_classes=frequent))
 
 
 def choose(ours, segment, targets, *more):
@@ -84,6 +84,17 @@ def test_no_others():
     """Targets may be all candidates; and none has a share where the softmax is over all classes."""
     assert (choose(sweep(64), 2, np.arange(16), 16) == np.arange(16)).all()
     assert [len(x) for x in sweep(64).choose(2, np.arange(16), 0)] == [0, 0]
+
+
+@pytest.mark.parametrize("frequent,more,share", [(0.5, 3, (64 - 7) / 3), (0.9, 5, (64 - 9) / 1), (1.0, 6, 1.0)])
+def test_frequent_classes(frequent, more, share):
+    """Of what is not a target the most frequent classes come first, and count once; the rest are chosen in turn."""
+    ours = sweep(64, frequent)
+    ours.count(np.repeat([9, 3, 40, 5, 11, 60, 61], [50, 40, 30, 20, 10, 3, 2]))
+    classes, (once, weight) = ours.choose(0, np.array([3, 3, 8, 2, 5]), 10)
+    own, others = np.split(classes, [int(once)])
+    assert sorted({*own} - {2, 3, 5, 8}) == sorted([9, 40, 11, 60, 61, 0][:more])
+    assert len(others) == 6 - more and not np.isin(others, own).any() and weight == np.float32(share)
 
 
 def test_places():
@@ -171,6 +182,7 @@ def test_ranks_choose_the_same():
 def test_targets_are_places():
     """A batch's targets point at the classes that follow each token; validation is over all classes."""
     hp, ranks = t.PRESETS["frontier_demo"], t.Ranks(0, 1, torch.device("cpu"))
+    hp = dataclasses.replace(hp, frequent_classes=0.0)
     plain = dataclasses.replace(hp, stages=tuple(stage._replace(classes=0) for stage in hp.stages))
     (batch,), _ = next(t.train_batches(hp, ranks, range(1)))
     (all_classes,), _ = next(t.train_batches(plain, ranks, range(1)))

@@ -42,7 +42,8 @@ def test_fp8(name):
     case = CASES[name]
     inputs = t.case_inputs(case, SIZES["odd"] | (dict(T=32, F=112) if "MLP" in name else {}), FP32, "cpu")
     for ours, plain in zip(*(t.case_results(case, ops, inputs) for ops in (t.HOPPER, t.PLAIN)), strict=True):
-        assert torch.equal(ours, plain) and ours.abs().max() > 0
+        # logits are rounded once by one and twice by the other
+        assert (ours - plain).norm() <= (2**-8 if "head" in name else 0) * plain.norm() and ours.abs().max() > 0
 
 
 def test_inverse_rms_of_products(T=7, D=500):

@@ -102,6 +102,7 @@ EDITS = (
     # of the frontier recipe; left out where a recipe has none of it
     Edit("softmax over all classes", "92", "STAGES.*.classes=0"),
     Edit("sampled classes count once", "", "--weighted_classes=false"),
+    Edit("classes sampled in turn alone", "", "--frequent_classes=0"),
     Edit("bf16 MLP", "84, 89, 90", "LAYERS.*.fp8_mlp=false"),
     Edit("bf16 QKV", "90", "LAYERS.*.fp8_qkv=false"),
     Edit("bigram table for n-grams", "92", "--ngram_rows=0"),
@@ -147,7 +148,8 @@ def recipe(edit: Edit, both: list[str]) -> t.Recipe:
     try:
         hp = t.parse_args([*both, *edit.arguments])[0]
         sampled = any(stage.classes for stage in hp.stages)
-        return hp if sampled else replace(hp, weighted_classes=True)  # which then changes nothing
+        same = {key: getattr(t.Recipe, key) for key in ("weighted_classes", "frequent_classes")}
+        return hp if sampled else replace(hp, **same)  # which then changes nothing
     except t.UserError as error:
         raise LogError(str(error) if edit is CONTROL else f"{edit.name}: {error}") from None
 
