@@ -382,9 +382,10 @@ def mini(recipe: Recipe) -> Recipe:
 
 
 def frontier(recipe: Recipe) -> Recipe:
-    """The recipe plus parts of record #92: --set 'STAGES.*.classes=0' takes all classes, --set 'LAYERS.*.fp8_mlp=false'
-    multiplies in bf16, --ngram_rows=0 has the bigram table, --tail_average=0 the last weights, for which record80's
-    --cooldown_floor and --cooldown_start are better."""
+    """The recipe plus parts of record #92: --set 'STAGES.*.classes=0' takes all classes, --frequent_classes=0 and
+    --weighted_classes=false choose some as #92 does, --set 'LAYERS.*.fp8_mlp=false' multiplies in bf16, --ngram_rows=0
+    has the bigram table, --tail_average=0 the last weights, for which record80's --cooldown_floor and --cooldown_start
+    are better."""
     layers = tuple(layer._replace(fp8_qkv=layer.window is not None, fp8_mlp=True) for layer in recipe.layers)
     scheduled = [stage for stage in recipe.stages if stage.length is not None]
     stages = [stage._replace(classes=10_240) for stage in scheduled[:-1]]
