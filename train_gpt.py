@@ -307,8 +307,8 @@ class Recipe:
     seed: int = key(0, "draws the initial weights", least=-(2**63))
     dtype: str = key("bfloat16", "of weights and activations", choices=("bfloat16", "float32"))
     fp8_head: bool = key(True, "the training head's products in FP8")
-    frequent_classes: float = key(0.5, "share of the sampled classes that are the most frequent ones", least=0)
-    weighted_classes: bool = key(True, "the other sampled classes count for those left out, too")
+    frequent_classes: float = key(0.0, "share of the sampled classes that are the most frequent ones", least=0)
+    weighted_classes: bool = key(False, "the other sampled classes count for those left out, too")
     compile: bool = key(True, "torch.compile; plain eager PyTorch if false", free=True)
     graphs: bool = key(True, "replay micro-steps as CUDA graphs, on a GPU if compiled", free=True)
     micro_tokens: int | Literal["auto"] = key("auto", "join a rank's segments up to this; auto: what the GPU's memory "
@@ -393,7 +393,7 @@ def frontier(recipe: Recipe) -> Recipe:
         stages += [stage._replace(length=share * stage.length, classes=classes) for stage in scheduled[-1:]]
     stages += [stage for stage in recipe.stages if stage.length is None]
     return replace(recipe, layers=layers, stages=tuple(stages), ngram_rows=10_575_360, tail_average=1.0,
-                   cooldown_start=0.2, cooldown_floor=0.3)
+                   cooldown_start=0.2, cooldown_floor=0.3, frequent_classes=0.5, weighted_classes=True)
 
 
 RECORD80 = Recipe()
@@ -753,7 +753,7 @@ class Sweep:
     unbiased estimate of that over all classes (Bengio and Senecal 2008). Frequent ones halve how much it varies."""
 
     STRIDE = 20_011  # a prime: its multiples modulo V are a permutation
-    COUNTED = 8_000_000  # tokens, in 20 ms
+    COUNTED = 8_000_000  # tokens, in 50 ms
     ALL = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)  # what choose returns for all classes
 
     def __init__(self, hp: Recipe):
@@ -929,7 +929,7 @@ def train_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int],
     number = -1
     for number, (documents, segments) in enumerate(walk(sorted(glob.glob(hp.train_files)), hp.bos, plans)):
         now = plans[number]
-        if number == 0:
+        if number == 0 and hp.frequent_classes:
             sweep.count(documents.tokens)
         touched, rows = None, []
         if log and number >= running:

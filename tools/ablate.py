@@ -27,7 +27,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -146,10 +145,7 @@ def patched(source: str, edit: Edit) -> str:
 def recipe(edit: Edit, both: list[str]) -> t.Recipe:
     """The recipe of these arguments with the edit; raises LogError for those that train_gpt.py refuses."""
     try:
-        hp = t.parse_args([*both, *edit.arguments])[0]
-        sampled = any(stage.classes for stage in hp.stages)
-        same = {key: getattr(t.Recipe, key) for key in ("weighted_classes", "frequent_classes")}
-        return hp if sampled else replace(hp, **same)  # which then changes nothing
+        return t.parse_args([*both, *edit.arguments])[0]
     except t.UserError as error:
         raise LogError(str(error) if edit is CONTROL else f"{edit.name}: {error}") from None
 
