@@ -87,7 +87,7 @@ try:
 
     jit = triton.jit
 except ImportError:  # CPU builds of PyTorch come without Triton; PLAIN serves
-    triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda f, **_: f
+    triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda f: f
 
 # ==== 2. Configuration: every tuned number of the run is in this part ====
 
@@ -307,8 +307,6 @@ class Recipe:
     seed: int = key(0, "draws the initial weights", least=-(2**63))
     dtype: str = key("bfloat16", "of weights and activations", choices=("bfloat16", "float32"))
     fp8_head: bool = key(True, "the training head's products in FP8")
-    frequent_classes: float = key(0.0, "share of the sampled classes that are the most frequent ones", least=0)
-    weighted_classes: bool = key(False, "the other sampled classes count for those left out, too")
     compile: bool = key(True, "torch.compile; plain eager PyTorch if false", free=True)
     graphs: bool = key(True, "replay micro-steps as CUDA graphs, on a GPU if compiled", free=True)
     micro_tokens: int | Literal["auto"] = key("auto", "join a rank's segments up to this; auto: what the GPU's memory "
@@ -382,10 +380,9 @@ def mini(recipe: Recipe) -> Recipe:
 
 
 def frontier(recipe: Recipe) -> Recipe:
-    """The recipe plus parts of record #92: --set 'STAGES.*.classes=0' takes all classes, --frequent_classes=0 and
-    --weighted_classes=false choose some as #92 does, --set 'LAYERS.*.fp8_mlp=false' multiplies in bf16, --ngram_rows=0
-    has the bigram table, --tail_average=0 the last weights, for which record80's --cooldown_floor and --cooldown_start
-    are better."""
+    """The recipe plus parts of record #92: --set 'STAGES.*.classes=0' takes all classes, --set 'LAYERS.*.fp8_mlp=false'
+    multiplies in bf16, --ngram_rows=0 has the bigram table, --tail_average=0 the last weights, for which record80's
+    --cooldown_floor and --cooldown_start are better."""
     layers = tuple(layer._replace(fp8_qkv=layer.window is not None, fp8_mlp=True) for layer in recipe.layers)
     scheduled = [stage for stage in recipe.stages if stage.length is not None]
     stages = [stage._replace(classes=10_240) for stage in scheduled[:-1]]
@@ -393,7 +390,7 @@ def frontier(recipe: Recipe) -> Recipe:
         stages += [stage._replace(length=share * stage.length, classes=classes) for stage in scheduled[-1:]]
     stages += [stage for stage in recipe.stages if stage.length is None]
     return replace(recipe, layers=layers, stages=tuple(stages), ngram_rows=10_575_360, tail_average=1.0,
-                   cooldown_start=0.2, cooldown_floor=0.3, frequent_classes=0.5, weighted_classes=True)
+                   cooldown_start=0.2, cooldown_floor=0.3)
 
 
 RECORD80 = Recipe()
@@ -527,8 +524,7 @@ class Batch(NamedTuple):
     bigram_ids: Tensor  # [T] int32; with an n-gram table [2, T], of bigrams and trigrams: rows, or slots of copies
     cu_seqlens: Tensor  # [documents + 1] int32, padded with T to a fixed length
     order: Tensor  # [T] int32, positions sorted by token
-    candidates: Tensor  # [n, classes] int64: what the softmax of each of n segments is over; [n, 0]: all
-    shares: Tensor  # [n, 2] fp32: how many candidates, the first, count once; what each other counts for; or [n, 0]
+    candidates: Tensor  # [n, classes] int64, rising: what the softmax of each of n segments is over; [n, 0]: all
     sign_ids: Tensor  # [2, T] int32: rows of the signs that n-gram rows are multiplied by
     slots: Tensor  # [2, T] int32: where n-gram rows' gradients are summed
     prefixes: Tensor  # [T, 1] int64, as targets: the longest token that each of these begins with, -1: none; or [T, 0]
@@ -601,7 +597,7 @@ class Ops(NamedTuple):
     injections: Callable  # x0, bigram [T, D], their lambdas [A] -> A of Injection
     linear_sum: Callable  # y, o, x, resid [T], Injection -> Stream: y o^T + resid x + injected
     mlp: Callable  # x, up, down, resid [T], fp8 -> Stream: relu(norm(x) up^T)^2 down + resid x
-    head_loss: Callable  # x [T, D], w [D, V], candidates, shares, targets [T, k], weights, cap, fp8, loss_scale -> loss
+    head_loss: Callable  # x [T, D], w [D, V], candidates, targets [T, k], weights, cap, fp8, loss_scale -> loss
     add_rows: Callable  # rows [T, D], ids [T], table, order -> None: table[ids] += rows
 
 
@@ -745,39 +741,26 @@ def segments_together(S: int, own: int, limit: int) -> int:
 
 
 class Sweep:
-    """Chooses what a segment's softmax is over: its targets, the most frequent of the other classes, and of the rest
-    some in turn. Each of the SEGMENTS walks over all classes in its own place, so that any number of ranks chooses the
-    same (a part of record #92, which has neither frequent ones nor weights).
-
-    With weighted_classes each of those in turn counts for free / missing classes in the softmax's sum, which so is an
-    unbiased estimate of that over all classes (Bengio and Senecal 2008). Frequent ones halve how much it varies."""
+    """Chooses what a segment's softmax is over: its targets, and other classes in turn. Each of the SEGMENTS walks over
+    all classes in its own place, so that any number of ranks chooses the same (a part of record #92)."""
 
     STRIDE = 20_011  # a prime: its multiples modulo V are a permutation
-    COUNTED = 8_000_000  # tokens, in 50 ms
-    ALL = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)  # what choose returns for all classes
 
     def __init__(self, hp: Recipe):
-        self.V, self.weighted, self.frequent = hp.sizes["V"], hp.weighted_classes, hp.frequent_classes
+        self.V = hp.sizes["V"]
         self.walk = self.STRIDE * np.arange(self.V) % self.V
         self.places = [self.V * segment // SEGMENTS for segment in range(SEGMENTS)]
-        self.by_count = np.arange(self.V)  # the most frequent first
 
-    def choose(self, segment: int, targets: np.ndarray, classes: int, more: int = 256) -> tuple[np.ndarray, np.ndarray]:
-        """So many classes, those that count once and then the others, both in rising order, and their shares as in
-        Batch; ALL if classes is 0. Raises UserError."""
+    def choose(self, segment: int, targets: np.ndarray, classes: int, more: int = 256) -> np.ndarray:
+        """So many classes in rising order, among them all targets; none if classes is 0. Raises UserError."""
         if classes == 0:
-            return self.ALL
+            return np.empty(0, dtype=np.int64)
         chosen = np.zeros(self.V, dtype=bool)
         chosen[targets] = True
         distinct = np.count_nonzero(chosen)
-        require(distinct <= classes,
-                f"segment {segment} has {distinct} different targets, above STAGES.*.classes={classes}")
-        frequent = int(self.frequent * (classes - distinct))
-        chosen[self.by_count[~chosen[self.by_count]][:frequent]] = True
-        once = np.flatnonzero(chosen)
-        missing, share, found = classes - len(once), 1.0, once[:0]
+        missing = classes - distinct
+        require(missing >= 0, f"segment {segment} has {distinct} different targets, above STAGES.*.classes={classes}")
         if missing:
-            share = (self.V - len(once)) / missing if self.weighted else 1.0
             length = min(self.V, 17 * missing // 10 + more)
             window = self.walk[(self.places[segment] + np.arange(length)) % self.V]
             self.places[segment] = (self.places[segment] + length) % self.V
@@ -785,15 +768,12 @@ class Sweep:
             if len(found) < missing:
                 free = np.flatnonzero(~chosen)
                 found = free[:: len(free) // missing][:missing]
-        return np.concatenate([once, np.sort(found)]), np.array([len(once), share], dtype=np.float32)
-
-    def count(self, tokens: np.ndarray) -> None:
-        """With these, the run's first, it becomes known which classes are frequent."""
-        self.by_count = np.argsort(-np.bincount(tokens[: self.COUNTED], minlength=self.V), kind="stable")
+            chosen[found] = True
+        return np.flatnonzero(chosen)
 
 
 def places(tokens: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """Where tokens are among classes, int64, -1: nowhere; without classes their own numbers."""
+    """Where tokens are among rising classes, int64, -1: nowhere; without classes their own numbers."""
     if len(classes) == 0:
         return tokens.astype(np.int64)
     at = np.full(2**16 + 1, -1)  # a token has two bytes; -1, no token, has the last place
@@ -805,7 +785,7 @@ def pack(
     hp: Recipe,
     segments: list[tuple[np.ndarray, np.ndarray]],
     documents: int = 0,
-    chosen: list[tuple[np.ndarray, np.ndarray]] | None = None,  # Sweep's, of each segment; none or empty: all classes
+    candidates: list[np.ndarray] | None = None,  # of each segment; none or empty: all classes
     ids: list[np.ndarray] | None = None,  # table_ids of each segment; none or empty: to be found
     log: TouchLog | None = None,  # which knows the slots of n-gram rows; none: not needed
     prefix: bool = False,  # prefixes are predicted, too
@@ -826,7 +806,7 @@ def pack(
     cu_seqlens[0] = 0
     cu_seqlens[1 : len(ends) + 1] = ends
     inputs = np.concatenate([tokens[:-1] for tokens, _ in segments])
-    candidates, shares = zip(*(chosen or [Sweep.ALL for _ in segments]))
+    candidates = candidates or [np.empty(0, dtype=np.int64) for _ in segments]
     ahead, prefixes = [tokens[1:] for tokens, _ in segments], np.empty((T, 0), dtype=np.int64)
     targets = np.concatenate([*map(places, ahead, candidates)])
     if prefix:
@@ -837,8 +817,8 @@ def pack(
     slots = log.slots[ids] if log and hp.ngram_rows else ids[:0]
     ids = slots if len(slots) and log.world > 1 else ids  # of copies
     order = np.argsort(inputs, kind="stable").astype(np.int32)  # fast for uint16
-    arrays = inputs.astype(np.int32), targets, ids, cu_seqlens, order, *map(np.stack, (candidates, shares))
-    return Batch(*map(torch.from_numpy, (*arrays, signs, slots, prefixes)))
+    arrays = inputs.astype(np.int32), targets, ids, cu_seqlens, order, np.stack(candidates), signs, slots, prefixes
+    return Batch(*map(torch.from_numpy, arrays))
 
 
 class TouchLog:
@@ -929,8 +909,6 @@ def train_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int],
     number = -1
     for number, (documents, segments) in enumerate(walk(sorted(glob.glob(hp.train_files)), hp.bos, plans)):
         now = plans[number]
-        if number == 0 and hp.frequent_classes:
-            sweep.count(documents.tokens)
         touched, rows = None, []
         if log and number >= running:
             if number and now.step != plans[number - 1].step + 1:
@@ -938,8 +916,8 @@ def train_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int],
             rows = log.mark(documents, segments)
         own = [(documents.join(slices), np.cumsum([b - a for a, b in slices]))
                for slices in segments[ranks.rank :: ranks.world]]
-        chosen = [sweep.choose(segment, tokens[1:], now.stage.classes)
-                  for segment, (tokens, _) in zip(range(ranks.rank, SEGMENTS, ranks.world), own)]
+        candidates = [sweep.choose(segment, tokens[1:], now.stage.classes)
+                      for segment, (tokens, _) in zip(range(ranks.rank, SEGMENTS, ranks.world), own)]
         if number < done:
             if log and number >= running:
                 log.take_over()
@@ -949,7 +927,7 @@ def train_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int],
         n = segments_together(now.windows.segment, len(own), hp.micro_tokens)
         prefix = now.prefix_weights != ()
         parts = [slice(i, i + n) for i in range(0, len(own), n)]
-        yield ([pack(hp, own[x], 0, chosen[x], rows[x], log, prefix) for x in parts],
+        yield ([pack(hp, own[x], 0, candidates[x], rows[x], log, prefix) for x in parts],
                touched if hp.ngram_rows or (touched and touched.gradients) else None)
     if number + 1 < len(plans):
         raise UserError("the train shards ran out before the schedule")
@@ -1294,8 +1272,8 @@ class GPT(nn.Module):
         targets = batch.targets.unflatten(0, (-1, windows.segment or len(batch.targets)))  # [n, S]
         targets = next_targets(targets, len(weights) - batch.prefixes.size(1))
         targets = torch.cat([targets, batch.prefixes], dim=1)
-        return self.ops.head_loss(x, self.lm_head, batch.candidates, batch.shares, targets, self.loss_scale * weights,
-                                  self.cap, self.hp.fp8_head, self.loss_scale)
+        return self.ops.head_loss(x, self.lm_head, batch.candidates, targets, self.loss_scale * weights, self.cap,
+                                  self.hp.fp8_head, self.loss_scale)
 
     def val_losses(self, batch: Batch, rows: Embeddings, windows: Windows) -> Tensor:
         """The loss of each position [T], without FP8."""
@@ -2883,7 +2861,6 @@ def softcapped_mtp_loss_reference(
     cap: float,  # z = cap * sigmoid((logit + shift) / width)
     shift: float,
     width: float,
-    shares: Tensor | None = None,  # [2] fp32: how many columns, the first, count once in the sum; what each other does
 ) -> tuple[Tensor, Tensor]:
     """Multi-token cross entropy on soft-capped logits [T] fp32, and d sum(loss) / d logits / grad_scale [T, V].
 
@@ -2892,12 +2869,10 @@ def softcapped_mtp_loss_reference(
     """
     V = logits.size(1)
     u = torch.sigmoid((logits.float() + shift) / width)  # [T, V]; z = cap * u
-    column = torch.arange(V, device=logits.device)
     e = torch.exp(cap * u - cap)
-    if shares is not None:
-        e = e * torch.where(column < shares[0], 1.0, shares[1])
     total = e.sum(dim=1)  # [T]
     lse = total.log() + cap
+    column = torch.arange(V, device=logits.device)
     loss, hits, mass = torch.zeros_like(lse), 0.0, torch.zeros_like(lse)
     for k in range(len(weights)):
         target = targets[:, k]  # [T]; -1 matches no column
@@ -2943,11 +2918,10 @@ def unpacked(x, PACK: tl.constexpr):
     return x
 
 
-@partial(jit, do_not_specialize_on_alignment=["shares"])  # or odd segments' kernel would be another
-def mtp_loss_kernel(logits, targets, weights, shares, total, grad, T, V: tl.constexpr, scale, HALF: tl.constexpr,
-                    SHIFT: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr,
-                    FAST: tl.constexpr, PACK: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
-                    WORDS: tl.constexpr):
+@jit
+def mtp_loss_kernel(logits, targets, weights, total, grad, T, V: tl.constexpr, scale, HALF: tl.constexpr,
+                    SHIFT: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, FAST: tl.constexpr, PACK: tl.constexpr,
+                    PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr):
     """Sums of exp(z - CAP) of each row, and the gradient but for the targets' own columns, which target_kernel writes.
 
     Programs walk over rows. Each is read once, a row ahead. What the gradient needs of it, exp(z - CAP) (1 - t^2),
@@ -2957,8 +2931,6 @@ def mtp_loss_kernel(logits, targets, weights, shares, total, grad, T, V: tl.cons
     N: tl.constexpr = V * WORDS // BLOCK  # words of a row
     first, columns, words = tl.program_id(0), tl.arange(0, BLOCK), tl.arange(0, WORDS)
     kept, slope, before = (), 0.0, first
-    if SHARED:
-        once, share = tl.load(shares).to(tl.int32), tl.load(shares + 1)
     for _ in tl.static_range(BLOCKS):
         kept += (tl.zeros([WORDS], logits.dtype.element_ty),)
     for done in tl.range(0, T - first, PROGRAMS, num_stages=3):
@@ -2971,8 +2943,6 @@ def mtp_loss_kernel(logits, targets, weights, shares, total, grad, T, V: tl.cons
         for i in tl.static_range(BLOCKS):
             inside = i * BLOCK + columns < V
             t, e = capped(unpacked(x[i], PACK), HALF, SHIFT, WIDTH, FAST)
-            if SHARED:
-                e *= tl.where(i * BLOCK + columns < once, 1.0, share)
             sums += tl.where(inside, e, 0.0)
             # the first time zeros go to the program's first row, whose gradient comes a turn later
             tl.store(grad + before.to(tl.int64) * V + i * BLOCK + columns,
@@ -2989,10 +2959,9 @@ def mtp_loss_kernel(logits, targets, weights, shares, total, grad, T, V: tl.cons
                  (slope * unpacked(kept[i], PACK)).to(grad.dtype.element_ty), mask=i * BLOCK + columns < V)
 
 
-@partial(jit, do_not_specialize_on_alignment=["shares"])
-def target_kernel(logits, targets, weights, shares, total, loss, grad, T, V, scale, CAP: tl.constexpr,
-                  HALF: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr,
-                  ROWS: tl.constexpr):
+@jit
+def target_kernel(logits, targets, weights, total, loss, grad, T, V, scale, CAP: tl.constexpr, HALF: tl.constexpr,
+                  SHIFT: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr):
     """Each row's loss, and the targets' own columns of the gradient."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside, at = row < T, row.to(tl.int64) * V
@@ -3008,8 +2977,6 @@ def target_kernel(logits, targets, weights, shares, total, loss, grad, T, V, sca
         seen = target >= 0
         t, e = capped(tl.load(logits + at + target, mask=seen, other=0.0).to(tl.float32), HALF, SHIFT, WIDTH, False)
         row_loss += tl.where(seen, tl.load(weights + j), 0.0) * (lse - 0.5 * CAP - 0.5 * CAP * t)
-        if SHARED:
-            e *= tl.where(target < tl.load(shares).to(tl.int32), 1.0, tl.load(shares + 1))
         g = 0.25 * scale * (mass / sums * e - hits) * (1.0 - t * t)
         tl.store(grad + at + target, g.to(grad.dtype.element_ty), mask=seen)
     tl.store(loss + row, row_loss, mask=inside)
@@ -3020,8 +2987,7 @@ LOSS_BLOCK, LOSS_ROWS = 4096, 64  # of a sweep on H200, with 16 warps
 
 @op(softcapped_mtp_loss_reference)
 def softcapped_mtp_loss(logits: Tensor, targets: Tensor, weights: Tensor, grad_dtype: torch.dtype, grad_scale: float,
-                        cap: float, shift: float, width: float,
-                        shares: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                        cap: float, shift: float, width: float) -> tuple[Tensor, Tensor]:
     (T, V), K, half = logits.shape, len(weights), 0.5 * cap * math.log2(math.e)
     loss, grad = logits.new_empty(T, dtype=torch.float32), logits.new_empty(T, V, dtype=grad_dtype)
     fast = grad_dtype.itemsize == 1 and logits.is_cuda  # e5m2 has two bits of mantissa: the errors are lost in it
@@ -3030,11 +2996,10 @@ def softcapped_mtp_loss(logits: Tensor, targets: Tensor, weights: Tensor, grad_d
     assert targets.shape == (T, K) and targets.is_contiguous()
     programs = min(T, multiprocessors(logits.device))
     mtp_loss_kernel[(programs,)](
-        logits.view(torch.int32) if pack else logits, targets, weights, shares, total, grad, T, V, scale, half, shift,
-        width, K, shares is not None, fast, pack, programs, LOSS_BLOCK, LOSS_BLOCK // 2 if pack else LOSS_BLOCK,
-        num_warps=16)
-    target_kernel[(triton.cdiv(T, LOSS_ROWS),)](logits, targets, weights, shares, total, loss, grad, T, V, scale, cap,
-                                                half, shift, width, K, shares is not None, LOSS_ROWS, num_warps=2)
+        logits.view(torch.int32) if pack else logits, targets, weights, total, grad, T, V, scale, half, shift, width,
+        K, fast, pack, programs, LOSS_BLOCK, LOSS_BLOCK // 2 if pack else LOSS_BLOCK, num_warps=16)
+    target_kernel[(triton.cdiv(T, LOSS_ROWS),)](logits, targets, weights, total, loss, grad, T, V, scale, cap, half,
+                                                shift, width, K, LOSS_ROWS, num_warps=2)
     return loss, grad
 
 # --- Transposes
@@ -3067,8 +3032,8 @@ X_SCALE, W_SCALE, GRAD_SCALE = 100 / FP8_MAX, 1.6 / FP8_MAX, 0.75 / FP8_MAX  # t
 PLAIN_HEAD_ROWS = 4096  # tokens whose logits the plain head holds at a time: 0.8 GB for each fp32 copy
 
 
-def head_gradients(x: Tensor, w: Tensor, shares: Tensor | None, targets: Tensor, weights: Tensor, fp8: bool,
-                   loss_scale: float, fast: bool, cap: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def head_gradients(x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, fp8: bool, loss_scale: float, fast: bool,
+                   cap: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of HeadLoss over all columns of w, and its gradients of x and w."""
     loss_of = softcapped_mtp_loss if fast else softcapped_mtp_loss_reference
     rows = len(x) if fast else PLAIN_HEAD_ROWS
@@ -3088,11 +3053,11 @@ def head_gradients(x: Tensor, w: Tensor, shares: Tensor | None, targets: Tensor,
             # stored while the next tile is computed: 3.29 ms, where cuBLAS takes 3.66 (H200). Plain, no fp32 logits
             logits = (product("scaled8", x8, w8_columns, [logits_scale], torch.bfloat16)[0] if fast else
                       fp8_product(x8, w8_columns, logits_scale, torch.bfloat16))  # [rows, V]
-            loss, grad = loss_of(logits, ahead, weights, E5M2, grad_scale, *cap, shares)
+            loss, grad = loss_of(logits, ahead, weights, E5M2, grad_scale, *cap)
             dx.append(fp8_product(grad, w8.T, dx_scale, x.dtype))
             part = fp8_product(turn(x8), turn(grad).T, dw_scale, w.dtype)
         else:
-            loss, grad = loss_of(chunk @ w, ahead, weights, x.dtype, 1.0, *cap, shares)
+            loss, grad = loss_of(chunk @ w, ahead, weights, x.dtype, 1.0, *cap)
             dx.append(grad @ w.T)
             part = chunk.T @ grad
         total = total + loss.sum()
@@ -3104,23 +3069,23 @@ class HeadLoss(torch.autograd.Function):
     """sum over positions of softcapped_mtp_loss(x w): product, loss and both gradients at once, so that no logits are
     kept.
 
-    x [T, D], w [D, V], candidates [n, classes], shares [n, 2], targets [T, k], weights [k] -> 0-dim fp32. The softmax
-    of each of n segments is over its candidates, or over all columns of w if there are none. With fp8, the products run
-    as e4m3 x e4m3 forward and e4m3 x e5m2 backward with fixed scales; loss_scale, which the weights hold, is the
-    gradients'. fast: by kernels.
+    x [T, D], w [D, V], candidates [n, classes], targets [T, k], weights [k] -> 0-dim fp32. The softmax of each of n
+    segments is over its candidates, or over all columns of w if there are none. With fp8, the products run as e4m3 x
+    e4m3 forward and e4m3 x e5m2 backward with fixed scales; loss_scale, which the weights hold, is the gradients'.
+    fast: by kernels.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, candidates: Tensor, shares: Tensor, targets: Tensor, weights: Tensor,
-                fp8: bool, loss_scale: float, fast: bool, *cap: float):
+    def forward(ctx, x: Tensor, w: Tensor, candidates: Tensor, targets: Tensor, weights: Tensor, fp8: bool,
+                loss_scale: float, fast: bool, *cap: float):
         more = weights, fp8, loss_scale, fast, cap
         if candidates.size(1) == 0:
-            total, dx, dw = head_gradients(x, w, None, targets, *more)
+            total, dx, dw = head_gradients(x, w, targets, *more)
         else:
             total, dx, dw = 0.0, [], torch.zeros_like(w, dtype=torch.float32)
             n = len(candidates)
-            for part, columns, share, ahead in zip(x.chunk(n), candidates, shares, targets.chunk(n)):
-                loss, dx_part, dw_part = head_gradients(part, w[:, columns], share, ahead, *more)
+            for part, columns, ahead in zip(x.chunk(n), candidates, targets.chunk(n)):
+                loss, dx_part, dw_part = head_gradients(part, w[:, columns], ahead, *more)
                 total = total + loss
                 dx.append(dx_part)
                 dw.index_add_(1, columns, dw_part.float())
@@ -3131,7 +3096,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor):
         dx, dw = ctx.saved_tensors
-        return grad_loss * dx, grad_loss * dw, *[None] * 10
+        return grad_loss * dx, grad_loss * dw, *[None] * 9
 
 
 # --- Gradients of embedding tables
@@ -3559,8 +3524,8 @@ PLAIN = Ops(
     injections=plain_injections,
     linear_sum=plain_linear_sum,
     mlp=plain_mlp,
-    head_loss=lambda x, w, candidates, shares, targets, weights, cap, fp8, loss_scale: HeadLoss.apply(
-        x, w, candidates, shares, targets, weights, fp8, loss_scale, False, *cap),
+    head_loss=lambda x, w, candidates, targets, weights, cap, fp8, loss_scale: HeadLoss.apply(
+        x, w, candidates, targets, weights, fp8, loss_scale, False, *cap),
     add_rows=scatter_add_rows_reference,
 )
 
@@ -3586,8 +3551,8 @@ HOPPER = Ops(
     linear_sum=lambda y, o, x, resid, inject: Stream(*LinearSum.apply(y, o, x.x, resid, *inject)),
     mlp=lambda x, up, down, resid, fp8: Stream(
         *(Fp8MLP.apply(*x, up, down, resid, fp8, True) if fp8 else ReluSquareMLP.apply(*x, up, down, resid))),
-    head_loss=lambda x, w, candidates, shares, targets, weights, cap, fp8, loss_scale: HeadLoss.apply(
-        x, w, candidates, shares, targets, weights, fp8, loss_scale, True, *cap),
+    head_loss=lambda x, w, candidates, targets, weights, cap, fp8, loss_scale: HeadLoss.apply(
+        x, w, candidates, targets, weights, fp8, loss_scale, True, *cap),
     add_rows=scatter_add_rows,
 )
 
@@ -3633,10 +3598,9 @@ def run_mlp(fp8: float | None, ops: Ops, x: Tensor, up: Tensor, down: Tensor, la
 def run_head_loss(fp8: bool, sampled: bool, ops: Ops, x: Tensor, w: Tensor) -> Tensor:
     V = w.size(1) // 2 * 2
     candidates = torch.arange(V * sampled, device=x.device).view(-1, 2).T  # of two segments: even ones, odd ones
-    shares = torch.tensor([[10.0, 3.0], [20.0, 2.0]], device=x.device)  # other targets are as a prefix may be
     targets = torch.arange(2 * len(x), device=x.device).view(-1, 2) * 7 % min(50, V // 2)
     weights = torch.tensor([0.125, 0.0625], device=x.device)
-    return ops.head_loss(norm(x), w, candidates, shares, targets, weights, (23.0, 5.0, 7.5), fp8, 0.125)
+    return ops.head_loss(norm(x), w, candidates, targets, weights, (23.0, 5.0, 7.5), fp8, 0.125)
 
 
 def run_add_rows(ops: Ops, rows: Tensor) -> Tensor:
@@ -3844,7 +3808,6 @@ def check_sizes(hp: Recipe) -> None:
     require(hp.model_dim == hp.num_heads * hp.head_dim, "--model_dim must equal num_heads * head_dim")
     require(hp.num_heads % 2 == 0 and hp.head_dim % 8 == 0, "--num_heads must be even, --head_dim a multiple of 8")
     require(hp.model_dim % SEGMENTS == 0, f"--model_dim must be a multiple of {SEGMENTS}, so that ranks can share it")
-    require(hp.frequent_classes <= 1, f"--frequent_classes={hp.frequent_classes}: use a share from 0 to 1")
     require(hp.ngram_rows % (2 * SEGMENTS) == 0,
             f"--ngram_rows={hp.ngram_rows} must be a multiple of {2 * SEGMENTS}, for ranks and two kinds of rows")
     require(hp.ngram_rows == 0 or hp.vocab_size != 50_257 or TOKEN_CLASSES.exists(),

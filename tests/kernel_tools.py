@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train_gpt as t
 
@@ -91,7 +92,7 @@ def rounding(cap):
     return 8 * cap * EPS
 
 
-def exact_loss(logits, targets, weights, grad_scale, *capping, shares=None):
+def exact_loss(logits, targets, weights, grad_scale, *capping):
     """Loss and gradient of softcapped_mtp_loss in float64, by autograd, and the bound of the gradient's error, segment
     by segment.
 
@@ -100,20 +101,17 @@ def exact_loss(logits, targets, weights, grad_scale, *capping, shares=None):
     """
     if len(targets) > 1:
         parts = zip(logits.chunk(len(targets)), targets.split(1))
-        return [torch.cat(x) for x in zip(*(exact_loss(*part, weights, grad_scale, *capping, shares=shares)
-                                           for part in parts))]
+        return [torch.cat(x) for x in zip(*(exact_loss(*part, weights, grad_scale, *capping) for part in parts))]
     cap, shift, width = capping
     x, T, targets = logits.double().requires_grad_(), targets.size(1), targets[0]
     z = cap * torch.sigmoid((x + shift) / width)
-    hits, parts, weighted = torch.zeros_like(z), z.new_zeros(T), z
-    if shares is not None:
-        weighted = z + torch.where(torch.arange(z.size(1), device=z.device) < shares[0], 1, shares[1].double()).log()
+    hits, parts = torch.zeros_like(z), z.new_zeros(T)
     for k, weight in enumerate(weights.double()):
         n = T - k
-        parts[:n] += weight * (weighted[:n].logsumexp(1) - z[:n].gather(1, targets[k:, None])[:, 0])
+        parts[:n] += weight * F.cross_entropy(z[:n], targets[k:], reduction="none")
         hits[torch.arange(n, device=x.device), targets[k:]] += weight
     (grad,) = torch.autograd.grad(parts.sum(), x)
-    u, p = (z / cap).detach(), hits.sum(1, keepdim=True) * weighted.detach().softmax(1)
+    u, p = (z / cap).detach(), hits.sum(1, keepdim=True) * z.detach().softmax(1)
     bound = p * u * (1 - u) * rounding(cap) + (p + hits) * 8 * EPS
     return parts.detach(), grad / grad_scale, bound * cap / width / grad_scale
 

@@ -1,7 +1,6 @@
 """The classes that a segment's training softmax is over: the golden choice, loss and gradients; off is as before."""
 
 import dataclasses
-import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,17 +16,8 @@ CAP = 23.0, 5.0, 7.5
 OFF = dict(ngram_rows=0, tail_average=0.0, cooldown_start=0.4, cooldown_floor=0.15)
 
 
-def sweep(V, frequent=0.0):
-    return t.Sweep(SimpleNamespace(sizes={"V": V}, weighted_classes=True, frequent_classes=frequent))
-
-
-def choose(ours, segment, targets, *more):
-    """What is chosen, in rising order: the targets come first, and each other class counts for free / missing ones."""
-    chosen, (distinct, share) = ours.choose(segment, targets, *more)
-    own, others = np.split(chosen, [int(distinct)])
-    assert (own == np.unique(targets)).all() and (np.diff(others) > 0).all() and not np.isin(others, own).any()
-    assert share == np.float32((ours.V - distinct) / len(others) if len(others) else 1)
-    return np.sort(chosen)
+def sweep(V):
+    return t.Sweep(SimpleNamespace(sizes={"V": V}))
 
 
 def bits(classes, V=50_304):
@@ -47,7 +37,7 @@ def test_golden_candidates(at, segment):
         assert (targets[:16] == R92["targets_first_16"][k, at]).all()
         count, _, before, after, _ = R92["count_window_offset_before_after_fallback"][k, at]
         ours.places[segment] = int(before)
-        chosen = choose(ours, segment, targets, int(R92["P"][k]))
+        chosen = ours.choose(segment, targets, int(R92["P"][k]))
         assert (bits(chosen) == R92["candidate_bits"][k, at]).all() and ours.places[segment] == after
         assert count == len(np.unique(targets))
         assert (np.searchsorted(chosen, targets[:256]) == R92["target_positions_256"][k, at]).all()
@@ -59,7 +49,7 @@ def test_golden_fallback():
     _, _, before, after, fallback = R92["fallback_count_window_offset_before_after_fallback"]
     assert ours.places[segment] == before and fallback == 1
     targets = ours.walk[(before + np.arange(9900)) % ours.V]
-    assert (bits(choose(ours, segment, targets, 10_240)) == R92["fallback_bits"]).all()
+    assert (bits(ours.choose(segment, targets, 10_240)) == R92["fallback_bits"]).all()
     assert ours.places[segment] == after
 
 
@@ -71,7 +61,7 @@ def test_golden_small(at, segment, more):
     for k, targets in enumerate(R92[f"{name}_targets"][at]):
         _, _, before, after, _ = R92[f"{name}_count_window_offset_before_after_fallback"][at, k]
         assert ours.places[segment] == before
-        assert (choose(ours, segment, targets, 16, more) == R92[f"{name}_candidates"][at, k]).all()
+        assert (ours.choose(segment, targets, 16, more) == R92[f"{name}_candidates"][at, k]).all()
         assert ours.places[segment] == after
 
 
@@ -80,61 +70,14 @@ def test_too_few_classes():
         sweep(64).choose(2, np.arange(17), 16)
 
 
-def test_no_others():
-    """Targets may be all candidates; and none has a share where the softmax is over all classes."""
-    assert (choose(sweep(64), 2, np.arange(16), 16) == np.arange(16)).all()
-    assert [len(x) for x in sweep(64).choose(2, np.arange(16), 0)] == [0, 0]
-
-
-@pytest.mark.parametrize("frequent,more,share", [(0.5, 3, (64 - 7) / 3), (0.9, 5, (64 - 9) / 1), (1.0, 6, 1.0)])
-def test_frequent_classes(frequent, more, share):
-    """Of what is not a target the most frequent classes come first, and count once; the rest are chosen in turn."""
-    ours = sweep(64, frequent)
-    ours.count(np.repeat([9, 3, 40, 5, 11, 60, 61], [50, 40, 30, 20, 10, 3, 2]))
-    classes, (once, weight) = ours.choose(0, np.array([3, 3, 8, 2, 5]), 10)
-    own, others = np.split(classes, [int(once)])
-    assert sorted({*own} - {2, 3, 5, 8}) == sorted([9, 40, 11, 60, 61, 0][:more])
-    assert len(others) == 6 - more and not np.isin(others, own).any() and weight == np.float32(share)
-
-
 def test_places():
-    """Of a token among the targets, among the others, before, between and after all of them; of no token."""
-    assert t.places(np.array([7, 9, 5, 2, 3, 60, -1]), np.array([3, 9, 2, 7, 50])).tolist() == [3, 1, -1, 2, 0, -1, -1]
+    """Of a token among the classes, before, between and after them; of no token."""
+    assert t.places(np.array([7, 9, 5, 2, 3, 60, -1]), np.array([2, 3, 7, 9, 50])).tolist() == [2, 3, -1, 0, 1, -1, -1]
 
 
-def test_expected_sum(V=9, classes=5):
-    """Over all choices of the others, the softmax's sum, e^loss times that of the target, is that of all classes."""
-    logits = 8 * torch.randn(1, V, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    chosen, shares = sweep(V).choose(0, np.array([4, 1, 4, 7]), classes)
-    own, free = chosen[:3].tolist(), [0, 2, 3, 5, 6, 8]
-    weights, z = torch.tensor([1.0] * 3 + [shares[1]] * 2).double(), t.softcap(logits, *CAP).double()[0]
-    samples = [own + [*others] for others in itertools.combinations(free, classes - 3)]
-    sums = torch.stack([(weights * z[sample].exp()).sum() for sample in samples])
-    assert abs(sums.mean() / z.exp().sum() - 1) < 1e-15 * V and len(samples) == 15
-
-    def loss(columns, *more):
-        return t.softcapped_mtp_loss_reference(
-            logits[:, columns], torch.tensor([[1]]), torch.ones(1), torch.float32, 1.0, *CAP, *more)[0].double()
-
-    estimates = torch.stack([loss(sample, torch.from_numpy(shares)).exp() for sample in samples])
-    assert abs(estimates.mean() / loss(own + free).exp() - 1) < 1e-5
-    assert abs(torch.stack([loss(sample).exp() for sample in samples]).mean() / estimates.mean() - 1) > 0.1
-
-
-def test_share_of_one():
-    """Is the softmax over the candidates alone, to the bit."""
-    generator = torch.Generator().manual_seed(0)
-    args = (8 * torch.randn(40, 64, generator=generator), torch.randint(-1, 64, (40, 2), generator=generator),
-            torch.tensor([1.0, 0.5]), torch.float32, 1.0, *CAP)
-    results = [t.softcapped_mtp_loss_reference(*args, shares) for shares in (None, torch.tensor([20.0, 1.0]))]
-    assert all(map(torch.equal, *results))
-
-
-@pytest.mark.parametrize("shares", [[(128, 1), (20, 1)], [(50, 2.5), (100, 7.0)]])
 @pytest.mark.parametrize("fp8,bound", [(False, 1e-5), (True, 0.2)])
-def test_loss_and_gradients(fp8, bound, shares, n=2, S=32, D=64, V=256, P=128):
-    """A softmax over each segment's candidates, some of which count for others, too, against float64, also of targets
-    among these; other columns' gradient is zero."""
+def test_loss_and_gradients(fp8, bound, n=2, S=32, D=64, V=256, P=128):
+    """A softmax over each segment's candidates, against float64; other columns' gradient is zero."""
     generator = torch.Generator().manual_seed(0)
     x = F.rms_norm(torch.randn(n * S, D, generator=generator), (D,))
     w = 0.2 * torch.randn(D, V, generator=generator)
@@ -144,16 +87,13 @@ def test_loss_and_gradients(fp8, bound, shares, n=2, S=32, D=64, V=256, P=128):
     for dtype in (torch.float32, torch.float64):
         a, b = (y.to(dtype, copy=True).requires_grad_() for y in (x, w))
         if dtype == torch.float32:
-            loss = t.PLAIN.head_loss(a, b, candidates, torch.tensor(shares).float(), targets, weights, CAP, fp8,
-                                     1.0)
+            loss = t.PLAIN.head_loss(a, b, candidates, targets, weights, CAP, fp8, 1.0)
         else:
             loss = 0.0
-            for part, columns, ahead, (once, share) in zip(a.chunk(n), candidates, targets.chunk(n), shares):
+            for part, columns, ahead in zip(a.chunk(n), candidates, targets.chunk(n)):
                 z = CAP[0] * torch.sigmoid((part @ b[:, columns] + CAP[1]) / CAP[2])
-                total = z[:, :once].exp().sum(1) + share * z[:, once:].exp().sum(1)
                 for weight, target in zip(weights, ahead.unbind(1)):
-                    losses = total.log() - z.gather(1, target.clamp_min(0)[:, None])[:, 0]
-                    loss += weight * losses[target >= 0].sum()
+                    loss += weight * F.cross_entropy(z, target, ignore_index=-1, reduction="sum")
         loss.backward()
         results.append((loss.detach().double(), a.grad.double(), b.grad.double()))
     for ours, exact in zip(*results):
@@ -174,29 +114,21 @@ def test_ranks_choose_the_same():
                 for i, batch in enumerate(batches):
                     key = step, rank + i * world
                     assert batch.candidates.shape == (1, 384)
-                    ours = batch.candidates, batch.shares, batch.targets
-                    assert all(map(torch.equal, seen.setdefault(key, ours), ours))
+                    kept = seen.setdefault(key, (batch.candidates, batch.targets))
+                    assert all(map(torch.equal, kept, (batch.candidates, batch.targets)))
     assert len(seen) == 16
 
 
 def test_targets_are_places():
     """A batch's targets point at the classes that follow each token; validation is over all classes."""
     hp, ranks = t.PRESETS["frontier_demo"], t.Ranks(0, 1, torch.device("cpu"))
-    hp = dataclasses.replace(hp, frequent_classes=0.0)
     plain = dataclasses.replace(hp, stages=tuple(stage._replace(classes=0) for stage in hp.stages))
     (batch,), _ = next(t.train_batches(hp, ranks, range(1)))
     (all_classes,), _ = next(t.train_batches(plain, ranks, range(1)))
     n = len(batch.candidates)
     found = batch.candidates.gather(1, batch.targets.view(n, -1)).flatten()
     assert n == 8 and torch.equal(found, all_classes.targets) and all_classes.candidates.shape == (8, 0)
-    chunk = next(t.Validation(hp, ranks).batches())
-    assert chunk.candidates.shape == chunk.shares.shape == (1, 0) and all_classes.shares.shape == (8, 0)
-    for targets, (distinct, share) in zip(batch.targets.view(n, -1), batch.shares.tolist(), strict=True):
-        assert targets.unique().tolist() == [*range(int(distinct))]
-        assert share == np.float32((50_304 - distinct) / (10_240 - distinct)) > 4
-    (unweighted,), _ = next(t.train_batches(dataclasses.replace(hp, weighted_classes=False), ranks, range(1)))
-    same = batch._replace(shares=torch.cat([batch.shares[:, :1], torch.ones(n, 1)], dim=1))
-    assert all(map(torch.equal, same, unweighted))
+    assert next(t.Validation(hp, ranks).batches()).candidates.shape == (1, 0)
 
 
 def test_off_is_record80(byte_files):

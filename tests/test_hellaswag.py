@@ -40,7 +40,7 @@ def direct(model, windows, context, ending):
     tokens = [13, 13, 13, *before, *after]
     ids = t.bigram_ids(np.array(tokens), model.sizes["B"])
     batch = t.Batch(torch.tensor(tokens), None, torch.from_numpy(ids), torch.tensor([0, 1, 2, 3, len(tokens)]).int(),
-                    torch.tensor(tokens).argsort(stable=True).int(), torch.empty(1, 0), *[torch.empty(0)] * 4)
+                    torch.tensor(tokens).argsort(stable=True).int(), torch.empty(1, 0), *[torch.empty(0)] * 3)
     x = model.trunk(batch, model.lookup(batch), windows._replace(max_doc=len(tokens)), model.val_layers)
     first = len(tokens) - len(after)
     p = t.softcap(x[first - 1 : -1] @ model.lm_head, *model.cap).double().softmax(-1)  # of each token of the ending

@@ -137,15 +137,13 @@ class TestInterpreted(k.Interpreted):
         (1, 5, 48, 3, k.CAP), (1, 4, 77, 2, (30.0, 0.5, 12.0)), (1, 3, 16, 1, (15.0, -2.0, 4.0)), (1, 2, 130, 2, k.CAP),
         (1, 3, 33, 3, k.CAP), (1, 2, 5001, 2, (30.0, 0.0, 7.5)), (3, 4, 48, 3, k.CAP), (2, 1, 20, 2, k.CAP)])
     def test_loss(self, n, S, V, count, cap):
-        """Loss and gradient, also with equal targets at neighbouring positions, more than one block of columns, and
-        columns that count for others, too."""
+        """Loss and gradient, also with equal targets at neighbouring positions and more than one block of columns."""
         logits, targets = 8 * torch.randn(n * S, V), torch.randint(0, V, (n, S))
         targets[:, : S - 1] = targets[:, :1]
-        weights, ahead = torch.tensor([1.0, 0.5, 0.25][:count]), t.next_targets(targets, count)
-        shared = torch.tensor([ahead.max(), 2.75])  # but for it
-        for shares, f in itertools.product((None, shared), (t.softcapped_mtp_loss, t.softcapped_mtp_loss_reference)):
-            exact, exact_grad, bound = k.exact_loss(logits, targets, weights, 0.03, *cap, shares=shares)
-            loss, grad = f(logits, ahead, weights, FP32, 0.03, *cap, shares)
+        weights = torch.tensor([1.0, 0.5, 0.25][:count])
+        exact, exact_grad, bound = k.exact_loss(logits, targets, weights, 0.03, *cap)
+        for f in (t.softcapped_mtp_loss, t.softcapped_mtp_loss_reference):
+            loss, grad = f(logits, t.next_targets(targets, count), weights, FP32, 0.03, *cap)
             assert (loss - exact).abs().max() <= weights.sum() * k.rounding(cap[0])
             assert ((grad - exact_grad).abs() <= bound).all()
 
@@ -178,8 +176,7 @@ class TestInterpreted(k.Interpreted):
         check(t.add_columns, (c.clone(), c[:, :5]))
         check(t.injections_backward, (c, c + 1, torch.rand(3), torch.rand(3), [c, c - 1, c - 2]))
         targets = torch.tensor([[1, 2], [2, 3], [3, -1]])
-        for shares in (None, torch.tensor([4.0, 1.5])):
-            check(t.softcapped_mtp_loss, (torch.randn(3, 16), targets, torch.ones(2), FP32, 0.5, *k.CAP, shares))
+        check(t.softcapped_mtp_loss, (torch.randn(3, 16), targets, torch.ones(2), FP32, 0.5, *k.CAP))
         for mix in (False, True):
             qkv, *inputs, grads = k.qkv_inputs(5, 2, 16, mix)
             inputs = [qkv, k.row_factors(5, mix), *inputs, *k.rotation(5, 16, False)]

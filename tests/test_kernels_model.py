@@ -63,7 +63,7 @@ class TestInterpreted(k.Interpreted):
         ends = torch.tensor([0, 5, 10, n, n], dtype=torch.int32)
         order, windows = tokens[:-1].argsort().int(), t.Windows(4, 12, 17, 0.2, segment=n // 2)
         batch = t.Batch(tokens[:-1], tokens[1:].long(), ids, ends, order, torch.empty(2, 0, dtype=torch.int64),
-                        *[torch.empty(0)] * 3, (tokens[1:, None].long() - 100).clamp_min(-1)[:, :prefix])
+                        *[torch.empty(0)] * 2, (tokens[1:, None].long() - 100).clamp_min(-1)[:, :prefix])
 
         def results(ops, compiler=lambda f, **_: f):
             model.ops = ops
@@ -199,8 +199,7 @@ class TestCheckOps:
             F.gelu(F.linear(t.norm(x.x), up)) @ down + (resid[:, None] * x.x).to(x.x.dtype))),
         ("mlp", lambda f: lambda x, up, down, resid, fp8: f(x, up, down, 0.9 * resid, fp8)),
         ("mlp", lambda f: lambda x, up, down, resid, fp8: f(x, up, down, torch.ones(len(x.x)), fp8)),
-        ("head_loss", lambda f: lambda x, w, a, b, c, d, cap, *more: f(x, w, a, b, c, d, (23.0, 5.0, 8.0), *more)),
-        ("head_loss", lambda f: lambda x, w, a, b, *more: f(x, w, a, b * 1.2, *more)),
+        ("head_loss", lambda f: lambda x, w, a, b, c, cap, *more: f(x, w, a, b, c, (23.0, 5.0, 8.0), *more)),
         ("attention_inputs", lambda f: lambda *x: (*f(*x)[:3], 1.2 * f(*x)[3])),
         ("attention_inputs", lambda f: lambda *x: f(*x[:-2], x[-2]._replace(key_offset=False), x[-1])),
         ("attention_inputs", lambda f: lambda h, w, *x: (*f(h, w, *x)[:3], None)),

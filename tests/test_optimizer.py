@@ -25,7 +25,7 @@ POLAR = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
 BANKS = ("qk_bank", "vo_bank", "mlp_bank")
 ADAM = {row.name: row for row in t.PARAMS if row.rule == "adam" and math.prod(t.param_shape(row, HP))}  # not off
 CAP = (23.0, 5.0, 7.5)
-ALL = torch.empty(1, 0, dtype=torch.int64), torch.empty(1, 0)  # no candidates: the softmax is over all classes
+ALL = torch.empty(1, 0, dtype=torch.int64)  # no candidates: the softmax is over all classes
 
 
 def polar(u):
@@ -358,7 +358,7 @@ def test_head_loss_gradients(weights, T, D, V, monkeypatch):
         a, b = make(x).clone().requires_grad_(), make(w).clone().requires_grad_()
         if a.dtype == torch.float32:
             found = t.next_targets(targets[None], len(weights))
-            loss = t.PLAIN.head_loss(a, b, *ALL, found, torch.tensor(weights), CAP, False, 0.125)
+            loss = t.PLAIN.head_loss(a, b, ALL, found, torch.tensor(weights), CAP, False, 0.125)
         else:
             loss = direct_loss(a @ b, targets, weights).sum()
         assert loss.shape == ()
@@ -381,7 +381,7 @@ def test_head_loss_fp8(unit, factor, dtype):
     weights = torch.tensor([1.0, 0.5, 0.25]) * unit
     try:
         found = t.next_targets(targets[None], 3)
-        loss = t.PLAIN.head_loss(x, w, *ALL, found, weights, CAP, True, unit)
+        loss = t.PLAIN.head_loss(x, w, ALL, found, weights, CAP, True, unit)
         (factor * loss).backward()
     except (RuntimeError, NotImplementedError) as e:
         pytest.skip(f"this torch has no FP8 product on the CPU: {e}")
@@ -422,7 +422,7 @@ def test_head_loss_fp8_clamps_large_weights():
     w[3, 5], w[4, 6] = 5.0, -9.0
     clamped = w.clamp(-1.6, 1.6)
     targets, weights = torch.arange(16)[:, None], torch.ones(1)
-    a, b = (t.PLAIN.head_loss(x, weight, *ALL, targets, weights, CAP, True, 1.0) for weight in (w, clamped))
+    a, b = (t.PLAIN.head_loss(x, weight, ALL, targets, weights, CAP, True, 1.0) for weight in (w, clamped))
     assert a.isfinite() and a == b
 
 

@@ -100,8 +100,6 @@ EDITS = (
     Edit("final window not extended", "33", "--final_val_window=13"),  # the last stage's
     # of the frontier recipe; left out where a recipe has none of it
     Edit("softmax over all classes", "92", "STAGES.*.classes=0"),
-    Edit("sampled classes count once", "", "--weighted_classes=false"),
-    Edit("classes sampled in turn alone", "", "--frequent_classes=0"),
     Edit("bf16 MLP", "84, 89, 90", "LAYERS.*.fp8_mlp=false"),
     Edit("bf16 QKV", "90", "LAYERS.*.fp8_qkv=false"),
     Edit("bigram table for n-grams", "92", "--ngram_rows=0"),
