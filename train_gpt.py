@@ -2832,27 +2832,27 @@ def attention_inputs_backward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, 
 
 
 class AttentionInputs(torch.autograd.Function):
-    """What attention reads, and the gates of its heads: plain_attention_inputs of a FoldedNorm x [T, D]. mixed: half of
-    what gates of values see is ve."""
+    """What attention reads, and the gates of its heads: plain_attention_inputs of a FoldedNorm x [T, D]. gated_by_ve:
+    see value_gate_sees_ve."""
 
     @staticmethod
     def forward(ctx, x: Tensor, r: Tensor, w: Tensor, w_gate: Tensor, w_value: Tensor | None, ve: Tensor | None,
-                cos: Tensor, sin: Tensor, paired: bool, key_offset: bool, mixed: bool,
+                cos: Tensor, sin: Tensor, paired: bool, key_offset: bool, gated_by_ve: bool,
                 fp8: float | None) -> tuple[Tensor, ...]:
-        first = ve[:, : GATE_INPUTS // 2] if mixed and w_value is not None else None
+        first = ve[:, : GATE_INPUTS // 2] if gated_by_ve else None
         gate, value_gate = gates(x[:, :GATE_INPUTS], r, first, w_gate, w_value)
         qkv, kept = fp8_linear(x, r, w, True) if fp8 else (product("none", x, w.mT, [], x.dtype)[0], ())
         qkv = qkv.view(len(x), 3, -1, 4 * cos.size(1))
         mix = torch.ones_like(gate) if w_value is None else value_gate
         q, k, v = attention_inputs(qkv, None if fp8 else r, ve, mix, cos, sin, paired, key_offset)
         ctx.save_for_backward(x, r, w, w_gate, w_value, ve, cos, sin, qkv, gate, mix, *kept)
-        ctx.options = paired, key_offset, mixed, fp8
+        ctx.options = paired, key_offset, gated_by_ve, fp8
         return q, k, v, gate
 
     @staticmethod
     def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor, dgate: Tensor):
         x, r, w, w_gate, w_value, ve, cos, sin, qkv, gate, mix, *kept = ctx.saved_tensors
-        paired, key_offset, mixed, fp8 = ctx.options
+        paired, key_offset, gated_by_ve, fp8 = ctx.options
         unit = GRADIENT_SCALE * fp8 if fp8 else 0.0
         du, du_turned, dve, dmix = attention_inputs_backward(
             qkv, None if fp8 else r, ve, mix, cos, sin, dq, dk, dv, paired, key_offset, unit)
@@ -2861,7 +2861,7 @@ class AttentionInputs(torch.autograd.Function):
         else:
             dw = weight_grad(du, x)  # first: cuBLAS gives autograd's thread the CUDA context that tensor maps need
             dx, _, _ = product("none", du, w, [], x.dtype)
-        first = ve[:, : GATE_INPUTS // 2] if mixed and w_value is not None else None
+        first = ve[:, : GATE_INPUTS // 2] if gated_by_ve else None
         dgate_in, dve_first, dw_gates = gates_backward(
             x[:, :GATE_INPUTS], r, first, w_gate, w_value, gate, mix, dgate, None if w_value is None else dmix)
         add_columns(dx, dgate_in)
@@ -3520,11 +3520,16 @@ def notices(asked: Recipe, hp: Recipe, device: torch.device) -> Iterator[str]:
 
 # --- The two sets of operations
 
+def value_gate_sees_ve(layer: Layer, w: AttentionWeights) -> bool:
+    """Whether half of what a layer's gates of values see is the value embedding."""
+    return w.value_gate is not None and (layer.value_gate_mixed or not layer.paired)
+
+
 def plain_attention_inputs(h: Stream, w: AttentionWeights, ve: Tensor | None, cos: Tensor, sin: Tensor, layer: Layer,
                            fp8: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     qkv = Fp8Linear.apply(h.x, w.qkv, fp8) if fp8 else F.linear(h.x, w.qkv)
     qkv = qkv.view(len(h.x), 3, -1, 4 * cos.size(1))
-    first = None if ve is None or (layer.paired and not layer.value_gate_mixed) else ve[:, : GATE_INPUTS // 2]
+    first = ve[:, : GATE_INPUTS // 2] if value_gate_sees_ve(layer, w) else None
     gate, value_gate = gates_reference(h.x[:, :GATE_INPUTS], None, first, w.gate, w.value_gate)
     value_gate = None if w.value_gate is None else value_gate
     return *attention_inputs_reference(qkv, None, ve, value_gate, cos, sin, layer.paired, layer.key_offset), gate
@@ -3567,7 +3572,7 @@ PLAIN = Ops(
 
 def hopper_attention_inputs(h: Stream, w: AttentionWeights, ve: Tensor | None, cos: Tensor, sin: Tensor, layer: Layer,
                             fp8: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = layer.paired, layer.key_offset, layer.value_gate_mixed or not layer.paired, fp8
+    options = layer.paired, layer.key_offset, value_gate_sees_ve(layer, w), fp8
     return AttentionInputs.apply(*h, w.qkv, w.gate, w.value_gate, ve, cos, sin, *options)
 
 
