@@ -3413,8 +3413,10 @@ ATTENTION_BACKENDS = {"fa4": load_flash4, "fa3": load_flash3, "torch": lambda: a
 
 MEMORY_USED = 0.9  # of a GPU's; the rest is for NCCL, fragments and the context
 # Bytes, from peaks on an H100: of a parameter with its gradient and moments; of a token, a layer and a channel by
-# kernels, plain, and plain with recompute; of a logit by kernels, and of one in a plain chunk
+# kernels, plain, and plain with recompute; of a logit by kernels, and of one in a plain chunk. Counted on a CPU: what
+# dense connections and a layer's exclusive attention keep of a token and a channel for the backward pass
 PARAMETER_BYTES, KERNEL_BYTES, PLAIN_BYTES, RECOMPUTE_BYTES, LOGIT_BYTES, CHUNK_BYTES = 14, 27, 45, 29, 3, 12
+DENSE_BYTES, EXCLUSIVE_BYTES = 14, 6
 
 
 def with_graphs(hp: Recipe) -> bool:
@@ -3423,22 +3425,28 @@ def with_graphs(hp: Recipe) -> bool:
 
 
 def memory_needed(hp: Recipe) -> float:
-    """Bytes of GPU memory, about. A graph keeps its memory, so a run with graphs takes twice that of a micro-step."""
+    """Bytes of GPU memory, about. Graphs keep theirs, beside which the first micro-step of a kind runs without one. One
+    graph's blocks serve the next if they are large enough: so all graphs take the most that a stage does, but logits
+    anew where they grow from stage to stage (frontier without its table: 52.4 GiB; 53.2 were reserved, H100)."""
     plain = hp.kernels == "plain"
     world, number = launched_ranks()[1], getattr(torch, hp.dtype).itemsize
     channel = RECOMPUTE_BYTES if hp.recompute else PLAIN_BYTES if plain else KERNEL_BYTES
-    step = 0
+    channel = sum(channel + DENSE_BYTES * bool(layer.dense) + EXCLUSIVE_BYTES * layer.exclusive for layer in hp.layers)
+    streams, logits = [], []  # of each stage
     for stage in hp.stages:
         S = stage.batch * hp.batch_unit // SEGMENTS
         T = S * segments_together(S, SEGMENTS // world, hp.micro_tokens)
-        logits = CHUNK_BYTES * min(T, PLAIN_HEAD_ROWS) if plain else LOGIT_BYTES * T
-        step = max(step, channel * len(hp.layers) * hp.model_dim * T + logits * (stage.classes or hp.vocab_size))
+        row = CHUNK_BYTES * min(T, PLAIN_HEAD_ROWS) if plain else LOGIT_BYTES * T
+        streams.append(channel * hp.model_dim * T)
+        logits.append(row * (stage.classes or hp.vocab_size))
+    step = max(map(sum, zip(streams, logits)))
+    graphs = max(streams) + sum({*itertools.accumulate(logits, max)}) if with_graphs(hp) else 0
     numbers = sum(math.prod(param_shape(row, hp)) for row in hp.params if row.reduce != "rows")
     table = hp.ngram_rows / world * (number * hp.model_dim + 8)  # of two moments
     table += cycle_slots(hp, world) * hp.model_dim * (4 + number * (world > 1))
     averages = sum(math.prod(param_shape(row, hp)) for x in hp.averages if hp.tail_average * x.blend
                    for row in hp.params if row.name in x.params.split())
-    return PARAMETER_BYTES * numbers + table + 4 * averages / world + (1 + with_graphs(hp)) * step
+    return PARAMETER_BYTES * numbers + table + 4 * averages / world + step + graphs
 
 
 def usable_memory(device: torch.device) -> float:
