@@ -2810,27 +2810,27 @@ def attention_inputs_backward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, 
 
 
 class AttentionInputs(torch.autograd.Function):
-    """What attention reads, and the gates of its heads: plain_attention_inputs of a FoldedNorm x [T, D]. mixed: half of
-    what gates of values see is ve."""
+    """What attention reads, and the gates of its heads: plain_attention_inputs of a FoldedNorm x [T, D]. gated_by_ve:
+    see value_gate_sees_ve."""
 
     @staticmethod
     def forward(ctx, x: Tensor, r: Tensor, w: Tensor, w_gate: Tensor, w_value: Tensor | None, ve: Tensor | None,
-                cos: Tensor, sin: Tensor, paired: bool, key_offset: bool, mixed: bool,
+                cos: Tensor, sin: Tensor, paired: bool, key_offset: bool, gated_by_ve: bool,
                 fp8: float | None) -> tuple[Tensor, ...]:
-        first = ve[:, : GATE_INPUTS // 2] if mixed and w_value is not None else None
+        first = ve[:, : GATE_INPUTS // 2] if gated_by_ve else None
         gate, value_gate = gates(x[:, :GATE_INPUTS], r, first, w_gate, w_value)
         qkv, kept = fp8_linear(x, r, w, True) if fp8 else (product("none", x, w.mT, [], x.dtype)[0], ())
         qkv = qkv.view(len(x), 3, -1, 4 * cos.size(1))
         mix = torch.ones_like(gate) if w_value is None else value_gate
         q, k, v = attention_inputs(qkv, None if fp8 else r, ve, mix, cos, sin, paired, key_offset)
         ctx.save_for_backward(x, r, w, w_gate, w_value, ve, cos, sin, qkv, gate, mix, *kept)
-        ctx.options = paired, key_offset, mixed, fp8
+        ctx.options = paired, key_offset, gated_by_ve, fp8
         return q, k, v, gate
 
     @staticmethod
     def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor, dgate: Tensor):
         x, r, w, w_gate, w_value, ve, cos, sin, qkv, gate, mix, *kept = ctx.saved_tensors
-        paired, key_offset, mixed, fp8 = ctx.options
+        paired, key_offset, gated_by_ve, fp8 = ctx.options
         unit = GRADIENT_SCALE * fp8 if fp8 else 0.0
         du, du_turned, dve, dmix = attention_inputs_backward(
             qkv, None if fp8 else r, ve, mix, cos, sin, dq, dk, dv, paired, key_offset, unit)
@@ -2839,7 +2839,7 @@ class AttentionInputs(torch.autograd.Function):
         else:
             dw = weight_grad(du, x)  # first: cuBLAS gives autograd's thread the CUDA context that tensor maps need
             dx, _, _ = product("none", du, w, [], x.dtype)
-        first = ve[:, : GATE_INPUTS // 2] if mixed and w_value is not None else None
+        first = ve[:, : GATE_INPUTS // 2] if gated_by_ve else None
         dgate_in, dve_first, dw_gates = gates_backward(
             x[:, :GATE_INPUTS], r, first, w_gate, w_value, gate, mix, dgate, None if w_value is None else dmix)
         add_columns(dx, dgate_in)
@@ -3378,8 +3378,10 @@ ATTENTION_BACKENDS = {"fa4": load_flash4, "fa3": load_flash3, "torch": lambda: a
 
 MEMORY_USED = 0.9  # of a GPU's; the rest is for NCCL, fragments and the context
 # Bytes, from peaks on an H100: of a parameter with its gradient and moments; of a token, a layer and a channel by
-# kernels, plain, and plain with recompute; of a logit by kernels, and of one in a plain chunk
+# kernels, plain, and plain with recompute; of a logit by kernels, and of one in a plain chunk. Counted on a CPU: what
+# dense connections and a layer's exclusive attention keep of a token and a channel for the backward pass
 PARAMETER_BYTES, KERNEL_BYTES, PLAIN_BYTES, RECOMPUTE_BYTES, LOGIT_BYTES, CHUNK_BYTES = 14, 27, 45, 29, 3, 12
+DENSE_BYTES, EXCLUSIVE_BYTES = 14, 6
 
 
 def with_graphs(hp: Recipe) -> bool:
@@ -3388,22 +3390,28 @@ def with_graphs(hp: Recipe) -> bool:
 
 
 def memory_needed(hp: Recipe) -> float:
-    """Bytes of GPU memory, about. A graph keeps its memory, so a run with graphs takes twice that of a micro-step."""
+    """Bytes of GPU memory, about. Graphs keep theirs, beside which the first micro-step of a kind runs without one. One
+    graph's blocks serve the next if they are large enough: so all graphs take the most that a stage does, but logits
+    anew where they grow from stage to stage (frontier without its table: 52.4 GiB; 53.2 were reserved, H100)."""
     plain = hp.kernels == "plain"
     world, number = launched_ranks()[1], getattr(torch, hp.dtype).itemsize
     channel = RECOMPUTE_BYTES if hp.recompute else PLAIN_BYTES if plain else KERNEL_BYTES
-    step = 0
+    channel = sum(channel + DENSE_BYTES * bool(layer.dense) + EXCLUSIVE_BYTES * layer.exclusive for layer in hp.layers)
+    streams, logits = [], []  # of each stage
     for stage in hp.stages:
         S = stage.batch * hp.batch_unit // SEGMENTS
         T = S * segments_together(S, SEGMENTS // world, hp.micro_tokens)
-        logits = CHUNK_BYTES * min(T, PLAIN_HEAD_ROWS) if plain else LOGIT_BYTES * T
-        step = max(step, channel * len(hp.layers) * hp.model_dim * T + logits * (stage.classes or hp.vocab_size))
+        row = CHUNK_BYTES * min(T, PLAIN_HEAD_ROWS) if plain else LOGIT_BYTES * T
+        streams.append(channel * hp.model_dim * T)
+        logits.append(row * (stage.classes or hp.vocab_size))
+    step = max(map(sum, zip(streams, logits)))
+    graphs = max(streams) + sum({*itertools.accumulate(logits, max)}) if with_graphs(hp) else 0
     numbers = sum(math.prod(param_shape(row, hp)) for row in hp.params if row.reduce != "rows")
     table = hp.ngram_rows / world * (number * hp.model_dim + 8)  # of two moments
     table += cycle_slots(hp, world) * hp.model_dim * (4 + number * (world > 1))
     averages = sum(math.prod(param_shape(row, hp)) for x in hp.averages if hp.tail_average * x.blend
                    for row in hp.params if row.name in x.params.split())
-    return PARAMETER_BYTES * numbers + table + 4 * averages / world + (1 + with_graphs(hp)) * step
+    return PARAMETER_BYTES * numbers + table + 4 * averages / world + step + graphs
 
 
 def usable_memory(device: torch.device) -> float:
@@ -3485,11 +3493,16 @@ def notices(asked: Recipe, hp: Recipe, device: torch.device) -> Iterator[str]:
 
 # --- The two sets of operations
 
+def value_gate_sees_ve(layer: Layer, w: AttentionWeights) -> bool:
+    """Whether half of what a layer's gates of values see is the value embedding."""
+    return w.value_gate is not None and (layer.value_gate_mixed or not layer.paired)
+
+
 def plain_attention_inputs(h: Stream, w: AttentionWeights, ve: Tensor | None, cos: Tensor, sin: Tensor, layer: Layer,
                            fp8: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     qkv = Fp8Linear.apply(h.x, w.qkv, fp8) if fp8 else F.linear(h.x, w.qkv)
     qkv = qkv.view(len(h.x), 3, -1, 4 * cos.size(1))
-    first = None if ve is None or (layer.paired and not layer.value_gate_mixed) else ve[:, : GATE_INPUTS // 2]
+    first = ve[:, : GATE_INPUTS // 2] if value_gate_sees_ve(layer, w) else None
     gate, value_gate = gates_reference(h.x[:, :GATE_INPUTS], None, first, w.gate, w.value_gate)
     value_gate = None if w.value_gate is None else value_gate
     return *attention_inputs_reference(qkv, None, ve, value_gate, cos, sin, layer.paired, layer.key_offset), gate
@@ -3532,7 +3545,7 @@ PLAIN = Ops(
 
 def hopper_attention_inputs(h: Stream, w: AttentionWeights, ve: Tensor | None, cos: Tensor, sin: Tensor, layer: Layer,
                             fp8: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = layer.paired, layer.key_offset, layer.value_gate_mixed or not layer.paired, fp8
+    options = layer.paired, layer.key_offset, value_gate_sees_ve(layer, w), fp8
     return AttentionInputs.apply(*h, w.qkv, w.gate, w.value_gate, ve, cos, sin, *options)
 
 

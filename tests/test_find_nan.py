@@ -113,6 +113,25 @@ def test_from_a_checkpoint(hp, tmp_path, monkeypatch):
         find_nan.find(hp, ONE)
 
 
+def test_from_a_checkpoint_between_two_updates_of_the_ngram_table(hp, tmp_path):
+    """Its sums of gradients are in the repeated step, too: one of 3e38 makes an infinite moment; an inf is refused."""
+    hp = replace(hp, log_dir=str(tmp_path), save_every=3, ngram_rows=512)
+    log = t.Log(hp, ONE)
+    t.train(t.Run(hp, ONE), log, t.Watch(ONE, log), None)
+    log.close()
+    hp, piece = replace(hp, resume=str(tmp_path / "run_step3.pt")), tmp_path / "run_step3.pt.0of1"
+    saved = torch.load(piece, weights_only=True)
+    assert saved["tensors"]["ngram_embed.grad"].any()
+    saved["tensors"]["ngram_embed.grad"][0] = 3e38
+    torch.save(saved, piece)
+    found = find_nan.find(hp, ONE)
+    assert re.match(r"it began on rank 0 in step 4 with aten\.\w+\.\w+ in row_adam_update:", found), found
+    saved["tensors"]["ngram_embed.grad"][0] = math.inf
+    torch.save(saved, piece)
+    with pytest.raises(t.UserError, match="run_step3.pt holds nan or inf in ngram_embed: begin earlier"):
+        find_nan.find(hp, ONE)
+
+
 def test_what_a_run_prints_can_be_pasted(hp):
     """A rate far too high stops a run within 10 steps; its last line holds the command that finds the operation."""
     args = arguments(hp, muon_lr=1e38, num_scheduled_iterations=60)

@@ -169,9 +169,9 @@ class Fp8Rows(torch.autograd.Function):
         return dx, None, dw, None
 
 
-def attention_inputs(x, r, w, w_gate, w_value, ve, cos, sin, paired, key_offset, mixed, fp8):
+def attention_inputs(x, r, w, w_gate, w_value, ve, cos, sin, paired, key_offset, gated_by_ve, fp8):
     """AttentionInputs by references: its kernels' backward does not run on a CPU."""
-    first = ve[:, : t.GATE_INPUTS // 2] if mixed and w_value is not None else None
+    first = ve[:, : t.GATE_INPUTS // 2] if gated_by_ve else None
     gate, value_gate = t.gates_reference(x[:, : t.GATE_INPUTS], r, first, w_gate, w_value)
     qkv = Fp8Rows.apply(x, r, w, fp8) if fp8 else F.linear(x, w)
     qkv, r = qkv.view(len(x), 3, -1, 4 * cos.size(1)), None if fp8 else r

@@ -66,6 +66,40 @@ def test_without_graphs():
     assert eager == compiled < graphs
 
 
+NO_TABLE = dict(ngram_rows=0, tail_average=0.0)
+ALL, TWO_NUMBERS = ("STAGES.*.classes=0",), ("STAGES.3.classes=0",)  # classes of frontier's softmax
+
+
+@pytest.mark.parametrize("preset,cells,more,ranks,reserved", [
+    ("record80", (), {}, 1, 53.1), ("record80", (), {}, 2, 51.8), ("record80", (), dict(micro_tokens=16_384), 1, 48.5),
+    ("frontier", ALL, NO_TABLE, 1, 55.0), ("frontier", (), NO_TABLE, 1, 53.2),
+    ("frontier", TWO_NUMBERS, NO_TABLE, 1, 50.9), ("frontier", TWO_NUMBERS, NO_TABLE, 2, 48.9)])
+def test_as_measured(monkeypatch, preset, cells, more, ranks, reserved):
+    """GiB reserved in the runs of records/ with kernels and graphs, whose stages differ in segments and classes."""
+    monkeypatch.setattr(t, "launched_ranks", lambda: (0, ranks, 0))
+    hp = replace(t.PRESETS[preset], kernels="hopper", **dict(micro_tokens=65_536) | more)
+    for text in cells:
+        hp = t.set_cells(hp, text)
+    assert t.memory_needed(hp) / GIB == pytest.approx(reserved, rel=0.05)
+
+
+def test_frontier_with_graphs(gpu):
+    """Its n-gram table fits beside graphs, on 80 GB with smaller micro-batches."""
+    hp = replace(t.PRESETS["frontier"], kernels="hopper")
+    for gib, tokens in (79.2, 32_768), (139.8, 65_536):
+        found = t.fit_memory(hp, gpu(gib, (9, 0)))
+        assert found.graphs and found.micro_tokens == tokens and t.memory_needed(found) < 0.9 * gib * GIB
+
+
+@pytest.mark.parametrize("cells", [("LAYERS.10.dense=early",), [f"LAYERS.{i}.exclusive=true" for i in (4, 7, 8)]])
+def test_parts_that_keep_more(cells):
+    """Of 65,536 tokens about 0.7 GiB more, in a graph and beside it; parameters count little."""
+    hp = more = replace(t.Recipe(), kernels="hopper", micro_tokens=65_536)
+    for text in cells:
+        more = t.set_cells(more, text)
+    assert (t.memory_needed(more) - t.memory_needed(hp)) / GIB == pytest.approx(1.5, rel=0.2)
+
+
 def test_readme_says_how_much(gpu):
     """The least memory, and that for the fastest way, are what the script reckons with."""
     readme = Path(t.__file__).with_name("README.md").read_text()

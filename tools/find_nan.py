@@ -69,6 +69,8 @@ def bad_parameters(run: t.Run) -> list[str]:
     """Those that hold nan or inf on some rank, or whose gradient, which may wait for an update, or moments do."""
     names = [state.name.split(".")[0] for state in run.optimizer.states()
              if state.tensor.is_floating_point() and not state.tensor.isfinite().all()]
+    if (cycle := run.optimizer.cycle) and cycle.saved and not cycle.saved[1].isfinite().all():
+        names.append("ngram_embed")
     return list(dict.fromkeys(itertools.chain(*gathered(names))))
 
 
@@ -85,6 +87,8 @@ def find(asked: t.Recipe, ranks: t.Ranks) -> str:
         for step in tqdm(range(first, N), unit="step", disable=True if ranks.rank else None, leave=False):
             for ours, kept in zip(run.optimizer.states(), plain.optimizer.states()):
                 kept.tensor.copy_(ours.tensor)
+            if run.optimizer.cycle:  # sums of a checkpoint, which the first step after it gives slots
+                plain.optimizer.cycle.saved = run.optimizer.cycle.saved
             (batches, touched), now = next(loader), t.plan(step, hp)
             loss = run.train_step(batches, touched, now)
             bad = bad_parameters(run) + ["the loss"] * (not loss.mean.isfinite())
