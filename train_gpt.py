@@ -76,8 +76,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.library import custom_op
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -2024,37 +2025,25 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then Triton's kernels
 
 def op(reference: Callable | None = None, shapes: Callable | None = None, cpu: bool = INTERPRETED,
        mutates: str | None = None) -> Callable:
-    """Decorator: a custom operation whose kernel is the decorated function. Its shapes, and on the CPU its numbers, are
-    those of the reference, which has the same signature; `shapes` alone serves where there is none. With cpu the kernel
-    runs there, too. mutates: the argument that it changes."""
+    """Decorator: a custom operation whose kernel is the decorated function. On the CPU its numbers are those of the
+    reference, which has the same signature; with cpu the kernel runs there, too. For a compiler's fake tensors the same
+    function makes results but launches nothing, or `shapes` makes them. mutates: the argument that it changes."""
     def define(kernel: Callable) -> Callable:
         # without the tag, TorchInductor stores an input again for each of its readers
         operation = custom_op(f"speedrun::{kernel.__name__}", kernel, mutates_args=(mutates,) if mutates else (),
                               tags=[torch.Tag.flexible_layout], device_types=None if cpu else "cuda")
-        operation.register_fake((shapes or reference) if mutates else remembered(shapes or reference))
+        operation.register_fake(shapes or kernel)
         if reference and not cpu:
             operation.register_kernel("cpu")(reference)
         return operation
     return define
 
 
-def remembered(shapes: Callable) -> Callable:
-    """`shapes` for a compiler's fake tensors, but its results are remembered by sizes: fake tensors, with a reference
-    run for each use of an operation, took a fifth of the start (records/2026-11-26_plain)."""
-    known = {}
-
-    def fake(*args):
-        flat = tree_leaves(args)
-        kind = tuple((x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in flat)
-        if not all(type(n) is int for x in flat if isinstance(x, Tensor) for n in x.shape):
-            return shapes(*args)  # sizes yet unknown
-        if kind not in known:
-            known[kind] = tree_map(lambda y: (tuple(y.shape), y.stride(), y.dtype), shapes(*args))
-        like = next(x for x in flat if isinstance(x, Tensor))
-        return tree_map(lambda y: like.new_empty_strided(*y[:2], dtype=y[2]), known[kind],
-                        is_leaf=lambda y: isinstance(y[-1], torch.dtype))
-
-    return fake
+def launch(kernel: Callable, first: Tensor, *more: object, **options: object) -> None:
+    """Run a kernel, but not on fake tensors. A reference on these took a fifth of the start: it runs an operation for
+    each of its lines, and a compiler asks for each use (records/2026-11-26_plain)."""
+    if not isinstance(first, FakeTensor):
+        kernel(first, *more, **options)
 
 
 # --- Gates of heads and of value embeddings
@@ -2158,13 +2147,11 @@ def gates(gate_in: Tensor, r: Tensor | None, ve_first: Tensor | None, w: Tensor,
     T, H = len(gate_in), len(w)
     gate, value_gate = (w.new_empty(n, H, dtype=torch.float32) for n in (T, 0 if w_value is None else T))
     inputs, constants = gates_arguments(gate_in, r, ve_first, w, w_value)
-    gates_kernel[(triton.cdiv(T, GATE_ROWS),)](*inputs, gate, value_gate, T, *constants)
+    launch(gates_kernel[(triton.cdiv(T, GATE_ROWS),)], *inputs, gate, value_gate, T, *constants)
     return gate, value_gate
 
 
-@op(shapes=lambda gate_in, _r, ve_first, w, w_value, *_: (
-    gate_in.new_empty(gate_in.shape), gate_in.new_empty(0 if ve_first is None else len(gate_in), gate_in.size(1) // 2),
-    w.new_empty(-(-len(gate_in) // GATE_ROWS), len(w) * (1 + (w_value is not None)), w.size(1), dtype=torch.float32)))
+@op()
 def gates_backward(gate_in: Tensor, r: Tensor | None, ve_first: Tensor | None, w: Tensor, w_value: Tensor | None,
                    gate: Tensor, value_gate: Tensor, dgate: Tensor,
                    dvalue_gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -2173,9 +2160,8 @@ def gates_backward(gate_in: Tensor, r: Tensor | None, ve_first: Tensor | None, w
     dgate_in, dve_first = gate_in.new_empty(T, n), gate_in.new_empty(0 if ve_first is None else T, n // 2)
     dw = w.new_empty(programs, H if w_value is None else 2 * H, n, dtype=torch.float32)
     inputs, constants = gates_arguments(gate_in, r, ve_first, w, w_value)
-    gates_backward_kernel[(programs,)](
-        *inputs, gate, value_gate, dgate.contiguous(), None if dvalue_gate is None else dvalue_gate.contiguous(),
-        dgate_in, dve_first, dw, T, *constants)
+    launch(gates_backward_kernel[(programs,)], *inputs, gate, value_gate, dgate.contiguous(),
+           None if dvalue_gate is None else dvalue_gate.contiguous(), dgate_in, dve_first, dw, T, *constants)
     return dgate_in, dve_first, dw
 
 
@@ -2196,7 +2182,7 @@ def add_columns_kernel(y, c, m, n, stride, COLUMNS: tl.constexpr, ROWS: tl.const
 def add_columns(y: Tensor, c: Tensor) -> None:
     (m, n), k, rows = y.shape, c.size(1), 64
     assert y.is_contiguous() and c.stride(1) == 1
-    add_columns_kernel[(triton.cdiv(m, rows),)](y, c, m, n, c.stride(0), k, rows, triton.next_power_of_2(k))
+    launch(add_columns_kernel[(triton.cdiv(m, rows),)], y, c, m, n, c.stride(0), k, rows, triton.next_power_of_2(k))
 
 
 class FirstColumns(torch.autograd.Function):
@@ -2221,64 +2207,18 @@ class FirstColumns(torch.autograd.Function):
 PRODUCT_TILE = (128, 192)  # rows, columns; tuned (H200)
 
 
-def epilogues_reference() -> dict[str, Callable]:
-    """By kind: what becomes of y = a b [m, n], and two tensors whose products are summed over the columns of a tile.
+def epilogues(relu: Callable, square_root: Callable) -> dict[str, Callable]:
+    """By kind, with these functions of PyTorch or of quack's compiler: what becomes of acc = a b [m, n], "D", in some
+    kinds also transposed, "turned"; and "sums", two tensors whose products are summed over the columns of a tile.
 
     c, c1, c2, x [m, n], r, f [m, 1] and s, s0, s1, s2, t 0-dim. root: r times pre's gradient, for c = relu(pre)^2 and
-    c's gradient y. norm_grad: the gradient of what enters a norm by r and is read by a residual scaled by s. Those with
-    8 take FP8 numbers, whose scales are in t."""
-    def summed(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return y, y, y
-
-    return {
-        "none": lambda y: (y,),
-        "relu_square": lambda y, r: (F.relu(r * y).square(),),
-        "sum1": lambda y, c, s0: summed(y + s0 * c),
-        "sum3": lambda y, c, s0, c1, s1, c2, s2: summed(y + s0 * c + s1 * c1 + s2 * c2),
-        "root": lambda y, c, r: (2 * r * y * c.sqrt(), 2 * r * y * c.sqrt(), c.sqrt()),
-        "norm_grad": lambda y, c, x, s, r: (y + s * c + r * x, c, x),
-        "scaled8": lambda y, t: (t * y,),
-        "rows8": lambda y, r, t: (t * r * y,),
-        "relu_square8": lambda y, t: (F.relu(t * y).square(),),
-        "sum8": lambda y, c, s, t: summed(t * y + s * c),
-        "root8": lambda y, c, t: (2 * t * y * c.sqrt(), 2 * t * y * c.sqrt(), c.sqrt()),
-        "norm_grad8": lambda y, c, x, s, r, f, t: (t * r * y + s * c + f * x, c, x),
-    }
-
-
-SUMMED = "sum1", "sum3", "root", "norm_grad", "sum8", "root8", "norm_grad8"  # kinds with sums
-TURNED = "relu_square8", "root8"  # kinds whose result comes transposed, too
-
-
-def product_reference(kind: str, a: Tensor, b: Tensor, operands: list[Tensor],
-                      dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The epilogue of that kind on a b, for a [m, k], b [k, n]: y [m, n] of dtype; its sums [m, tiles] fp32, or none
-    [0, tiles]; and y^T [n, m], or none [0, m]. Of FP8 numbers a must be row-major and b column-major."""
-    operands = [x.float() if x.dtype.itemsize == 1 else x[:, None] if x.dim() == 1 else x for x in operands]
-    y = fp8_product(a, b, torch.ones((), device=a.device), torch.float32) if a.dtype.itemsize == 1 else a @ b
-    y, *factors = epilogues_reference()[kind](y, *operands)
-    sums = y.new_empty(0, -(-y.size(1) // PRODUCT_TILE[1]), dtype=torch.float32)
-    if factors:
-        terms = factors[0].float() * factors[1].float()
-        columns = PRODUCT_TILE[1]
-        sums = F.pad(terms, (0, -terms.size(1) % columns)).view(len(y), -1, columns).sum(2)
-    y = to_fp8(y, dtype) if dtype.itemsize == 1 else y.to(dtype)
-    return y, sums, y.mT.contiguous() if kind in TURNED else y.new_empty(0, len(y))
-
-
-@cache
-def quack_products() -> dict[str, tuple[list[str], Callable]]:
-    """The names of the operands and the kernel of each kind; quack (Guo, Dao et al., package quack-kernels) builds the
-    kernels around these lines."""
-    import cutlass.cute as cute
-    from quack.epilogue.frontend import gemm_epilogue
-    from quack.epilogue.ops import ColVecLoad, ColVecReduce
-
+    c's gradient acc. norm_grad: the gradient of what enters a norm by r and is read by a residual scaled by s. Those
+    with 8 take FP8 numbers, whose scales are in t."""
     def none(acc):
         return {"D": acc}
 
     def relu_square(acc, r):
-        positive = cute.arch.fmax(acc * r, 0.0)
+        positive = relu(acc * r)
         return {"D": positive * positive}
 
     def sum1(acc, c, s0):
@@ -2290,7 +2230,7 @@ def quack_products() -> dict[str, tuple[list[str], Callable]]:
         return {"D": y, "sums": (y, y)}
 
     def root(acc, c, r):
-        pre = cute.math.sqrt(c, fastmath=True)
+        pre = square_root(c)
         y = 2.0 * r * acc * pre
         return {"D": y, "sums": (y, pre)}
 
@@ -2304,46 +2244,85 @@ def quack_products() -> dict[str, tuple[list[str], Callable]]:
         return {"D": t * r * acc}
 
     def relu_square8(acc, t):
-        positive = cute.arch.fmax(t * acc, 0.0)
-        y = positive * positive
+        y = relu_square(acc, t)["D"]
         return {"D": y, "turned": y}
 
     def sum8(acc, c, s, t):
-        y = t * acc + s * c
-        return {"D": y, "sums": (y, y)}
+        return sum1(t * acc, c, s)
 
     def root8(acc, c, t):
-        pre = cute.math.sqrt(c, fastmath=True)
-        y = 2.0 * t * acc * pre
-        return {"D": y, "turned": y, "sums": (y, pre)}
+        y = root(acc, c, t)
+        return {**y, "turned": y["D"]}
 
     def norm_grad8(acc, c, x, s, r, f, t):
-        return {"D": t * r * acc + s * c + f * x, "sums": (c, x)}
+        return norm_grad(t * r * acc, c, x, s, f)
+
+    kinds = none, relu_square, sum1, sum3, root, norm_grad, scaled8, rows8, relu_square8, sum8, root8, norm_grad8
+    return {f.__name__: f for f in kinds}
+
+
+SUMMED = "sum1", "sum3", "root", "norm_grad", "sum8", "root8", "norm_grad8"  # kinds with sums
+TURNED = "relu_square8", "root8"  # kinds whose result comes transposed, too
+
+
+def product_reference(kind: str, a: Tensor, b: Tensor, operands: list[Tensor],
+                      dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The epilogue of that kind on a b, for a [m, k], b [k, n]: y [m, n] of dtype; its sums [m, tiles] fp32, or none
+    [0, tiles]; and y^T [n, m], or none [0, m]. Of FP8 numbers a must be row-major and b column-major."""
+    operands = [x.float() if x.dtype.itemsize == 1 else x[:, None] if x.dim() == 1 else x for x in operands]
+    y = fp8_product(a, b, torch.ones((), device=a.device), torch.float32) if a.dtype.itemsize == 1 else a @ b
+    results, columns = epilogues(F.relu, torch.sqrt)[kind](y, *operands), PRODUCT_TILE[1]
+    sums = y.new_empty(0, -(-y.size(1) // columns), dtype=torch.float32)
+    if kind in SUMMED:
+        terms = math.prod(x.float() for x in results["sums"])
+        sums = F.pad(terms, (0, -terms.size(1) % columns)).view(len(y), -1, columns).sum(2)
+    y = to_fp8(results["D"], dtype) if dtype.itemsize == 1 else results["D"].to(dtype)
+    return y, sums, y.mT.contiguous() if kind in TURNED else y.new_empty(0, len(y))
+
+
+@cache
+def quack_products() -> dict[str, tuple[list[str], Callable]]:
+    """The names of the operands and the kernel of each kind; quack (Guo, Dao et al., package quack-kernels) builds the
+    kernels around the epilogues."""
+    import cutlass.cute as cute
+    from quack.epilogue.frontend import gemm_epilogue
+    from quack.epilogue.ops import ColVecLoad, ColVecReduce
+
+    def relu(x):
+        return cute.arch.fmax(x, 0.0)
+
+    def square_root(x):
+        return cute.math.sqrt(x, fastmath=True)
 
     kernels = {}
-    for f in (none, relu_square, sum1, sum3, root, norm_grad, scaled8, rows8, relu_square8, sum8, root8, norm_grad8):
+    for name, f in epilogues(relu, square_root).items():
         names = list(inspect.signature(f).parameters)[1:]
         kind = gemm_epilogue(
-            outputs=("turned",) * (f.__name__ in TURNED), ops={x: ColVecLoad(x) for x in "rf" if x in names},
-            reduces={"sums": ColVecReduce("sums", scaled=True)} if f.__name__ in SUMMED else None)(f)
-        kernels[f.__name__] = names, partial(
+            outputs=("turned",) * (name in TURNED), ops={x: ColVecLoad(x) for x in "rf" if x in names},
+            reduces={"sums": ColVecReduce("sums", scaled=True)} if name in SUMMED else None)(f)
+        kernels[name] = names, partial(
             kind.gemm, tile_M=PRODUCT_TILE[0], tile_N=PRODUCT_TILE[1], pingpong=True, cluster_M=2, b_kn=True,
             post_init_attrs=(("fp8_slow_accum", False),))  # FP8's sums stay in the tensor cores
     return kernels
 
 
+def quack_product(a: Tensor, b: Tensor, kind: str, operands: list[Tensor], y: Tensor, sums: Tensor,
+                  turned: Tensor) -> None:
+    names, kernel = quack_products()[kind]
+    more = {name: x[None] if x.dim() == 1 else x for name, x in zip(names, operands, strict=True)}
+    more |= {"sums": sums} if kind in SUMMED else {}
+    more |= {"turned": turned.mT} if kind in TURNED else {}
+    kernel(a, b, y, more.pop("c", None), epi_args=more)
+
+
 @op(product_reference, cpu=False)
 def product(kind: str, a: Tensor, b: Tensor, operands: list[Tensor],
             dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    names, kernel = quack_products()[kind]
-    more = {name: x[None] if x.dim() == 1 else x for name, x in zip(names, operands, strict=True)}
     m, n = len(a), b.size(1)
     y = a.new_empty(m, n, dtype=dtype)
     sums = a.new_empty(m if kind in SUMMED else 0, -(-n // PRODUCT_TILE[1]), dtype=torch.float32)
     turned = y.new_empty(n if kind in TURNED else 0, m)
-    more |= {"sums": sums} if kind in SUMMED else {}
-    more |= {"turned": turned.mT} if kind in TURNED else {}
-    kernel(a, b, y, more.pop("c", None), epi_args=more)
+    launch(quack_product, a, b, kind, operands, y, sums, turned)
     return y, sums, turned
 
 
@@ -2415,20 +2394,15 @@ def injections_kernel(x0, bigram, s0, s1, grads, dx0, dbigram, ds, T, D: tl.cons
         tl.store(to + N + i, tl.sum(ds1[i]))
 
 
-INJECTION_ROWS, INJECTION_COLUMNS = 2, 256  # what is summed fits the registers
-
-
-@op(injections_backward_reference, shapes=lambda x0, bigram, s0, s1, grads: (
-    torch.empty_like(x0), torch.empty_like(bigram),
-    s0.new_empty(multiprocessors(x0.device) * -(-x0.size(1) // INJECTION_COLUMNS), 2, len(grads))))
+@op(injections_backward_reference)
 def injections_backward(x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor,
                         grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     (T, D), n, dx0, dbigram = x0.shape, len(grads), torch.empty_like(x0), torch.empty_like(bigram)
-    programs, chunks = multiprocessors(x0.device), triton.cdiv(D, INJECTION_COLUMNS)
+    rows, columns = 2, 256  # what is summed fits the registers
+    programs, chunks = multiprocessors(x0.device), triton.cdiv(D, columns)
     ds = s0.new_empty(programs * chunks, 2, n)
-    injections_kernel[(programs, chunks)](
-        x0, bigram, s0, s1, tuple(g.contiguous() for g in grads), dx0, dbigram, ds, T, D, n, programs, INJECTION_ROWS,
-        INJECTION_COLUMNS, num_warps=4)
+    launch(injections_kernel[(programs, chunks)], x0, bigram, s0, s1, tuple(g.contiguous() for g in grads), dx0,
+           dbigram, ds, T, D, n, programs, rows, columns, num_warps=4)
     return dx0, dbigram, ds
 
 
@@ -2539,9 +2513,9 @@ def quantized_kernel(x, r, y, turned, m, n, factor, MAX: tl.constexpr, SCALED: t
 def quantized(x: Tensor, r: Tensor | None, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     (m, n), block = x.shape, 128  # as of transposed
     y, turned = x.new_empty(m, n, dtype=dtype), x.new_empty(n, m, dtype=dtype)
-    quantized_kernel[(triton.cdiv(m, block) * triton.cdiv(n, block),)](
-        x.contiguous(), r, y.view(torch.int8), turned.view(torch.int8), m, n, 1 / scale, torch.finfo(dtype).max,
-        r is not None, tl.float8e4nv if dtype == E4M3 else tl.float8e5, block, num_warps=8)
+    launch(quantized_kernel[(triton.cdiv(m, block) * triton.cdiv(n, block),)], x.contiguous(), r, y.view(torch.int8),
+           turned.view(torch.int8), m, n, 1 / scale, torch.finfo(dtype).max, r is not None,
+           tl.float8e4nv if dtype == E4M3 else tl.float8e5, block, num_warps=8)
     return y, turned
 
 
@@ -2779,17 +2753,13 @@ def attention_inputs(qkv: Tensor, r: Tensor | None, ve: Tensor | None, gate: Ten
                              sin: Tensor, paired: bool, key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
     T, _, H, d = qkv.shape
     q, k, v = (qkv.new_empty(T, H, d) for _ in range(3))
-    attention_inputs_kernel[(H, triton.cdiv(T, ATTENTION_INPUT_ROWS))](
-        qkv, r, ve, gate, cos, sin, q, k, v, T, segment_length(cos, paired), FP32_EPS, H, d, paired, key_offset,
-        r is not None, ve is not None, ATTENTION_INPUT_ROWS)
+    launch(attention_inputs_kernel[(H, triton.cdiv(T, ATTENTION_INPUT_ROWS))], qkv, r, ve, gate, cos, sin, q, k, v, T,
+           segment_length(cos, paired), FP32_EPS, H, d, paired, key_offset, r is not None, ve is not None,
+           ATTENTION_INPUT_ROWS)
     return q, k, v
 
 
-@op(shapes=lambda qkv, r, ve, gate, cos, sin, dq, dk, dv, paired, offset, unit: (
-    qkv.new_empty(len(qkv), qkv[0].numel(), dtype=E5M2 if unit else qkv.dtype),
-    qkv.new_empty(qkv[0].numel() if unit else 0, len(qkv), dtype=E5M2 if unit else qkv.dtype),
-    qkv.new_empty(0 if ve is None else qkv.size(0), qkv.shape[2:].numel()),
-    qkv.new_empty(0, qkv.size(2)) if ve is None else torch.empty_like(gate)))
+@op()
 def attention_inputs_backward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, gate: Tensor | None, cos: Tensor,
                               sin: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, paired: bool, key_offset: bool,
                               unit: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -2802,10 +2772,9 @@ def attention_inputs_backward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, 
     dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
     out = (dqkv.view(torch.int8), turned.view(torch.int8)) if fp8 else (dqkv, turned)
     rows = 32 if fp8 else ATTENTION_INPUT_ROWS
-    attention_inputs_backward_kernel[(H, triton.cdiv(T, rows))](
-        qkv, r, ve, gate, cos, sin, dq, dk, dv, *out, dve, dgate, T, segment_length(cos, paired),
-        1 / unit if fp8 else 1.0, FP32_EPS, H, d, paired, key_offset, r is not None, mix, fp8, torch.finfo(E5M2).max,
-        rows)
+    launch(attention_inputs_backward_kernel[(H, triton.cdiv(T, rows))], qkv, r, ve, gate, cos, sin, dq, dk, dv, *out,
+           dve, dgate, T, segment_length(cos, paired), 1 / unit if fp8 else 1.0, FP32_EPS, H, d, paired, key_offset,
+           r is not None, mix, fp8, torch.finfo(E5M2).max, rows)
     return dqkv, turned, dve, dgate
 
 
@@ -2982,9 +2951,6 @@ def target_kernel(logits, targets, weights, total, loss, grad, T, V, scale, CAP:
     tl.store(loss + row, row_loss, mask=inside)
 
 
-LOSS_BLOCK, LOSS_ROWS = 4096, 64  # of a sweep on H200, with 16 warps
-
-
 @op(softcapped_mtp_loss_reference)
 def softcapped_mtp_loss(logits: Tensor, targets: Tensor, weights: Tensor, grad_dtype: torch.dtype, grad_scale: float,
                         cap: float, shift: float, width: float) -> tuple[Tensor, Tensor]:
@@ -2994,12 +2960,12 @@ def softcapped_mtp_loss(logits: Tensor, targets: Tensor, weights: Tensor, grad_d
     pack, total, scale = logits.dtype == torch.bfloat16, torch.empty_like(loss), cap / width / grad_scale
     assert grad_dtype == torch.float32 if not pack else V % 2 == 0 and grad_dtype.itemsize < 4  # kept as bf16 pairs
     assert targets.shape == (T, K) and targets.is_contiguous()
-    programs = min(T, multiprocessors(logits.device))
-    mtp_loss_kernel[(programs,)](
-        logits.view(torch.int32) if pack else logits, targets, weights, total, grad, T, V, scale, half, shift, width,
-        K, fast, pack, programs, LOSS_BLOCK, LOSS_BLOCK // 2 if pack else LOSS_BLOCK, num_warps=16)
-    target_kernel[(triton.cdiv(T, LOSS_ROWS),)](logits, targets, weights, total, loss, grad, T, V, scale, cap, half,
-                                                shift, width, K, LOSS_ROWS, num_warps=2)
+    programs, block, rows = min(T, multiprocessors(logits.device)), 4096, 64  # of a sweep on H200, with 16 warps
+    launch(mtp_loss_kernel[(programs,)], logits.view(torch.int32) if pack else logits, targets, weights, total, grad,
+           T, V, scale, half, shift, width, K, fast, pack, programs, block, block // 2 if pack else block,
+           num_warps=16)
+    launch(target_kernel[(triton.cdiv(T, rows),)], logits, targets, weights, total, loss, grad, T, V, scale, cap, half,
+           shift, width, K, rows, num_warps=2)
     return loss, grad
 
 # --- Transposes
@@ -3020,7 +2986,7 @@ def transposed(src: Tensor) -> Tensor:
     (m, n), block = src.shape, 128  # of a sweep on H200, with 8 warps
     dst = src.new_empty(n, m)
     numbers = src.view(torch.int8), dst.view(torch.int8)  # Triton need not know the type
-    transpose_kernel[(triton.cdiv(m, block) * triton.cdiv(n, block),)](*numbers, m, n, block, num_warps=8)
+    launch(transpose_kernel[(triton.cdiv(m, block) * triton.cdiv(n, block),)], *numbers, m, n, block, num_warps=8)
     return dst
 
 
