@@ -2214,19 +2214,10 @@ def epilogues(relu: Callable, square_root: Callable) -> dict[str, Callable]:
     c, c1, c2, x [m, n], r, f [m, 1] and s, s0, s1, s2, t 0-dim. root: r times pre's gradient, for c = relu(pre)^2 and
     c's gradient acc. norm_grad: the gradient of what enters a norm by r and is read by a residual scaled by s. Those
     with 8 take FP8 numbers, whose scales are in t."""
-    def none(acc):
-        return {"D": acc}
+    def squared(y):
+        return {"D": y * y}
 
-    def relu_square(acc, r):
-        positive = relu(acc * r)
-        return {"D": positive * positive}
-
-    def sum1(acc, c, s0):
-        y = acc + s0 * c
-        return {"D": y, "sums": (y, y)}
-
-    def sum3(acc, c, s0, c1, s1, c2, s2):
-        y = acc + s0 * c + s1 * c1 + s2 * c2
+    def summed(y):
         return {"D": y, "sums": (y, y)}
 
     def root(acc, c, r):
@@ -2234,31 +2225,23 @@ def epilogues(relu: Callable, square_root: Callable) -> dict[str, Callable]:
         y = 2.0 * r * acc * pre
         return {"D": y, "sums": (y, pre)}
 
-    def norm_grad(acc, c, x, s, r):
-        return {"D": acc + s * c + r * x, "sums": (c, x)}
+    def turned(results):
+        return {**results, "turned": results["D"]}
 
-    def scaled8(acc, t):
-        return {"D": t * acc}
-
-    def rows8(acc, r, t):
-        return {"D": t * r * acc}
-
-    def relu_square8(acc, t):
-        y = relu_square(acc, t)["D"]
-        return {"D": y, "turned": y}
-
-    def sum8(acc, c, s, t):
-        return sum1(t * acc, c, s)
-
-    def root8(acc, c, t):
-        y = root(acc, c, t)
-        return {**y, "turned": y["D"]}
-
-    def norm_grad8(acc, c, x, s, r, f, t):
-        return norm_grad(t * r * acc, c, x, s, f)
-
-    kinds = none, relu_square, sum1, sum3, root, norm_grad, scaled8, rows8, relu_square8, sum8, root8, norm_grad8
-    return {f.__name__: f for f in kinds}
+    return {  # a line each, by which quack knows its compiled kernels again
+        "none": lambda acc: {"D": acc},
+        "relu_square": lambda acc, r: squared(relu(acc * r)),
+        "sum1": lambda acc, c, s0: summed(acc + s0 * c),
+        "sum3": lambda acc, c, s0, c1, s1, c2, s2: summed(acc + s0 * c + s1 * c1 + s2 * c2),
+        "root": root,
+        "norm_grad": lambda acc, c, x, s, r: {"D": acc + s * c + r * x, "sums": (c, x)},
+        "scaled8": lambda acc, t: {"D": t * acc},
+        "rows8": lambda acc, r, t: {"D": t * r * acc},
+        "relu_square8": lambda acc, t: turned(squared(relu(t * acc))),
+        "sum8": lambda acc, c, s, t: summed(t * acc + s * c),
+        "root8": lambda acc, c, t: turned(root(acc, c, t)),
+        "norm_grad8": lambda acc, c, x, s, r, f, t: {"D": t * r * acc + s * c + f * x, "sums": (c, x)},
+    }
 
 
 SUMMED = "sum1", "sum3", "root", "norm_grad", "sum8", "root8", "norm_grad8"  # kinds with sums
@@ -2296,6 +2279,7 @@ def quack_products() -> dict[str, tuple[list[str], Callable]]:
 
     kernels = {}
     for name, f in epilogues(relu, square_root).items():
+        f.__name__ = f.__qualname__ = name
         names = list(inspect.signature(f).parameters)[1:]
         kind = gemm_epilogue(
             outputs=("turned",) * (name in TURNED), ops={x: ColVecLoad(x) for x in "rf" if x in names},
