@@ -2065,17 +2065,16 @@ def gates_reference(gate_in: Tensor, r: Tensor | None, ve_first: Tensor | None, 
 
 
 @jit
-def gate_inputs(gate_in, stride, r, ve_first, ve_stride, rows, columns, inside, N: tl.constexpr, SCALED: tl.constexpr,
-                MIXED: tl.constexpr):
+def gate_inputs(gate_in, stride, r, ve_first, ve_stride, rows, columns, inside, N: tl.constexpr):
     """What gates of heads see and what gates of values see, and the factor of the first; all fp32."""
     front = inside[:, None] & (columns < N)[None, :]
     x = tl.load(gate_in + rows[:, None] * stride + columns[None, :], mask=front, other=0.0).to(tl.float32)
     factor = tl.full(rows.shape, 1.0, tl.float32)
-    if SCALED:
+    if r is not None:
         factor = tl.load(r + rows, mask=inside, other=0.0)
         x *= factor[:, None]
     mixed = x
-    if MIXED:
+    if ve_first is not None:
         back = front & (columns >= N // 2)[None, :]
         v = tl.load(ve_first + rows[:, None] * ve_stride + columns[None, :] - N // 2, mask=back, other=0.0)
         mixed = tl.where((columns < N // 2)[None, :], x, v.to(tl.float32))
@@ -2084,16 +2083,15 @@ def gate_inputs(gate_in, stride, r, ve_first, ve_stride, rows, columns, inside, 
 
 @jit
 def gates_kernel(gate_in, stride, r, ve_first, ve_stride, w, w_value, gate, value_gate, T, MAX: tl.constexpr,
-                 H: tl.constexpr, N: tl.constexpr, SCALED: tl.constexpr, MIXED: tl.constexpr, VALUE: tl.constexpr,
-                 ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+                 H: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """One program: ROWS tokens."""
     rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     inside, used = rows < T, columns < N
-    x, mixed, _ = gate_inputs(gate_in, stride, r, ve_first, ve_stride, rows, columns, inside, N, SCALED, MIXED)
+    x, mixed, _ = gate_inputs(gate_in, stride, r, ve_first, ve_stride, rows, columns, inside, N)
     for head in tl.static_range(H):
         weight = tl.load(w + head * N + columns, mask=used, other=0.0).to(tl.float32)[None, :]
         tl.store(gate + rows * H + head, tl.sigmoid(tl.sum(x * weight, 1)), mask=inside)
-        if VALUE:
+        if w_value is not None:
             weight = tl.load(w_value + head * N + columns, mask=used, other=0.0).to(tl.float32)[None, :]
             tl.store(value_gate + rows * H + head, MAX * tl.sigmoid(tl.sum(mixed * weight, 1)), mask=inside)
 
@@ -2101,12 +2099,12 @@ def gates_kernel(gate_in, stride, r, ve_first, ve_stride, w, w_value, gate, valu
 @jit
 def gates_backward_kernel(gate_in, stride, r, ve_first, ve_stride, w, w_value, gate, value_gate, dgate, dvalue_gate,
                           dgate_in, dve_first, dw, T, MAX: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
-                          SCALED: tl.constexpr, MIXED: tl.constexpr, VALUE: tl.constexpr, ROWS: tl.constexpr,
-                          COLUMNS: tl.constexpr):
+                          ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """One program: ROWS tokens, whose part of the weights' gradients it stores."""
     rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    inside, used, dw = rows < T, columns < N, dw + tl.program_id(0) * H * (1 + VALUE) * N + columns
-    x, mixed, factor = gate_inputs(gate_in, stride, r, ve_first, ve_stride, rows, columns, inside, N, SCALED, MIXED)
+    inside, used = rows < T, columns < N
+    dw = dw + tl.program_id(0) * H * (1 if w_value is None else 2) * N + columns
+    x, mixed, factor = gate_inputs(gate_in, stride, r, ve_first, ve_stride, rows, columns, inside, N)
     dx, dmixed = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
     for head in tl.static_range(H):
         weight = tl.load(w + head * N + columns, mask=used, other=0.0).to(tl.float32)[None, :]
@@ -2114,14 +2112,14 @@ def gates_backward_kernel(gate_in, stride, r, ve_first, ve_stride, w, w_value, g
         dlogit = (tl.load(dgate + rows * H + head, mask=inside, other=0.0) * g * (1.0 - g))[:, None]
         dx += dlogit * weight
         tl.store(dw + head * N, tl.sum(dlogit * x, 0), mask=used)
-        if VALUE:
+        if w_value is not None:
             weight = tl.load(w_value + head * N + columns, mask=used, other=0.0).to(tl.float32)[None, :]
             g = tl.load(value_gate + rows * H + head, mask=inside, other=0.0)
             dlogit = tl.load(dvalue_gate + rows * H + head, mask=inside, other=0.0) * g * (1.0 - g / MAX)
             dmixed += dlogit[:, None] * weight
             tl.store(dw + (H + head) * N, tl.sum(dlogit[:, None] * mixed, 0), mask=used)
     mask = inside[:, None] & used[None, :]
-    if MIXED:
+    if ve_first is not None:
         to = dve_first + rows[:, None] * (N // 2) + columns[None, :] - N // 2
         tl.store(to, dmixed.to(dve_first.dtype.element_ty), mask=mask & (columns >= N // 2)[None, :])
         dmixed = tl.where((columns < N // 2)[None, :], dmixed, 0.0)
@@ -2137,8 +2135,7 @@ def gates_arguments(gate_in: Tensor, r: Tensor | None, ve_first: Tensor | None, 
     """The first arguments of both kernels, and their constants."""
     assert gate_in.stride(1) == 1 and (ve_first is None or ve_first.stride(1) == 1) and w.is_contiguous()
     return (gate_in, gate_in.stride(0), r, ve_first, 0 if ve_first is None else ve_first.stride(0), w, w_value), (
-        VALUE_GATE_MAX, *w.shape, r is not None, ve_first is not None, w_value is not None, GATE_ROWS,
-        triton.next_power_of_2(w.size(1)))
+        VALUE_GATE_MAX, *w.shape, GATE_ROWS, triton.next_power_of_2(w.size(1)))
 
 
 @op(lambda *inputs: tuple(y.float() for y in gates_reference(*inputs)))
@@ -2478,14 +2475,13 @@ def quantized_reference(x: Tensor, r: Tensor | None, scale: float, dtype: torch.
 
 
 @jit
-def quantized_kernel(x, r, y, turned, m, n, factor, MAX: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr,
-                     BLOCK: tl.constexpr):
+def quantized_kernel(x, r, y, turned, m, n, factor, MAX: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     tiles_m = tl.cdiv(m, BLOCK)
     rows = (tl.program_id(0) % tiles_m * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     columns = (tl.program_id(0) // tiles_m * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     inside = (rows < m)[:, None] & (columns < n)[None, :]
     v = tl.load(x + rows[:, None] * n + columns[None, :], mask=inside, other=0.0)
-    if SCALED:
+    if r is not None:
         v = (v.to(tl.float32) * tl.load(r + rows, mask=rows < m, other=0.0)[:, None]).to(v.dtype)
     v = tl.clamp(v.to(tl.float32) * factor, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
     v = v.to(DTYPE).to(tl.int8, bitcast=True)
@@ -2498,7 +2494,7 @@ def quantized(x: Tensor, r: Tensor | None, scale: float, dtype: torch.dtype) -> 
     (m, n), block = x.shape, 128  # as of transposed
     y, turned = x.new_empty(m, n, dtype=dtype), x.new_empty(n, m, dtype=dtype)
     launch(quantized_kernel[(triton.cdiv(m, block) * triton.cdiv(n, block),)], x.contiguous(), r, y.view(torch.int8),
-           turned.view(torch.int8), m, n, 1 / scale, torch.finfo(dtype).max, r is not None,
+           turned.view(torch.int8), m, n, 1 / scale, torch.finfo(dtype).max,
            tl.float8e4nv if dtype == E4M3 else tl.float8e5, block, num_warps=8)
     return y, turned
 
@@ -2643,8 +2639,7 @@ def normalised(x, mask, D: tl.constexpr, EPS: tl.constexpr):
 
 @jit
 def attention_inputs_kernel(qkv, r, ve, gate, cos, sin, q, k, v, T, S, EPS: tl.constexpr, H: tl.constexpr,
-                            D: tl.constexpr, PAIRED: tl.constexpr, OFFSET: tl.constexpr, SCALED: tl.constexpr,
-                            MIX: tl.constexpr, ROWS: tl.constexpr):
+                            D: tl.constexpr, PAIRED: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr):
     """One program: ROWS tokens of one head, whose width is D here."""
     head, rows = tl.program_id(0), tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside, half, position = rows < T, tl.arange(0, D // 2)[None, :], rows % S
@@ -2665,10 +2660,10 @@ def attention_inputs_kernel(qkv, r, ve, gate, cos, sin, q, k, v, T, S, EPS: tl.c
             tl.store(out + to + D // 2, back, mask=mask)
     wide = tl.arange(0, D)[None, :]
     value = tl.load(qkv + rows[:, None] * (3 * H * D) + (2 * H + head) * D + wide, mask=mask, other=0.0)
-    if SCALED:
+    if r is not None:
         value = value.to(tl.float32) * tl.load(r + rows, mask=inside, other=0.0)[:, None]
     to = rows[:, None] * (H * D) + head * D + wide
-    if MIX:
+    if ve is not None:
         g = tl.load(gate + rows * H + head, mask=inside, other=0.0).to(tl.float32)[:, None]
         value = value.to(tl.float32) + g * tl.load(ve + to, mask=mask, other=0.0).to(tl.float32)
     tl.store(v + to, value.to(v.dtype.element_ty), mask=mask)
@@ -2689,8 +2684,7 @@ def store_gradient(x, out, turned, rows, columns, mask, T, N: tl.constexpr, per_
 @jit
 def attention_inputs_backward_kernel(qkv, r, ve, gate, cos, sin, dq, dk, dv, dqkv, turned, dve, dgate, T, S, per_unit,
                                      EPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr,
-                                     OFFSET: tl.constexpr, SCALED: tl.constexpr, MIX: tl.constexpr,
-                                     FP8: tl.constexpr, MAX: tl.constexpr, ROWS: tl.constexpr):
+                                     OFFSET: tl.constexpr, FP8: tl.constexpr, MAX: tl.constexpr, ROWS: tl.constexpr):
     head, rows = tl.program_id(0), tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside, half, position = rows < T, tl.arange(0, D // 2)[None, :], rows % S
     mask = inside[:, None]
@@ -2718,11 +2712,11 @@ def attention_inputs_backward_kernel(qkv, r, ve, gate, cos, sin, dq, dk, dv, dqk
     at = rows[:, None] * (H * D) + head * D + wide
     dvalue = tl.load(dv + at, mask=mask, other=0.0).to(tl.float32)
     scaled = dvalue
-    if SCALED:
+    if r is not None:
         scaled = dvalue * tl.load(r + rows, mask=inside, other=0.0)[:, None]
     store_gradient(scaled, dqkv, turned, rows, (2 * H + head) * D + wide, inside, T, 3 * H * D, per_unit, MAX,
                    qkv.dtype.element_ty, FP8)
-    if MIX:
+    if ve is not None:
         g = tl.load(gate + rows * H + head, mask=inside, other=0.0).to(tl.float32)[:, None]
         embedded = tl.load(ve + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(dve + at, (g * dvalue).to(dve.dtype.element_ty), mask=mask)
@@ -2738,8 +2732,7 @@ def attention_inputs(qkv: Tensor, r: Tensor | None, ve: Tensor | None, gate: Ten
     T, _, H, d = qkv.shape
     q, k, v = (qkv.new_empty(T, H, d) for _ in range(3))
     launch(attention_inputs_kernel[(H, triton.cdiv(T, ATTENTION_INPUT_ROWS))], qkv, r, ve, gate, cos, sin, q, k, v, T,
-           segment_length(cos, paired), FP32_EPS, H, d, paired, key_offset, r is not None, ve is not None,
-           ATTENTION_INPUT_ROWS)
+           segment_length(cos, paired), FP32_EPS, H, d, paired, key_offset, ATTENTION_INPUT_ROWS)
     return q, k, v
 
 
@@ -2758,7 +2751,7 @@ def attention_inputs_backward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, 
     rows = 32 if fp8 else ATTENTION_INPUT_ROWS
     launch(attention_inputs_backward_kernel[(H, triton.cdiv(T, rows))], qkv, r, ve, gate, cos, sin, dq, dk, dv, *out,
            dve, dgate, T, segment_length(cos, paired), 1 / unit if fp8 else 1.0, FP32_EPS, H, d, paired, key_offset,
-           r is not None, mix, fp8, torch.finfo(E5M2).max, rows)
+           fp8, torch.finfo(E5M2).max, rows)
     return dqkv, turned, dve, dgate
 
 
@@ -3060,13 +3053,13 @@ def scatter_add_rows_reference(rows: Tensor, ids: Tensor, out: Tensor, order: Te
 
 
 @jit
-def scatter_add_kernel(rows, ids, order, out, T, D, ORDERED: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+def scatter_add_kernel(rows, ids, order, out, T, D, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """One program: COUNT rows, all in flight at once. Neighbours that go to one row of the table go there as a sum."""
     columns, first = tl.arange(0, BLOCK), tl.program_id(0) * COUNT
     mask, ats, values = columns < D, (), ()
     for i in tl.static_range(COUNT):
         row, inside = first + i, first + i < T
-        row = tl.load(order + row, mask=inside, other=0).to(tl.int64) if ORDERED else row.to(tl.int64)
+        row = tl.load(order + row, mask=inside, other=0).to(tl.int64) if order is not None else row.to(tl.int64)
         ats += (tl.load(ids + row, mask=inside, other=0).to(tl.int64),)
         values += (tl.load(rows + row * D + columns, mask=mask & inside, other=0.0),)
     sums = tl.zeros([BLOCK], tl.float32)
@@ -3079,11 +3072,9 @@ def scatter_add_kernel(rows, ids, order, out, T, D, ORDERED: tl.constexpr, COUNT
 
 def scatter_add_rows(rows: Tensor, ids: Tensor, out: Tensor, order: Tensor | None = None) -> None:
     assert rows.is_contiguous() and out.is_contiguous() and out.dtype == torch.float32
-    T, D = rows.shape
-    scatter_add_kernel[(triton.cdiv(T, SCATTER_ROWS),)](rows, ids, order, out, T, D, order is not None, SCATTER_ROWS,
-                                                        triton.next_power_of_2(D), num_warps=4)
-
-SCATTER_ROWS = 16  # of one program
+    (T, D), count = rows.shape, 16
+    scatter_add_kernel[(triton.cdiv(T, count),)](
+        rows, ids, order, out, T, D, count, triton.next_power_of_2(D), num_warps=4)
 
 
 # ==== 9. Attention: attention(q, k, v, cu_seqlens, max_len, window, scale, gate) with interchangeable backends ====
