@@ -3152,10 +3152,12 @@ def gated_flash4() -> tuple[type, dict]:
     return Gated, {}
 
 
-def attended_now(max_len: int, window: Tensor, scale: float) -> tuple[int, int, float]:
-    """The numbers for a window of Windows.at_run_time and its units."""
+def flash4_options(cu_seqlens: Tensor, max_len: int, window: Tensor, scale: float) -> dict[str, object]:
+    """What the package calls the documents, a window of Windows.at_run_time and the scale, both in its units."""
     tokens, longest, softmax_scale = window.tolist()
-    return max_len * int(longest), int(tokens), scale * softmax_scale
+    max_len *= int(longest)
+    return dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_len, max_seqlen_k=max_len,
+                softmax_scale=scale * softmax_scale, causal=True, window_size_left=int(tokens), window_size_right=0)
 
 
 @op(shapes=lambda q, k, v, *_: (torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
@@ -3165,15 +3167,12 @@ def flash4(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cu_seqlens: Tensor, ma
     window: as of Windows.at_run_time."""
     from flash_attn.cute import interface
 
-    max_len, window, scale = attended_now(max_len, window, scale)
+    options = flash4_options(cu_seqlens, max_len, window, scale)
     kernel, kept = gated_flash4()
     lse = gate.mT.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     with patch.object(interface, "FlashAttentionForwardSm90", kernel), patch.object(
             interface._flash_attn_fwd, "compile_cache", kept):
-        out, lse, *_ = interface._flash_attn_fwd(
-            q, k, v, lse=lse, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_len,
-            max_seqlen_k=max_len, softmax_scale=scale, causal=True, window_size_left=window, window_size_right=0,
-            return_lse=True)
+        out, lse, *_ = interface._flash_attn_fwd(q, k, v, lse=lse, return_lse=True, **options)
     return out, lse
 
 
@@ -3245,17 +3244,14 @@ def flash4_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, 
     """
     from flash_attn.cute import interface
 
-    max_len, window, scale = attended_now(max_len, window, scale)
+    options = flash4_options(cu_seqlens, max_len, window, scale)
     dots = []
 
     def preprocess(out, dout, sums, lse, lse2, zero, cu_seqlens, _used, _dlse, _dtype, _d, _d_v, block, **_):
         dots.append(flash4_preprocess(out, dout, lse, gate, cu_seqlens, block, sums, lse2, zero))
 
     with patch.object(interface, "_bwd_preprocess", preprocess):
-        dq, dk, dv, *_ = interface._flash_attn_bwd(
-            q, k, v, out, dout.contiguous(), lse, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
-            max_seqlen_q=max_len, max_seqlen_k=max_len, softmax_scale=scale, causal=True, window_size_left=window,
-            window_size_right=0)
+        dq, dk, dv, *_ = interface._flash_attn_bwd(q, k, v, out, dout.contiguous(), lse, **options)
     return dq, dk, dv, *dots
 
 
@@ -3449,14 +3445,6 @@ def plain_attention_inputs(h: Stream, w: AttentionWeights, ve: Tensor | None, co
     return *attention_inputs_reference(qkv, None, ve, value_gate, cos, sin, layer.paired, layer.key_offset), gate
 
 
-def plain_injections(x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor) -> list[Injection]:
-    return [Injection(a * x0 + b * bigram, x0, bigram, a, b) for a, b in zip(s0.unbind(), s1.unbind())]
-
-
-def plain_linear_sum(y: Tensor, o: Tensor, x: Stream, resid: Tensor, inject: Injection) -> Stream:
-    return Stream(F.linear(y, o) + (resid[:, None] * x.x).to(x.x.dtype) + inject.total)
-
-
 def plain_mlp(x: Stream, up: Tensor, down: Tensor, resid: Tensor, fp8: float | None) -> Stream:
     if fp8:
         r = inverse_rms(x.x.detach().float().square(), x.x.size(1))
@@ -3475,19 +3463,15 @@ PLAIN = Ops(
     first_columns=lambda x, k: (x, x[:, :k]),
     attention_inputs=plain_attention_inputs,
     attention=attention_reference,
-    injections=plain_injections,
-    linear_sum=plain_linear_sum,
+    injections=lambda x0, bigram, s0, s1: [
+        Injection(a * x0 + b * bigram, x0, bigram, a, b) for a, b in zip(s0.unbind(), s1.unbind())],
+    linear_sum=lambda y, o, x, resid, inject: Stream(
+        F.linear(y, o) + (resid[:, None] * x.x).to(x.x.dtype) + inject.total),
     mlp=plain_mlp,
     head_loss=lambda x, w, candidates, targets, weights, cap, fp8, loss_scale: HeadLoss.apply(
         x, w, candidates, targets, weights, fp8, loss_scale, False, *cap),
     add_rows=scatter_add_rows_reference,
 )
-
-
-def hopper_attention_inputs(h: Stream, w: AttentionWeights, ve: Tensor | None, cos: Tensor, sin: Tensor, layer: Layer,
-                            fp8: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = layer.paired, layer.key_offset, value_gate_sees_ve(layer, w), fp8
-    return AttentionInputs.apply(*h, w.qkv, w.gate, w.value_gate, ve, cos, sin, *options)
 
 
 def hopper_injections(x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor) -> list[Injection]:
@@ -3499,7 +3483,8 @@ HOPPER = Ops(
     stream=lambda x: Stream(x, inverse_rms(x.detach().float().square(), x.size(1))),
     normed=lambda x: Stream(FoldedNorm.apply(*x), x.rstd),
     first_columns=FirstColumns.apply,
-    attention_inputs=hopper_attention_inputs,
+    attention_inputs=lambda h, w, ve, cos, sin, layer, fp8: AttentionInputs.apply(
+        *h, *w, ve, cos, sin, layer.paired, layer.key_offset, value_gate_sees_ve(layer, w), fp8),
     attention=attention_reference,
     injections=hopper_injections,
     linear_sum=lambda y, o, x, resid, inject: Stream(*LinearSum.apply(y, o, x.x, resid, *inject)),
