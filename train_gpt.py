@@ -2250,7 +2250,7 @@ def product_reference(kind: str, a: Tensor, b: Tensor, operands: list[Tensor],
     """The epilogue of that kind on a b, for a [m, k], b [k, n]: y [m, n] of dtype; its sums [m, tiles] fp32, or none
     [0, tiles]; and y^T [n, m], or none [0, m]. Of FP8 numbers a must be row-major and b column-major."""
     operands = [x.float() if x.dtype.itemsize == 1 else x[:, None] if x.dim() == 1 else x for x in operands]
-    y = fp8_product(a, b, torch.ones((), device=a.device), torch.float32) if a.dtype.itemsize == 1 else a @ b
+    y = fp8_product(a, b, 1.0, torch.float32) if a.dtype.itemsize == 1 else a @ b
     results, columns = epilogues(F.relu, torch.sqrt)[kind](y, *operands), PRODUCT_TILE[1]
     sums = y.new_empty(0, -(-y.size(1) // columns), dtype=torch.float32)
     if kind in SUMMED:
@@ -2462,9 +2462,10 @@ def to_fp8(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.float().clamp(-largest, largest).to(dtype)
 
 
-def fp8_product(a: Tensor, b: Tensor, scale: Tensor, out: torch.dtype) -> Tensor:
+def fp8_product(a: Tensor, b: Tensor, scale: Tensor | float, out: torch.dtype) -> Tensor:
     """scale * (a @ b) for FP8 a [m, k] row-major and b [k, n] column-major, which is what the tensor cores take."""
-    return torch._scaled_mm(a, b, scale_a=scale, scale_b=torch.ones_like(scale), out_dtype=out)
+    scale, one = (x if isinstance(x, Tensor) else a.new_full((), x, dtype=torch.float32) for x in (scale, 1.0))
+    return torch._scaled_mm(a, b, scale_a=scale, scale_b=one, out_dtype=out)
 
 
 def quantized_reference(x: Tensor, r: Tensor | None, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -2528,7 +2529,7 @@ def fp8_linear_gradients(dy8: Tensor, dy8_turned: Tensor, r: Tensor | None, kept
     _, multiply = fp8_operations(fast)
     kind, operands = ("scaled8", []) if r is None else ("rows8", [r])
     dx, _, _ = multiply(kind, dy8, w8_turned.mT, [*operands, unit * scale], dtype)
-    return dx, fp8_product(dy8_turned, x8_turned.mT, torch.full_like(scale, unit * NORMED_SCALE), dtype)
+    return dx, fp8_product(dy8_turned, x8_turned.mT, unit * NORMED_SCALE, dtype)
 
 
 class Fp8Linear(torch.autograd.Function):
@@ -2575,8 +2576,8 @@ class Fp8MLP(torch.autograd.Function):
         factor = -unit / x.size(1) * r.square() * sums.sum(1)  # as in ReluSquareMLP
         dx, d_scale, _ = multiply("norm_grad8", dpre8, up8_turned.mT, [dy, x, scale[0], r, factor, unit * up_scale],
                                   x.dtype)
-        d_up, d_down = (fp8_product(a, b.mT, torch.full_like(up_scale, unit * s), x.dtype) for a, b, s in (
-            (dpre8_turned, x8_turned, NORMED_SCALE), (h8_turned, dy8_turned, HIDDEN_SCALE)))
+        d_up = fp8_product(dpre8_turned, x8_turned.mT, unit * NORMED_SCALE, x.dtype)
+        d_down = fp8_product(h8_turned, dy8_turned.mT, unit * HIDDEN_SCALE, x.dtype)
         return dx, None, d_up, d_down, d_scale.sum(1), None, None
 
 
@@ -2587,11 +2588,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half, rest = x.chunk(2, dim=-1)
     a, b = half.unflatten(-1, (-1, 2)).unbind(-1)  # [..., d/4]
     return torch.cat([torch.stack([a * cos + b * sin, b * cos - a * sin], dim=-1).flatten(-2), rest], dim=-1)
-
-
-def segment_length(cos: Tensor, paired: bool) -> int:
-    """S of a rotary table [S, d/4], or [2S, d/4] on paired layers."""
-    return len(cos) // 2 if paired else len(cos)
 
 
 def attention_inputs_reference(qkv: Tensor, r: Tensor | None, ve: Tensor | None, gate: Tensor | None, cos: Tensor,
@@ -2606,7 +2602,8 @@ def attention_inputs_reference(qkv: Tensor, r: Tensor | None, ve: Tensor | None,
     T, _, H, d = qkv.shape
     q, k, v = qkv.unbind(1)
     q, k = norm(q), norm(k)
-    n, S = 2 if paired else 1, segment_length(cos, paired)
+    n = 2 if paired else 1
+    S = len(cos) // n
     cos, sin = (table.view(S, 1, n, d // 4) for table in (cos, sin))
     q, k = (rotate(x.reshape(T // S, S, H // n, n, d), cos, sin).view(T, H, d) for x in (q, k))
     if key_offset:
@@ -2732,7 +2729,7 @@ def attention_inputs(qkv: Tensor, r: Tensor | None, ve: Tensor | None, gate: Ten
     T, _, H, d = qkv.shape
     q, k, v = (qkv.new_empty(T, H, d) for _ in range(3))
     launch(attention_inputs_kernel[(H, triton.cdiv(T, ATTENTION_INPUT_ROWS))], qkv, r, ve, gate, cos, sin, q, k, v, T,
-           segment_length(cos, paired), FP32_EPS, H, d, paired, key_offset, ATTENTION_INPUT_ROWS)
+           len(cos) // (1 + paired), FP32_EPS, H, d, paired, key_offset, ATTENTION_INPUT_ROWS)
     return q, k, v
 
 
@@ -2750,7 +2747,7 @@ def attention_inputs_backward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, 
     out = (dqkv.view(torch.int8), turned.view(torch.int8)) if fp8 else (dqkv, turned)
     rows = 32 if fp8 else ATTENTION_INPUT_ROWS
     launch(attention_inputs_backward_kernel[(H, triton.cdiv(T, rows))], qkv, r, ve, gate, cos, sin, dq, dk, dv, *out,
-           dve, dgate, T, segment_length(cos, paired), 1 / unit if fp8 else 1.0, FP32_EPS, H, d, paired, key_offset,
+           dve, dgate, T, len(cos) // (1 + paired), 1 / unit if fp8 else 1.0, FP32_EPS, H, d, paired, key_offset,
            fp8, torch.finfo(E5M2).max, rows)
     return dqkv, turned, dve, dgate
 
@@ -2985,9 +2982,7 @@ def head_gradients(x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, fp8: 
         w8_columns = w8.T.contiguous().T
         turn = transposed if fast else lambda y: y.T.contiguous()
         grad_scale = GRAD_SCALE * loss_scale
-        logits_scale, dx_scale, dw_scale = (
-            x.new_full((), value, dtype=torch.float32)
-            for value in (X_SCALE * W_SCALE, grad_scale * W_SCALE, grad_scale * X_SCALE))
+        logits_scale = x.new_full((), X_SCALE * W_SCALE, dtype=torch.float32)
 
     total, dx, dw = 0.0, [], None
     for chunk, ahead in zip(x.split(rows), targets.split(rows)):
@@ -2997,8 +2992,8 @@ def head_gradients(x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, fp8: 
             logits = (product("scaled8", x8, w8_columns, [logits_scale], torch.bfloat16)[0] if fast else
                       fp8_product(x8, w8_columns, logits_scale, torch.bfloat16))  # [rows, V]
             loss, grad = loss_of(logits, ahead, weights, E5M2, grad_scale, *cap)
-            dx.append(fp8_product(grad, w8.T, dx_scale, x.dtype))
-            part = fp8_product(turn(x8), turn(grad).T, dw_scale, w.dtype)
+            dx.append(fp8_product(grad, w8.T, grad_scale * W_SCALE, x.dtype))
+            part = fp8_product(turn(x8), turn(grad).T, grad_scale * X_SCALE, w.dtype)
         else:
             loss, grad = loss_of(chunk @ w, ahead, weights, x.dtype, 1.0, *cap)
             dx.append(grad @ w.T)
@@ -3474,11 +3469,6 @@ PLAIN = Ops(
 )
 
 
-def hopper_injections(x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor) -> list[Injection]:
-    sums, parts = Injections.apply(x0, bigram, s0, s1), (s0.detach().unbind(), s1.detach().unbind())
-    return [Injection(y, x0.detach(), bigram.detach(), a, b) for y, a, b in zip(sums, *parts)]
-
-
 HOPPER = Ops(
     stream=lambda x: Stream(x, inverse_rms(x.detach().float().square(), x.size(1))),
     normed=lambda x: Stream(FoldedNorm.apply(*x), x.rstd),
@@ -3486,7 +3476,9 @@ HOPPER = Ops(
     attention_inputs=lambda h, w, ve, cos, sin, layer, fp8: AttentionInputs.apply(
         *h, *w, ve, cos, sin, layer.paired, layer.key_offset, value_gate_sees_ve(layer, w), fp8),
     attention=attention_reference,
-    injections=hopper_injections,
+    injections=lambda x0, bigram, s0, s1: [
+        Injection(y, x0.detach(), bigram.detach(), a, b)
+        for y, a, b in zip(Injections.apply(x0, bigram, s0, s1), s0.detach().unbind(), s1.detach().unbind())],
     linear_sum=lambda y, o, x, resid, inject: Stream(*LinearSum.apply(y, o, x.x, resid, *inject)),
     mlp=lambda x, up, down, resid, fp8: Stream(
         *(Fp8MLP.apply(*x, up, down, resid, fp8, True) if fp8 else ReluSquareMLP.apply(*x, up, down, resid))),
