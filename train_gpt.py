@@ -2254,7 +2254,8 @@ def product_reference(kind: str, a: Tensor, b: Tensor, operands: list[Tensor],
     results, columns = epilogues(F.relu, torch.sqrt)[kind](y, *operands), PRODUCT_TILE[1]
     sums = y.new_empty(0, -(-y.size(1) // columns), dtype=torch.float32)
     if kind in SUMMED:
-        terms = math.prod(x.float() for x in results["sums"])
+        first, second = results["sums"]
+        terms = first.float() * second.float()
         sums = F.pad(terms, (0, -terms.size(1) % columns)).view(len(y), -1, columns).sum(2)
     y = to_fp8(results["D"], dtype) if dtype.itemsize == 1 else results["D"].to(dtype)
     return y, sums, y.mT.contiguous() if kind in TURNED else y.new_empty(0, len(y))

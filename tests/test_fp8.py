@@ -80,6 +80,18 @@ def test_mlp():
     torch.testing.assert_close(again[0], found[0])
 
 
+def test_mlp_in_one_graph():
+    """torch.compile takes the references of the products, too, without a break."""
+    inputs = torch.randn(T, D), torch.randn(N, D) / 6, torch.randn(N, D) / 8, torch.rand(T), torch.randn(T, D) / 50
+
+    def mlp(x, up, down, scale):
+        return t.plain_mlp(t.Stream(x), up, down, scale[0].expand(T), 1.0).x
+
+    compiled = torch.compile(mlp, fullgraph=True, dynamic=False, backend="aot_eager")
+    for a, b in zip(mlp_results(compiled, *inputs), mlp_results(mlp, *inputs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_gradients_scale_with_the_loss():
     """By powers of 2 exactly, so that ranks, which change the loss scale, change no rounding."""
     x, up, down = torch.randn(T, D), torch.randn(N, D) / 6, torch.randn(N, D) / 8
