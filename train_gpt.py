@@ -2257,7 +2257,8 @@ def product_reference(kind: str, a: Tensor, b: Tensor, operands: list[Tensor],
         first, second = results["sums"]
         terms = first.float() * second.float()
         sums = F.pad(terms, (0, -terms.size(1) % columns)).view(len(y), -1, columns).sum(2)
-    y = to_fp8(results["D"], dtype) if dtype.itemsize == 1 else results["D"].to(dtype)
+    # a copy: torch 2.11's Dynamo returns zero gradients for a result of an autograd function that .to left as it was
+    y = to_fp8(results["D"], dtype) if dtype.itemsize == 1 else results["D"].to(dtype, copy=True)
     return y, sums, y.mT.contiguous() if kind in TURNED else y.new_empty(0, len(y))
 
 
