@@ -44,7 +44,6 @@ import itertools
 import json
 import math
 import os
-import queue
 import shlex
 import signal
 import subprocess
@@ -57,6 +56,7 @@ import warnings
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -4241,44 +4241,24 @@ class Ahead:
     With a device, the items' tensors are moved there when they are asked for."""
 
     def __init__(self, items: Iterator, n: int, device: torch.device | None = None):
-        self.device = device
-        self.queue: queue.Queue = queue.Queue(n)
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self.prepare, args=(items,), daemon=True)
-        self.thread.start()
-
-    def prepare(self, items: Iterator) -> None:
-        try:
-            with contextlib.closing(items):
-                for item in items:
-                    self.put(item)
-                    if self.stopped.is_set():
-                        return
-            self.put(StopIteration())
-        except BaseException as error:
-            self.put(error)
-
-    def put(self, item: object) -> None:
-        while not self.stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                return self.queue.put(item, timeout=0.1)
+        self.items, self.device = items, device
+        self.thread = ThreadPoolExecutor(1)
+        self.waiting = deque(self.thread.submit(next, items) for _ in range(n + 1))  # one of them in work
 
     def __iter__(self) -> Ahead:
         return self
 
     def __next__(self) -> object:
-        item = self.queue.get()
-        if isinstance(item, BaseException):
-            raise item
+        self.waiting.append(self.thread.submit(next, self.items))
+        item = self.waiting.popleft().result()
         return to_device(item, self.device) if self.device else item
 
     def wait_for_one(self) -> None:
-        while self.queue.empty():
-            time.sleep(0.01)
+        self.waiting[0].exception()
 
     def close(self) -> None:
-        self.stopped.set()
-        self.thread.join()  # the interpreter would end it in the middle of C++ code and abort
+        self.thread.shutdown(cancel_futures=True)
+        self.items.close()
 
 
 def pinned(item: object, device: torch.device) -> object:
