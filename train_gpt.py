@@ -44,6 +44,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -3779,31 +3780,35 @@ def fits(value: object, kind: object) -> bool:
     return any(map(fits_one, options(kind)))
 
 
-def cells(hp: Recipe) -> Iterator[tuple[str, str, object, object]]:
-    """Each cell of the tables: its full name, its column, its value and its type."""
-    for table, kind in TABLES.items():
-        rows = getattr(hp, table.lower())
-        for i, row in enumerate([rows] if table == "READOUT" else rows):
-            name = {"READOUT": "", "PARAMS": f".{row[0]}"}.get(table, f".{i}")
-            for column, value in row._asdict().items():
-                yield f"{table}{name}.{column}", column, value, TYPES[kind][column]
+def require_cell(place: str, row: NamedTuple, column: str, ok: object, text: str) -> None:
+    require(ok, f"{place}.{column}={getattr(row, column)!r}: {text}")
+
+
+def rows(hp: Recipe, table: str) -> Iterator[tuple[Callable, NamedTuple]]:
+    """Each row of a table after require_cell for it."""
+    found = getattr(hp, table.lower())
+    for i, row in enumerate([found] if table == "READOUT" else found):
+        place = {"READOUT": table, "PARAMS": f"PARAMS.{row[0]}"}.get(table, f"{table}.{i}")
+        yield partial(require_cell, place, row), row
 
 
 def check_recipe(hp: Recipe) -> None:
     """Raise UserError for keys and cells with which no run can work; it names them and what is allowed."""
     for name, f in KEYS.items():
-        value = getattr(hp, name)
+        value, kind = getattr(hp, name), TYPES[Recipe][name]
         choices, least, above = (f.metadata[limit] for limit in ("choices", "least", "above"))
-        require(fits(value, TYPES[Recipe][name]), f"--{name}={value} must be {in_words(TYPES[Recipe][name])}")
+        require(fits(value, kind), f"--{name}={value} must be {in_words(kind)}")
         require(not choices or value in choices, f"--{name}={value}: use {', '.join(choices)}")
-        words = (f"not be below {least}", f"be above {above}")
-        words = ("not be negative", "be positive") if 0 in (least, above) else words
-        require(least is None or value >= least, f"--{name}={value} must {words[0]}")
-        require(above is None or value == "auto" or value > above, f"--{name}={value} must {words[1]}")
-    for place, column, value, kind in cells(hp):
-        require(fits(value, kind), f"{place}={value!r}: use {in_words(kind)}")
-        least = LEAST.get(column)
-        require(least is None or value >= least, f"{place}={value}: use {least} or more")
+        require(least is None or value >= least,
+                f"--{name}={value} must not be {f'below {least}' if least else 'negative'}")
+        require(above is None or value == "auto" or value > above,
+                f"--{name}={value} must be {f'above {above}' if above else 'positive'}")
+    for table, columns in TABLES.items():
+        for need, row in rows(hp, table):
+            for column, kind in TYPES[columns].items():
+                value, least = getattr(row, column), LEAST.get(column)
+                need(column, fits(value, kind), f"use {in_words(kind)}")
+                need(column, least is None or value >= least, f"use {least} or more")
     check_sizes(hp)
     check_layers(hp)
     check_params(hp)
@@ -3835,34 +3840,31 @@ def check_layers(hp: Recipe) -> None:
     tables = [layer.value_table for layer in hp.layers if layer.value_table is not None]
     require(len(names) == len(set(names)), f"LAYERS.*.name={', '.join(names)}: use each name once")
     require(sorted(tables) == [*range(len(tables))], f"LAYERS.*.value_table={tables}: use 0, 1, 2 .., each once")
-    for i, layer in enumerate(hp.layers):
-        earlier = ["none", *(x.name for x in hp.layers[:i] if x.name)]
+    for i, (need, layer) in enumerate(rows(hp, "LAYERS")):
+        earlier = [x.name for x in hp.layers[:i] if x.name]
         for column in ("reads", "skip_from", "dense"):
-            name = getattr(layer, column)
-            require(name is None or name in earlier[1:], f"LAYERS.{i}.{column}={name!r}: use {' or '.join(earlier)}, a "
-                    "name of an earlier layer")
-        require(not (layer.exclusive and layer.paired),
-                f"LAYERS.{i}.exclusive=True: use false, as a paired token attends as two; or paired=false")
+            need(column, getattr(layer, column) in (None, *earlier),
+                 f"use {' or '.join(['none', *earlier])}, a name of an earlier layer")
+        need("exclusive", not (layer.exclusive and layer.paired),
+             "use false, as a paired token attends as two; or paired=false")
         last = i + 1 == len(hp.layers)
-        require(layer.dense is None or (last and layer.reads and layer.value_table is not None and layer.mlps),
-                f"LAYERS.{i}.dense={layer.dense!r}: use none, but in the last layer, with reads, value_table and mlps")
+        need("dense", layer.dense is None or (last and layer.reads and layer.value_table is not None and layer.mlps),
+             "use none, but in the last layer, with reads, value_table and mlps")
         for column in ("paired", "key_offset", "exclusive", "value_table", "reads", "fp8_qkv", "dense"):
             value = getattr(layer, column)
-            require(layer.window or value is None or value is False,  # a table 0 is neither
-                    f"LAYERS.{i}.{column}={value!r}: a layer without attention (window=none) takes none or false")
+            need(column, layer.window or value is None or value is False,  # a table 0 is neither
+                 "a layer without attention (window=none) takes none or false")
     require(hp.attn_layers, "LAYERS.*.window: use short or long in one layer at least")
-    minus = hp.readout.minus
-    require(minus in names, f"READOUT.minus={minus!r}: use the name of a layer, {', '.join(names)}")
-    require(0 < hp.readout.cap <= 80, f"READOUT.cap={hp.readout.cap}: use a number above 0 and up to 80")
-    require(hp.readout.cap_width > 0, f"READOUT.cap_width={hp.readout.cap_width}: use a number above 0")
+    (need, readout), = rows(hp, "READOUT")
+    need("minus", readout.minus in names, f"use the name of a layer, {', '.join(names)}")
+    need("cap", 0 < readout.cap <= 80, "use a number above 0 and up to 80")
+    need("cap_width", readout.cap_width > 0, "use a number above 0")
 
 
 @cache
 def attributes_read(model: type) -> frozenset[str]:
     """The names x of self.x in a class."""
-    tree = ast.parse(inspect.getsource(model))
-    return frozenset(
-        x.attr for x in ast.walk(tree) if isinstance(x, ast.Attribute) and getattr(x.value, "id", "") == "self")
+    return frozenset(re.findall(r"\bself\.(\w+)", inspect.getsource(model)))
 
 
 def check_params(hp: Recipe) -> None:
@@ -3870,51 +3872,48 @@ def check_params(hp: Recipe) -> None:
     require(hp.params and hp.stages, "PARAMS and STAGES need rows")
     names = [row.name for row in hp.params]
     reads = attributes_read(GPT)
-    for row in hp.params:
-        place, axes = f"PARAMS.{row.name}", row.shape.split()
-        require(names.count(row.name) == 1, f"{place} has two rows: leave one")
-        require(row.name in reads, f"{place}: GPT never reads self.{row.name}; use it there or remove the row")
+    for name, (need, row) in zip(names, rows(hp, "PARAMS")):
+        require(names.count(name) == 1, f"PARAMS.{name} has two rows: leave one")
+        require(name in reads, f"PARAMS.{name}: GPT never reads self.{name}; use it there or remove the row")
         for factor in row.shape.replace(" ", "*").split("*"):
-            require(factor in hp.sizes or (factor.isdigit() and int(factor) > 0),
-                    f"{place}.shape={row.shape!r}: use numbers and {', '.join(hp.sizes)}, not {factor}")
-        read = next((x for x in PARAMS if x.name == row.name), row)
-        require(param_shape(row, hp) == param_shape(read, hp),
-                f"{place}.shape={row.shape!r}: use {read.shape!r}, as GPT reads it so, or edit both")
+            need("shape", factor in hp.sizes or (factor.isdigit() and int(factor) > 0),
+                 f"use numbers and {', '.join(hp.sizes)}, not {factor}")
+        read = next((x for x in PARAMS if x.name == name), row)
+        need("shape", param_shape(row, hp) == param_shape(read, hp),
+             f"use {read.shape!r}, as GPT reads it so, or edit both")
         for part in row.init.split(","):
             number = part.split()[1:] if part.split()[:1] in (["normal"], ["uniform"]) else part.split()
             with contextlib.suppress(ValueError):
                 number = [float(x) for x in number]
-            require(fits(tuple(number), tuple[float]) or part.strip() == "uniform" or part == "lm_head" != row.name,
-                    f"{place}.init={row.init!r}: use a number, uniform, or normal and a deviation")
+            need("init", fits(tuple(number), tuple[float]) or part.strip() == "uniform" or part == "lm_head" != name,
+                 "use a number, uniform, or normal and a deviation")
         bank = RULES[row.rule].bank
-        require("adam" not in row.rule or (row.betas and 0 <= min(row.betas) and max(row.betas) < 1),
-                f"{place}.betas={row.betas}: Adam needs two numbers from 0 to below 1")
-        require(not bank or len(axes) == 3, f"{place}.rule={row.rule!r}: use adam: this is no bank [K, rows, columns]")
-        require(bank or row.odd_lr == 1, f"{place}.odd_lr={row.odd_lr}: use 1 with {row.rule}")
-        require(row.reduce != "sparse" or row.name == "bigram_embed",
-                f"{place}.reduce='sparse': use shard or replicate, as only bigram_embed's rows are known beforehand")
-        require(row.reduce != "rows" or row.init == "0", f"{place}.init={row.init!r}: use 0")
+        need("betas", "adam" not in row.rule or (row.betas and 0 <= min(row.betas) and max(row.betas) < 1),
+             "Adam needs two numbers from 0 to below 1")
+        need("rule", not bank or len(row.shape.split()) == 3, "use adam: this is no bank [K, rows, columns]")
+        need("odd_lr", bank or row.odd_lr == 1, f"use 1 with {row.rule}")
+        need("reduce", row.reduce != "sparse" or name == "bigram_embed",
+             "use shard or replicate, as only bigram_embed's rows are known beforehand")
+        need("init", row.reduce != "rows" or row.init == "0", "use 0")
         for column, only in (("rule", "row_adam"), ("reduce", "rows")):
-            require((getattr(row, column) == only) == (row.name == "ngram_embed"),
-                    f"{place}.{column}={getattr(row, column)!r}: ngram_embed uses {only}, and nothing else does")
-        require(row.reduce == "replicate" or row.name in UPDATE_ORDER,
-                f"{place}.reduce={row.reduce!r}: use replicate, or add {row.name} to UPDATE_ORDER")
+            need(column, (getattr(row, column) == only) == (name == "ngram_embed"),
+                 f"ngram_embed uses {only}, and nothing else does")
+        need("reduce", row.reduce == "replicate" or name in UPDATE_ORDER,
+             f"use replicate, or add {name} to UPDATE_ORDER")
     with torch.device("meta"):
         missing = sorted(reads - set(dir(GPT(hp))))
     require(not missing, f"PARAMS: add a row for {', '.join(missing)}, which GPT reads")
-    head, embed = (next(row for row in hp.params if row.name == name) for name in ("lm_head", "embed"))
-    for column, only in (("rule", "adam"), ("reduce", "shard"), ("every", head.every), ("dtype", head.dtype),
-                         ("rarer", 1)):
-        for row in (head, embed):
-            value = getattr(row, column)
-            require(value == only, f"PARAMS.{row.name}.{column}={value!r}: use {only}, as lm_head and embed are one at "
-                    "first")
-
-    for i, average in enumerate(hp.averages):
-        require({"", *average.params.split()} < {"", *names} - {"ngram_embed"} and average.params.split(),
-                f"AVERAGES.{i}.params={average.params!r}: use names of PARAMS, but not ngram_embed")
-    require(embed.init == "lm_head" or not hp.stages[0].tied,
-            f"PARAMS.embed.init={embed.init!r}: use lm_head, as they are one weight at first (STAGES.0.tied)")
+    pair = [x for name in ("lm_head", "embed") for x in rows(hp, "PARAMS") if x[1].name == name]
+    (_, head), (need_embed, embed) = pair
+    only_one = dict(rule="adam", reduce="shard", every=head.every, dtype=head.dtype, rarer=1)
+    for column, only in only_one.items():
+        for need, row in pair:
+            need(column, getattr(row, column) == only, f"use {only}, as lm_head and embed are one at first")
+    for need, average in rows(hp, "AVERAGES"):
+        given = {*average.params.split()}
+        need("params", given and given < {*names} - {"ngram_embed"}, "use names of PARAMS, but not ngram_embed")
+    need_embed("init", embed.init == "lm_head" or not hp.stages[0].tied,
+               "use lm_head, as they are one weight at first (STAGES.0.tied)")
 
 
 def check_stages(hp: Recipe) -> None:
@@ -3926,22 +3925,22 @@ def check_stages(hp: Recipe) -> None:
     require(extension == 0 or lengths[-1] is None,
             f"STAGES.{len(lengths) - 1}.length={lengths[-1]}: use none for the --num_extension_iterations={extension}")
     bounds = stage_bounds(hp)
-    for i, stage in enumerate(hp.stages):
+    for i, (need, stage) in enumerate(rows(hp, "STAGES")):
         require(stage.length is None or bounds[i] < bounds[i + 1],
                 f"--num_scheduled_iterations={hp.num_scheduled_iterations}: use more, as row {i} of STAGES has no step")
-        require(len(stage.mtp_start) == len(stage.mtp_end),
-                f"STAGES.{i}.mtp_end={stage.mtp_end}: use {len(stage.mtp_start)} weights, as in mtp_start")
+        need("mtp_end", len(stage.mtp_start) == len(stage.mtp_end),
+             f"use {len(stage.mtp_start)} weights, as in mtp_start")
         for column in ("mtp_start", "mtp_end"):
             weights = getattr(stage, column)
-            require(1 <= len(weights) <= MTP_MAX and min(weights) >= 0 < sum(weights),
-                    f"STAGES.{i}.{column}={weights}: use 1 to {MTP_MAX} weights from 0 on, not all 0")
-        require(min(stage.prefix) >= 0, f"STAGES.{i}.prefix={stage.prefix}: use two weights from 0 on")
+            need(column, 1 <= len(weights) <= MTP_MAX and min(weights) >= 0 < sum(weights),
+                 f"use 1 to {MTP_MAX} weights from 0 on, not all 0")
+        need("prefix", min(stage.prefix) >= 0, "use two weights from 0 on")
         require(stage.prefix == (0, 0) or hp.vocab_size != 50_257 or TOKEN_PREFIXES.exists(),
                 f"{TOKEN_PREFIXES} is missing: make it by tools/token_prefixes.py, or use STAGES.{i}.prefix=0,0")
-        require(stage.classes == 0 or (stage.classes % 128 == 0 and MTP_MAX < stage.classes <= hp.sizes["V"]),
-                f"STAGES.{i}.classes={stage.classes}: use 0, for all, or a multiple of 128 up to {hp.sizes['V']}")
-        require(not stage.tied or i == 0 or hp.stages[i - 1].tied,
-                f"STAGES.{i}.tied=True: use false, as embed and lm_head have parted before")
+        need("classes", stage.classes == 0 or (stage.classes % 128 == 0 and MTP_MAX < stage.classes <= hp.sizes["V"]),
+             f"use 0, for all, or a multiple of 128 up to {hp.sizes['V']}")
+        need("tied", not stage.tied or i == 0 or hp.stages[i - 1].tied,
+             "use false, as embed and lm_head have parted before")
 
 
 # --- Command line
