@@ -62,7 +62,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple
 from unittest.mock import patch
 
 if __name__ == "__main__":  # before torch, whose import takes seconds and reads the environment
@@ -3945,11 +3945,6 @@ def check_stages(hp: Recipe) -> None:
 
 # --- Command line
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; python train_gpt.py --help lists every key")
-
-
 def typed(text: str, kind: object) -> object:
     """The value that a text gives a key or a cell of this type; the text itself if it gives none, for check_recipe."""
     words = {"none": None, "true": True, "false": False} | ({"0": False, "1": True} if kind is bool else {})
@@ -3967,7 +3962,8 @@ def typed(text: str, kind: object) -> object:
 
 def parse_args(argv: list[str]) -> tuple[Recipe, argparse.Namespace]:
     """Turn arguments into a checked recipe; raises UserError. --help prints and exits."""
-    parser = Parser(prog="train_gpt.py", allow_abbrev=False, add_help=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.error = lambda message: require(False, f"{message}; python train_gpt.py --help lists every key")
     parser.add_argument("--preset", default="record80", choices=PRESETS)
     parser.add_argument("--set", action="append", default=[])
     for flag in ("--plan", "--check"):
@@ -3979,10 +3975,10 @@ def parse_args(argv: list[str]) -> tuple[Recipe, argparse.Namespace]:
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         key = unknown[0].split("=")[0]
-        keys = ["--preset", "--set", "--plan", "--check", "--trials", *(f"--{name}" for name in KEYS)]
+        keys = [f"--{name}" for name in ("preset", "set", "plan", "check", "trials", *KEYS)]
         close = difflib.get_close_matches(key, keys, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(close)}?" if close else "python train_gpt.py --help lists every key"
-        raise UserError(f"unknown key {key}; {hint}")
+        require(not close, f"unknown key {key}; did you mean {' or '.join(close)}?")
+        parser.error(f"unknown key {key}")
     if args.help:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head
         print(help_text(args.preset))
@@ -4021,28 +4017,28 @@ def set_cells(hp: Recipe, text: str) -> Recipe:
     value = typed(value, types[column])
     if table == "READOUT":
         return replace(hp, readout=hp.readout._replace(**{column: value}))
-    rows = list(getattr(hp, table.lower()))
+    rows = getattr(hp, table.lower())
     names = [getattr(row, "name", "") or str(i) for i, row in enumerate(rows)]
-    found = [i for i, name in enumerate(names) if middle[0] == str(i) or fnmatch.fnmatch(name, middle[0])]
-    require(found, f"--set {text}: {table} has the rows {', '.join(names)}")
-    for i in found:
-        rows[i] = rows[i]._replace(**{column: value})
-    return replace(hp, **{table.lower(): tuple(rows)})
+    found = [middle[0] == str(i) or fnmatch.fnmatch(name, middle[0]) for i, name in enumerate(names)]
+    require(any(found), f"--set {text}: {table} has the rows {', '.join(names)}")
+    rows = tuple(row._replace(**{column: value}) if set_here else row for row, set_here in zip(rows, found))
+    return replace(hp, **{table.lower(): rows})
 
 
 def print_plan(hp: Recipe) -> None:
     """The schedule as CSV, a header and a line a step; absent weights are 0, booleans 0 or 1."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --plan | head
-    mtp = ",".join([*(f"mtp_{k}" for k in range(MTP_MAX)), "prefix"])
-    windows = "max_doc_len,window_short,window_long"
-    print(f"step,batch_tokens,{windows},lr_factor,muon_momentum,{mtp},update_adam,untie_embed")
     for step in range(hp.num_steps):
         now = plan(step, hp)
-        weights = *(*now.mtp_weights, *[0.0] * MTP_MAX)[:MTP_MAX], sum(now.prefix_weights)
-        adam = any(row.rule == "adam" and due(row, step, hp) for row in hp.params)
-        windows = now.windows.max_doc, now.windows.short, now.windows.long
-        values = step, now.batch_tokens, *windows, now.lr_factor, now.muon_momentum, *weights, adam, now.unties
-        print(",".join(f"{value:.10g}" for value in values))
+        weights = *now.mtp_weights, *[0.0] * MTP_MAX
+        row = dict(
+            step=step, batch_tokens=now.batch_tokens, max_doc_len=now.windows.max_doc, window_short=now.windows.short,
+            window_long=now.windows.long, lr_factor=now.lr_factor, muon_momentum=now.muon_momentum,
+            **{f"mtp_{k}": weights[k] for k in range(MTP_MAX)}, prefix=sum(now.prefix_weights),
+            update_adam=any(row.rule == "adam" and due(row, step, hp) for row in hp.params), untie_embed=now.unties)
+        if step == 0:
+            print(",".join(row))
+        print(",".join(f"{value:.10g}" for value in row.values()))
 
 
 # --- Checks of the data
