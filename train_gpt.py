@@ -4067,29 +4067,19 @@ def check_shard(path: str, bos: int, count: int = -1) -> np.ndarray:
 
 def check_files(hp: Recipe) -> list[str]:
     """The train shards; UserError if these or the validation shard are missing, damaged or too short."""
+    found = []
     for key in ("val_files", "train_files"):
-        require(glob.glob(getattr(hp, key)),
+        found.append(sorted(glob.glob(getattr(hp, key))))
+        require(found[-1],
                 f"no file matches --{key}={getattr(hp, key)}: run `python data/cached_fineweb10B.py 9` to download "
                 "FineWeb, or `python data/fineweb.py` to make shards from your own text")
-    path = sorted(glob.glob(hp.val_files))[0]
-    found = len(check_shard(path, hp.bos, hp.val_tokens + 1))
-    require(found > hp.val_tokens,
-            f"{path}: {found} tokens, but validation needs {hp.val_tokens + 1}; lower --val_tokens")
-    files = sorted(glob.glob(hp.train_files))
+    (path, *_), files = found
+    tokens = len(check_shard(path, hp.bos, hp.val_tokens + 1))
+    require(tokens > hp.val_tokens,
+            f"{path}: {tokens} tokens, but validation needs {hp.val_tokens + 1}; lower --val_tokens")
     for path in files:
         check_shard(path, hp.bos, 0)
     return files
-
-
-def check_candidates(now: Plan, documents: Documents, segments: list[list[tuple[int, int]]]) -> None:
-    """Each segment of a step has fewer different targets than the stage has classes."""
-    classes = now.stage.classes
-    if classes == 0:
-        return
-    for number, slices in enumerate(segments):
-        distinct = np.count_nonzero(np.bincount(documents.join(slices)[1:]))
-        require(distinct <= classes, f"STAGES.{now.index}.classes={classes}: segment {number} of step {now.step} has "
-                f"{distinct} different targets; use {round_up(distinct, 128)} or more")
 
 
 def check_data(hp: Recipe) -> str:
@@ -4097,8 +4087,12 @@ def check_data(hp: Recipe) -> str:
     files = check_files(hp)
     plans = [plan(step, hp) for step in range(hp.num_steps)]
     done = 0
-    for done, (documents, segments) in enumerate(walk(files, hp.bos, plans, partial(check_shard, bos=hp.bos)), start=1):
-        check_candidates(plans[done - 1], documents, segments)
+    for (documents, segments), now in zip(walk(files, hp.bos, plans, partial(check_shard, bos=hp.bos)), plans):
+        done, classes = now.step + 1, now.stage.classes
+        for number, slices in enumerate(segments if classes else []):
+            distinct = np.count_nonzero(np.bincount(documents.join(slices)[1:]))
+            require(distinct <= classes, f"STAGES.{now.index}.classes={classes}: segment {number} of step {now.step} "
+                    f"has {distinct} different targets; use {round_up(distinct, 128)} or more")
     if done < len(plans):
         require(any((read_shard(path) == hp.bos).any() for path in files),
                 f"--train_files={hp.train_files}: no document begins in them, as no token is {hp.bos}; use the "
@@ -4188,8 +4182,7 @@ def on_every_rank(f: Callable) -> object:
     errors = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     for rank, error in enumerate(errors):
-        if error:
-            raise UserError(error if rank == 0 else f"{error} (on rank {rank})")
+        require(error is None, error if rank == 0 else f"{error} (on rank {rank})")
     return result
 
 
