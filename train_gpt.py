@@ -4272,33 +4272,27 @@ class Replay:
     def __init__(self, f: Callable, graphs: bool):
         self.f = f
         self.pool = torch.cuda.graph_pool_handle() if graphs else None  # graphs run one at a time: one memory
-        self.replays: dict[tuple, Callable | None] = {}
+        self.captured: dict[tuple, tuple | None] = {}  # by kind: graph, its inputs and its result
         self.compiling = False  # in the first call of a kind, which takes long: kernels compile even without hp.compile
 
     def __call__(self, batch: Batch, windows: Windows, weights: Tensor) -> Tensor:
         kind = windows, *(x.shape for x in (*batch, weights))
-        self.compiling = kind not in self.replays
+        self.compiling = kind not in self.captured
         if self.pool is None or self.compiling:
-            self.replays[kind] = None
+            self.captured[kind] = None
             return self.f(batch, windows, weights)
-        if self.replays[kind] is None:
-            self.replays[kind] = self.capture(batch, windows, weights)
-        return self.replays[kind](batch, weights)
-
-    def capture(self, batch: Batch, windows: Windows, weights: Tensor) -> Callable:
-        inputs = Batch(*(x.clone() for x in batch)), weights.clone()
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: the loader's thread may pin memory meanwhile
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            loss = self.f(inputs[0], windows, inputs[1])
-
-        def replay(batch: Batch, weights: Tensor) -> Tensor:
-            for static, new in zip((*inputs[0], inputs[1]), (*batch, weights)):
-                static.copy_(new)
-            graph.replay()
-            return loss
-
-        return replay
+        if self.captured[kind] is None:
+            inputs = [x.clone() for x in (*batch, weights)]
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: the loader's thread may pin memory meanwhile
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                loss = self.f(Batch(*inputs[:-1]), windows, inputs[-1])
+            self.captured[kind] = graph, inputs, loss
+        graph, inputs, loss = self.captured[kind]
+        for static, new in zip(inputs, (*batch, weights)):
+            static.copy_(new)
+        graph.replay()
+        return loss
 
 
 # --- Log
