@@ -1946,7 +1946,7 @@ def train(run: Run, log: Log, watch: Watch, saved: dict | None) -> int:
 
         if stop or validating or saving:
             clock.stop()
-            reports.write_all()
+            reports.write()
             path = save_checkpoint(log, run.optimizer, step, clock.ms()) if saving else None
             if stop:
                 kept = f"--resume={path} goes on" if saving else "nothing saved; --save_final=true would have"
@@ -1958,8 +1958,7 @@ def train(run: Run, log: Log, watch: Watch, saved: dict | None) -> int:
                 average = clock.ms() / max(step, 1)
                 log(f"step:{step}/{N} val_loss:{val_loss:.4f} train_time:{clock.ms():.0f}ms step_avg:{average:.2f}ms")
                 log.row(step=step, val_loss=val_loss, train_time_ms=clock.ms())
-                if not math.isfinite(val_loss):
-                    raise UserError(nan_advice(f"the validation loss after step {step} is {val_loss}"))
+                require_finite(val_loss, f"validation loss after step {step}")
             if step == N:
                 break
             clock.start()
@@ -1986,7 +1985,7 @@ def main() -> None:
             asked, hp = hp, on_every_rank(lambda: choose_backends(hp, ranks.device))
             on_every_rank(lambda: check_data(hp))
             saved = on_every_rank(lambda: read_checkpoint(hp.resume, hp))
-            status = train_trials(trials(hp, args.trials), ranks, saved, [*notices(asked, hp, ranks.device)])
+            status = train_trials(hp, args.trials, ranks, saved, [*notices(asked, hp, ranks.device)])
             dist.destroy_process_group()
             sys.exit(status)
 
@@ -4188,17 +4187,13 @@ def on_every_rank(f: Callable) -> object:
 
 # --- Trials
 
-def trials(hp: Recipe, count: int) -> list[Recipe]:
-    """hp alone, or so many times with the next seeds and names."""
+def train_trials(hp: Recipe, count: int, ranks: Ranks, saved: dict | None, notes: list[str]) -> int:
+    """Train hp alone, or so many times with the next seeds, each under its own name; the last exit status. One set-up
+    serves all."""
     name = hp.run_id or time.strftime("%Y%m%d-%H%M%S")
-    seeds = range(hp.seed, hp.seed + count)
-    return [replace(hp, seed=seed, run_id=f"{name}_seed{seed}" if count > 1 else name) for seed in seeds]
-
-
-def train_trials(recipes: list[Recipe], ranks: Ranks, saved: dict | None, notes: list[str]) -> int:
-    """Train recipes that differ in seed and name, one after the other; the last exit status. One set-up serves all."""
     run, logs, compilers = None, [], []
-    for hp in recipes:
+    for seed in range(hp.seed, hp.seed + count):
+        hp = replace(hp, seed=seed, run_id=f"{name}_seed{seed}" if count > 1 else name)
         log = on_every_rank(partial(Log, hp, ranks))
         with Watch(ranks, log) as watch:
             log_environment(log, hp, ranks)
@@ -4309,23 +4304,24 @@ class Log:
     def __init__(self, hp: Recipe, ranks: Ranks):
         self.bar = self.path = self.table = None
         self.N, self.files, self.lost = hp.num_steps, {}, []
-        if ranks.rank == 0:
-            self.path = path = Path(hp.log_dir, hp.run_id + ".txt")
-            self.table = path.with_suffix(".csv")
-            heads = {path: Path(__file__).read_text(encoding="utf-8") + "=" * 100, self.table: ",".join(COLUMNS)}
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                for path in heads:
-                    finished = hp.resume and path.is_file() and "\nfinal: val_loss" in path.read_text(encoding="utf-8")
-                    require(not (finished if hp.resume else path.exists()),
-                            f"{path} is another run's log; choose another --run_id or --log_dir")
-                for path, head in heads.items():
-                    self.files[path] = file = open(path, "a" if hp.resume else "x", buffering=1, encoding="utf-8")
-                    if path == self.path or not file.tell():
-                        print(head, file=file)
-            except OSError as e:
-                raise UserError(f"cannot write the log {path}: {e.strerror}; free some space or choose another "
-                                "--log_dir") from None
+        if ranks.rank:
+            return
+        self.path = path = Path(hp.log_dir, hp.run_id + ".txt")
+        self.table = path.with_suffix(".csv")
+        heads = {path: Path(__file__).read_text(encoding="utf-8") + "=" * 100, self.table: ",".join(COLUMNS)}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for path in heads:
+                finished = hp.resume and path.is_file() and "\nfinal: val_loss" in path.read_text(encoding="utf-8")
+                require(not (finished if hp.resume else path.exists()),
+                        f"{path} is another run's log; choose another --run_id or --log_dir")
+            for path, head in heads.items():
+                self.files[path] = file = open(path, "a" if hp.resume else "x", buffering=1, encoding="utf-8")
+                if path == self.path or not file.tell():
+                    print(head, file=file)
+        except OSError as e:
+            raise UserError(
+                f"cannot write the log {path}: {e.strerror}; free some space or choose another --log_dir") from None
 
     def write(self, path: Path | None, text: str) -> None:
         if file := self.files.get(path):
@@ -4403,15 +4399,13 @@ def log_environment(log: Log, hp: Recipe, ranks: Ranks) -> None:
 
 def tables_text(hp: Recipe) -> Iterator[str]:
     """The tables in aligned columns, with what follows from each row."""
-    bounds = stage_bounds(hp)
-    more = {
-        "LAYERS": [{}] * len(hp.layers),
-        "STAGES": [{"steps": f"{a}-{b - 1}", "tokens": (b - a) * stage.batch * hp.batch_unit}
-                   for a, b, stage in zip(bounds, bounds[1:], hp.stages)],
-        "PARAMS": [{"sizes": "x".join(map(str, param_shape(row, hp)))} for row in hp.params],
-    }
-    for table, extra in more.items():
-        rows = [{"row": i} | row._asdict() | x for i, (row, x) in enumerate(zip(getattr(hp, table.lower()), extra))]
+    tables = {table: [{"row": i} | row._asdict() for i, row in enumerate(getattr(hp, table.lower()))]
+              for table in ("LAYERS", "STAGES", "PARAMS")}
+    for row, (first, end) in zip(tables["STAGES"], itertools.pairwise(stage_bounds(hp))):
+        row |= {"steps": f"{first}-{end - 1}", "tokens": (end - first) * row["batch"] * hp.batch_unit}
+    for row, param in zip(tables["PARAMS"], hp.params):
+        row["sizes"] = "x".join(map(str, param_shape(param, hp)))
+    for table, rows in tables.items():
         cells = [list(rows[0]), *([str(value).replace(", ", ",") or "-" for value in row.values()] for row in rows)]
         widths = [max(map(len, column)) for column in zip(*cells)]
         yield f"\n{table}"
@@ -4430,39 +4424,32 @@ class Reports:
         self.ms = watch.clock.before
 
     def add(self, step: int, loss: StepLoss, tokens: int) -> None:
-        losses = torch.cat([loss.mean[None], loss.each])
-        event = torch.cuda.Event() if losses.is_cuda else None
-        self.waiting.append((step, losses.to("cpu", non_blocking=True), event, tokens))
-        if event:
-            event.record()
-        if len(self.waiting) > losses.is_cuda:
-            self.write()
+        losses = torch.cat([loss.mean[None], loss.each]).to("cpu", non_blocking=True)
+        event = torch.cuda.current_stream().record_event() if loss.mean.is_cuda else None
+        self.waiting.append((step, losses, event, tokens))
+        self.write(1 if event else 0)
 
-    def write(self) -> None:
-        """The oldest step's line. A nan or inf on any rank is an error on all, which have the same losses; one that was
-        in gradients only is in the next steps' losses."""
-        step, losses, event, tokens = self.waiting.popleft()
-        if event:
-            event.synchronize()  # waits for no later work of the device
-        loss, *each = losses.tolist()
-        ms = self.watch.clock.ms()
-        rate = tokens / max(ms - self.ms, 1e-3) * 1000
-        self.ms = ms
-        self.log.step(f"step:{step}/{self.N} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms",
-                      step, loss=f"{loss:.3f}", tok_s=f"{rate:,.0f}")
-        self.log.row(step=step, train_loss=loss, train_time_ms=ms, tokens_per_s=rate)
-        for rank, own in enumerate(each):
-            if not math.isfinite(own):
-                raise UserError(nan_advice(f"the training loss of step {step} is {own} on rank {rank}"))
-
-    def write_all(self) -> None:
-        while self.waiting:
-            self.write()
+    def write(self, left: int = 0) -> None:
+        """The lines of all but so many steps. A nan or inf on any rank is an error on all, which have the same losses;
+        one that was in gradients only is in the next steps' losses."""
+        while len(self.waiting) > left:
+            step, losses, event, tokens = self.waiting.popleft()
+            if event:
+                event.synchronize()  # waits for no later work of the device
+            loss, *each = losses.tolist()
+            ms = self.watch.clock.ms()
+            rate = tokens / max(ms - self.ms, 1e-3) * 1000
+            self.ms = ms
+            line = f"step:{step}/{self.N} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms"
+            self.log.step(line, step, loss=f"{loss:.3f}", tok_s=f"{rate:,.0f}")
+            self.log.row(step=step, train_loss=loss, train_time_ms=ms, tokens_per_s=rate)
+            for rank, own in enumerate(each):
+                require_finite(own, f"training loss of step {step}", f" on rank {rank}")
 
 
-def nan_advice(why: str) -> str:
-    """What to do about a loss that is nan or infinite."""
-    return f"{why}; to find its origin: python tools/find_nan.py {' '.join(map(shlex.quote, sys.argv[1:]))}".rstrip()
+def require_finite(loss: float, name: str, where: str = "") -> None:
+    require(math.isfinite(loss), f"the {name} is {loss}{where}; to find its origin: "
+            f"{shlex.join(['python', 'tools/find_nan.py', *sys.argv[1:]])}")
 
 
 class Clock:
