@@ -4617,20 +4617,21 @@ def data_fingerprint(files: list[str]) -> str:
     """What identifies shards wherever they lie: their sizes and 256 samples of each."""
     digest = hashlib.sha256()
     for path in files:
-        size = os.path.getsize(path)
-        digest.update(f"{size} ".encode())
-        with open(path, "rb") as file:
-            for i in range(256):
-                file.seek(size * i // 256)
-                digest.update(file.read(4096))
+        data = np.memmap(path, np.uint8, "r")
+        digest.update(f"{len(data)} ".encode())
+        for i in range(256):
+            digest.update(data[len(data) * i // 256 :][:4096])
     return digest.hexdigest()
 
 
 def recipe_of(saved: dict) -> Recipe:
-    """The recipe whose run_identity was saved."""
+    """The recipe whose run_identity was saved; UserError if it is none."""
     tables = {table.lower(): tuple(kind(*row) for row in saved[table])
               for table, kind in TABLES.items() if table != "READOUT"}
-    return Recipe(**{name: saved[name] for name in KEYS if name in saved}, **tables, readout=Readout(*saved["READOUT"]))
+    keys = {name: saved[name] for name in KEYS if name in saved}
+    hp = Recipe(**keys, **tables, readout=Readout(*saved["READOUT"]))
+    check_recipe(hp)
+    return hp
 
 
 def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> Path | None:
@@ -4678,8 +4679,7 @@ def read_checkpoint(path: str, hp: Recipe | None = None) -> dict | None:
     require(os.path.exists(path), f"{path}: there is no such checkpoint; choose another")
 
     def read(path: str) -> dict:
-        if zipfile.ZipFile(path).testzip():  # torch.load ignores checksums
-            raise ValueError("wrong checksum")
+        require(not zipfile.ZipFile(path).testzip(), "wrong checksum")  # torch.load ignores it
         return torch.load(path, "cpu", weights_only=True, mmap=True)
 
     try:
@@ -4688,20 +4688,16 @@ def read_checkpoint(path: str, hp: Recipe | None = None) -> dict | None:
         for piece in (read(f"{path}.{rank}of{R}") for rank in range(R)):
             for name, x in piece["tensors"].items():
                 saved["tensors"].setdefault(name, []).append(x)
-            if piece["ms"] != saved["ms"]:
-                raise ValueError("pieces of several checkpoints")
-        if not isinstance(saved["step"], int) or any(
-                slice_of(saved["tensors"][name], 0, x[0], "meta").shape != x for name, x in old["shapes"].items()):
-            raise ValueError("wrong step or shapes")
-        if not hp:
-            saved["hp"] = recipe_of(old)
-            check_recipe(saved["hp"])
-            return saved
-        saved["hp"] = hp
+            require(piece["ms"] == saved["ms"], "pieces of several checkpoints")
+        require(isinstance(saved["step"], int) and all(
+            slice_of(saved["tensors"][name], 0, x[0], "meta").shape == x for name, x in old["shapes"].items()),
+            "wrong step or shapes")
+        saved["hp"] = hp or recipe_of(old)
     except Exception as e:  # zipfile and torch raise many kinds
         cause = " ".join(f"{type(e).__name__}: {e}".split())
         raise UserError(f"{path} is no intact checkpoint of this script ({cause}); choose another") from None
-    other = [f"{name}={old.get(name)}" if name in KEYS else name for name, value in run_identity(hp).items()
+    given = run_identity(hp) if hp else {}
+    other = [f"{name}={old.get(name)}" if name in KEYS else name for name, value in given.items()
              if old.get(name) != value and not (name in KEYS and KEYS[name].metadata["free"])]
     require(not other, f"{path} was trained with other values of what follows, use the same: {', '.join(other)}")
     return saved
@@ -4718,23 +4714,23 @@ def slice_of(saved: Tensor | list[Tensor], first: int, count: int, device: str =
 
 def load_checkpoint(saved: dict, optimizer: NorMuonAdam, clock: Clock) -> int:
     """Bring optimizer and model from the start to where they were, on any number of ranks; returns the steps done."""
-    rank, R, device = optimizer.ranks
+    (rank, R, device), tensors = optimizer.ranks, saved["tensors"]
     for name, x, kind in optimizer.states():
-        if name in saved["tensors"] and kind != "slots":  # else a gradient of zeros
-            y = saved["tensors"][name]
+        if name in tensors and kind != "slots":  # else a gradient of zeros
+            y = tensors[name]
             if kind == "own":
                 sparse = name == "bigram_embed.grad" and len(y) != R  # see TouchLog.take_over
                 y = y[rank] if len(y) == R else y.float().mean(0)
                 y = R * y * (torch.arange(len(y)) * R // len(y) == rank)[:, None] if sparse else y
             y = slice_of(y, rank * len(x), len(x)) if kind in ("shard", "rows") else y
             x[: len(y)].copy_(y)  # the rest is padding
-    if optimizer.cycle and any(map(len, saved["tensors"]["ngram_embed.ids"])):
-        pieces = [*zip(*(saved["tensors"][f"ngram_embed.{key}"] for key in ("ids", "grad")))]
-        ids, sums = (torch.cat(x).to(device) for x in zip(*(pieces[rank : rank + 1] if len(pieces) == R else pieces)))
-        if len(pieces) != R:  # each rank takes those of its shard, see TouchLog.take_over
+    if optimizer.cycle and any(map(len, tensors["ngram_embed.ids"])):
+        pieces = slice(rank, rank + 1) if saved["pieces"] == R else slice(None)
+        ids, sums = (torch.cat(tensors[f"ngram_embed.{key}"][pieces]).to(device) for key in ("ids", "grad"))
+        if saved["pieces"] != R:  # each rank takes those of its shard, see TouchLog.take_over
             own = ids // len(optimizer.cycle.table) == rank
             ids, places = ids[own].unique(return_inverse=True)
-            sums = sums.new_zeros(len(ids), sums.size(1)).index_add_(0, places, sums[own]) * (R / len(pieces))
+            sums = sums.new_zeros(len(ids), sums.size(1)).index_add_(0, places, sums[own]) * (R / saved["pieces"])
         optimizer.cycle.saved = ids, sums
     clock.before = saved["ms"]
     return saved["step"]
