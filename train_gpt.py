@@ -3808,10 +3808,8 @@ def check_recipe(hp: Recipe) -> None:
                 value, least = getattr(row, column), LEAST.get(column)
                 need(column, fits(value, kind), f"use {in_words(kind)}")
                 need(column, least is None or value >= least, f"use {least} or more")
-    check_sizes(hp)
-    check_layers(hp)
-    check_params(hp)
-    check_stages(hp)
+    for check in (check_sizes, check_layers, check_stages, check_params):
+        check(hp)
 
 
 def check_sizes(hp: Recipe) -> None:
@@ -3868,7 +3866,6 @@ def attributes_read(model: type) -> frozenset[str]:
 
 def check_params(hp: Recipe) -> None:
     """PARAMS and the model name the same parameters, and each row can be trained."""
-    require(hp.params and hp.stages, "PARAMS and STAGES need rows")
     names = [row.name for row in hp.params]
     reads = attributes_read(GPT)
     for name, (need, row) in zip(names, rows(hp, "PARAMS")):
@@ -4093,18 +4090,17 @@ def check_data(hp: Recipe) -> str:
             require(distinct <= classes, f"STAGES.{now.index}.classes={classes}: segment {number} of step {now.step} "
                     f"has {distinct} different targets; use {round_up(distinct, 128)} or more")
     if done < len(plans):
-        require(any((read_shard(path) == hp.bos).any() for path in files),
-                f"--train_files={hp.train_files}: no document begins in them, as no token is {hp.bos}; use the "
-                "--vocab_size that they were made for, or make them again")
-        cut = max(now.windows.max_doc for now in plans)
         shards = (read_shard(path) for path in files)
         lengths = np.concatenate([np.diff([*np.flatnonzero(x == hp.bos), len(x)]) for x in shards])
+        require(len(lengths), f"--train_files={hp.train_files}: no document begins in them, as no token is {hp.bos}; "
+                "use the --vocab_size that they were made for, or make them again")
+        cut = max(now.windows.max_doc for now in plans)
         number = (lengths > cut).sum()
-        verb = "is" if number == 1 else "are"
         require(2 * np.minimum(lengths, cut).sum() >= lengths.sum(),
                 f"--train_files={hp.train_files}: {number} of {len(lengths)} document{'s' * (len(lengths) != 1)} "
-                f"{verb} cut to {cut} tokens and the rest is skipped, so the shards last {done} of {len(plans)} steps; "
-                "make them again with shorter ones (data/fineweb.py --max_chars), or raise max_doc in STAGES")
+                f"{'is' if number == 1 else 'are'} cut to {cut} tokens and the rest is skipped, so the shards last "
+                f"{done} of {len(plans)} steps; make them again with shorter ones (data/fineweb.py --max_chars), or "
+                "raise max_doc in STAGES")
         used, missing = (sum(now.batch_tokens for now in part) for part in (plans[:done], plans[done:]))
         # what a shard yields after cuts, or all of it if none lasted a step
         shards = math.ceil(missing / ((used or sum(map(os.path.getsize, files)) // 2) / len(files)))
