@@ -78,7 +78,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.library import custom_op
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -4242,7 +4242,7 @@ class Ahead:
 
 def pinned(item: object, device: torch.device) -> object:
     """The tensors of nested tuples in memory that a GPU copies from without the CPU."""
-    return tree_map(lambda x: x.pin_memory() if isinstance(x, Tensor) and device.type == "cuda" else x, item)
+    return tree_map_only(Tensor, Tensor.pin_memory, item) if device.type == "cuda" else item
 
 
 def send(item: object, device: torch.device) -> object:
@@ -4252,7 +4252,7 @@ def send(item: object, device: torch.device) -> object:
 
 def to_device(item: object, device: torch.device) -> object:
     """The tensors of nested tuples on the device, without waiting for the copy if they are pinned."""
-    return tree_map(lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x, item)
+    return tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), item)
 
 
 class Replay:
