@@ -3871,17 +3871,17 @@ def check_params(hp: Recipe) -> None:
     for name, (need, row) in zip(names, rows(hp, "PARAMS")):
         require(names.count(name) == 1, f"PARAMS.{name} has two rows: leave one")
         require(name in reads, f"PARAMS.{name}: GPT never reads self.{name}; use it there or remove the row")
-        for factor in row.shape.replace(" ", "*").split("*"):
+        for factor in re.split("[ *]", row.shape):
             need("shape", factor in hp.sizes or (factor.isdigit() and int(factor) > 0),
                  f"use numbers and {', '.join(hp.sizes)}, not {factor}")
         read = next((x for x in PARAMS if x.name == name), row)
         need("shape", param_shape(row, hp) == param_shape(read, hp),
              f"use {read.shape!r}, as GPT reads it so, or edit both")
         for part in row.init.split(","):
-            number = part.split()[1:] if part.split()[:1] in (["normal"], ["uniform"]) else part.split()
+            number = re.sub(r"^\s*(normal|uniform)\s", "", part)
             with contextlib.suppress(ValueError):
-                number = [float(x) for x in number]
-            need("init", fits(tuple(number), tuple[float]) or part.strip() == "uniform" or part == "lm_head" != name,
+                number = float(number)
+            need("init", fits(number, float) or part.strip() == "uniform" or part == "lm_head" != name,
                  "use a number, uniform, or normal and a deviation")
         bank = RULES[row.rule].bank
         need("betas", "adam" not in row.rule or (row.betas and 0 <= min(row.betas) and max(row.betas) < 1),
@@ -3962,10 +3962,9 @@ def parse_args(argv: list[str]) -> tuple[Recipe, argparse.Namespace]:
     parser.error = lambda message: require(False, f"{message}; python train_gpt.py --help lists every key")
     parser.add_argument("--preset", default="record80", choices=PRESETS)
     parser.add_argument("--set", action="append", default=[])
-    for flag in ("--plan", "--check"):
-        parser.add_argument(flag, action="store_true")
+    for names in (["--plan"], ["--check"], ["-h", "--help"]):
+        parser.add_argument(*names, action="store_true")
     parser.add_argument("--trials", type=int, default=1)
-    parser.add_argument("-h", "--help", action="store_true")
     for name in KEYS:
         parser.add_argument(f"--{name}", type=partial(typed, kind=TYPES[Recipe][name]), default=argparse.SUPPRESS)
     args, unknown = parser.parse_known_args(argv)
@@ -3979,7 +3978,7 @@ def parse_args(argv: list[str]) -> tuple[Recipe, argparse.Namespace]:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head
         print(help_text(args.preset))
         sys.exit()
-    hp = replace(PRESETS[args.preset], **{name: getattr(args, name) for name in KEYS if hasattr(args, name)})
+    hp = replace(PRESETS[args.preset], **{name: getattr(args, name) for name in KEYS if name in args})
     for text in args.set:
         hp = set_cells(hp, text)
     check_recipe(hp)
@@ -4063,19 +4062,16 @@ def check_shard(path: str, bos: int, count: int = -1) -> np.ndarray:
 
 def check_files(hp: Recipe) -> list[str]:
     """The train shards; UserError if these or the validation shard are missing, damaged or too short."""
-    found = []
-    for key in ("val_files", "train_files"):
-        found.append(sorted(glob.glob(getattr(hp, key))))
-        require(found[-1],
-                f"no file matches --{key}={getattr(hp, key)}: run `python data/cached_fineweb10B.py 9` to download "
-                "FineWeb, or `python data/fineweb.py` to make shards from your own text")
-    (path, *_), files = found
-    tokens = len(check_shard(path, hp.bos, hp.val_tokens + 1))
-    require(tokens > hp.val_tokens,
-            f"{path}: {tokens} tokens, but validation needs {hp.val_tokens + 1}; lower --val_tokens")
-    for path in files:
+    val, train = (sorted(glob.glob(pattern)) for pattern in (hp.val_files, hp.train_files))
+    for key, files in (("val_files", val), ("train_files", train)):
+        require(files, f"no file matches --{key}={getattr(hp, key)}: run `python data/cached_fineweb10B.py 9` to "
+                "download FineWeb, or `python data/fineweb.py` to make shards from your own text")
+    found = len(check_shard(val[0], hp.bos, hp.val_tokens + 1))
+    require(found > hp.val_tokens,
+            f"{val[0]}: {found} tokens, but validation needs {hp.val_tokens + 1}; lower --val_tokens")
+    for path in train:
         check_shard(path, hp.bos, 0)
-    return files
+    return train
 
 
 def check_data(hp: Recipe) -> str:
