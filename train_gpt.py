@@ -3783,7 +3783,7 @@ def require_cell(place: str, row: NamedTuple, column: str, ok: object, text: str
     require(ok, f"{place}.{column}={getattr(row, column)!r}: {text}")
 
 
-def rows(hp: Recipe, table: str) -> Iterator[tuple[Callable, NamedTuple]]:
+def rows_of(hp: Recipe, table: str) -> Iterator[tuple[Callable, NamedTuple]]:
     """Each row of a table after require_cell for it."""
     found = getattr(hp, table.lower())
     for i, row in enumerate([found] if table == "READOUT" else found):
@@ -3803,7 +3803,7 @@ def check_recipe(hp: Recipe) -> None:
         require(above is None or value == "auto" or value > above,
                 f"--{name}={value} must be {f'above {above}' if above else 'positive'}")
     for table, columns in TABLES.items():
-        for need, row in rows(hp, table):
+        for need, row in rows_of(hp, table):
             for column, kind in TYPES[columns].items():
                 value, least = getattr(row, column), LEAST.get(column)
                 need(column, fits(value, kind), f"use {in_words(kind)}")
@@ -3837,7 +3837,7 @@ def check_layers(hp: Recipe) -> None:
     tables = [layer.value_table for layer in hp.layers if layer.value_table is not None]
     require(len(names) == len(set(names)), f"LAYERS.*.name={', '.join(names)}: use each name once")
     require(sorted(tables) == [*range(len(tables))], f"LAYERS.*.value_table={tables}: use 0, 1, 2 .., each once")
-    for i, (need, layer) in enumerate(rows(hp, "LAYERS")):
+    for i, (need, layer) in enumerate(rows_of(hp, "LAYERS")):
         earlier = [x.name for x in hp.layers[:i] if x.name]
         for column in ("reads", "skip_from", "dense"):
             need(column, getattr(layer, column) in (None, *earlier),
@@ -3852,7 +3852,7 @@ def check_layers(hp: Recipe) -> None:
             need(column, layer.window or value is None or value is False,  # a table 0 is neither
                  "a layer without attention (window=none) takes none or false")
     require(hp.attn_layers, "LAYERS.*.window: use short or long in one layer at least")
-    (need, readout), = rows(hp, "READOUT")
+    (need, readout), = rows_of(hp, "READOUT")
     need("minus", readout.minus in names, f"use the name of a layer, {', '.join(names)}")
     need("cap", 0 < readout.cap <= 80, "use a number above 0 and up to 80")
     need("cap_width", readout.cap_width > 0, "use a number above 0")
@@ -3867,8 +3867,9 @@ def attributes_read(model: type) -> frozenset[str]:
 def check_params(hp: Recipe) -> None:
     """PARAMS and the model name the same parameters, and each row can be trained."""
     names = [row.name for row in hp.params]
+    params = dict(zip(names, rows_of(hp, "PARAMS")))
     reads = attributes_read(GPT)
-    for name, (need, row) in zip(names, rows(hp, "PARAMS")):
+    for name, (need, row) in params.items():
         require(names.count(name) == 1, f"PARAMS.{name} has two rows: leave one")
         require(name in reads, f"PARAMS.{name}: GPT never reads self.{name}; use it there or remove the row")
         for factor in re.split("[ *]", row.shape):
@@ -3899,13 +3900,11 @@ def check_params(hp: Recipe) -> None:
     with torch.device("meta"):
         missing = sorted(reads - set(dir(GPT(hp))))
     require(not missing, f"PARAMS: add a row for {', '.join(missing)}, which GPT reads")
-    pair = [x for name in ("lm_head", "embed") for x in rows(hp, "PARAMS") if x[1].name == name]
-    (_, head), (need_embed, embed) = pair
-    only_one = dict(rule="adam", reduce="shard", every=head.every, dtype=head.dtype, rarer=1)
-    for column, only in only_one.items():
+    (_, head), (need_embed, embed) = pair = params["lm_head"], params["embed"]
+    for column, only in dict(rule="adam", reduce="shard", every=head.every, dtype=head.dtype, rarer=1).items():
         for need, row in pair:
             need(column, getattr(row, column) == only, f"use {only}, as lm_head and embed are one at first")
-    for need, average in rows(hp, "AVERAGES"):
+    for need, average in rows_of(hp, "AVERAGES"):
         given = {*average.params.split()}
         need("params", given and given < {*names} - {"ngram_embed"}, "use names of PARAMS, but not ngram_embed")
     need_embed("init", embed.init == "lm_head" or not hp.stages[0].tied,
@@ -3921,7 +3920,7 @@ def check_stages(hp: Recipe) -> None:
     require(extension == 0 or lengths[-1] is None,
             f"STAGES.{len(lengths) - 1}.length={lengths[-1]}: use none for the --num_extension_iterations={extension}")
     bounds = stage_bounds(hp)
-    for i, (need, stage) in enumerate(rows(hp, "STAGES")):
+    for i, (need, stage) in enumerate(rows_of(hp, "STAGES")):
         require(stage.length is None or bounds[i] < bounds[i + 1],
                 f"--num_scheduled_iterations={hp.num_scheduled_iterations}: use more, as row {i} of STAGES has no step")
         need("mtp_end", len(stage.mtp_start) == len(stage.mtp_end),
@@ -4180,8 +4179,7 @@ def on_every_rank(f: Callable) -> object:
 # --- Trials
 
 def train_trials(hp: Recipe, count: int, ranks: Ranks, saved: dict | None, notes: list[str]) -> int:
-    """Train hp alone, or so many times with the next seeds, each under its own name; the last exit status. One set-up
-    serves all."""
+    """Train hp, or so many trials of it with the next seeds, after one set-up; returns the last exit status."""
     name = hp.run_id or time.strftime("%Y%m%d-%H%M%S")
     run, logs, compilers = None, [], []
     for seed in range(hp.seed, hp.seed + count):
@@ -4211,9 +4209,8 @@ def train_trials(hp: Recipe, count: int, ranks: Ranks, saved: dict | None, notes
 # --- What runs beside the training: a thread that prepares batches, and graphs
 
 class Ahead:
-    """Iterates over items that a thread prepares, up to n of them ahead; what it raises is raised here.
-
-    With a device, the items' tensors are moved there when they are asked for."""
+    """Iterates over items that a thread prepares, up to n of them ahead; what it raises is raised here. With a device,
+    the items' tensors are moved there when they are asked for."""
 
     def __init__(self, items: Iterator, n: int, device: torch.device | None = None):
         self.items, self.device = items, device
@@ -4323,8 +4320,7 @@ class Log:
                 print(text, file=file)
             except OSError as e:
                 with contextlib.suppress(OSError):  # it tries once more to write
-                    file.close()
-                del self.files[path]
+                    self.files.pop(path).close()
                 self.lost.append(f"warning: the log {path} is incomplete ({e.strerror})")
                 tqdm.write(f"{self.lost[-1]}; training goes on, copy what you need from the terminal", file=sys.stderr)
 
@@ -4628,9 +4624,7 @@ def recipe_of(saved: dict) -> Recipe:
 
 def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> Path | None:
     """Write a checkpoint: tensors as one rank has them, but each rank's gradients that wait for an update; each rank's
-    part of the n-gram table and its Cycle in a file beside it.
-
-    Returns its path, on rank 0; raises UserError."""
+    part of the n-gram table and its Cycle in a file beside it. Returns its path, on rank 0; raises UserError."""
     rank, R, _ = optimizer.ranks
     about, tensors, piece = run_identity(optimizer.hp), {}, {}
     for name, x, kind in optimizer.states():
