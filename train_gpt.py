@@ -3808,7 +3808,7 @@ def check_recipe(hp: Recipe) -> None:
                 value, least = getattr(row, column), LEAST.get(column)
                 need(column, fits(value, kind), f"use {in_words(kind)}")
                 need(column, least is None or value >= least, f"use {least} or more")
-    for check in (check_sizes, check_layers, check_stages, check_params):
+    for check in (check_sizes, check_layers, check_params, check_stages):
         check(hp)
 
 
@@ -3866,6 +3866,7 @@ def attributes_read(model: type) -> frozenset[str]:
 
 def check_params(hp: Recipe) -> None:
     """PARAMS and the model name the same parameters, and each row can be trained."""
+    require(hp.params and hp.stages, "PARAMS and STAGES need rows")
     names = [row.name for row in hp.params]
     params = dict(zip(names, rows_of(hp, "PARAMS")))
     reads = attributes_read(GPT)
