@@ -44,7 +44,7 @@ import itertools
 import json
 import math
 import os
-import queue
+import re
 import shlex
 import signal
 import subprocess
@@ -57,11 +57,12 @@ import warnings
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple
 from unittest.mock import patch
 
 if __name__ == "__main__":  # before torch, whose import takes seconds and reads the environment
@@ -78,7 +79,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.library import custom_op
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -1946,7 +1947,7 @@ def train(run: Run, log: Log, watch: Watch, saved: dict | None) -> int:
 
         if stop or validating or saving:
             clock.stop()
-            reports.write_all()
+            reports.write()
             path = save_checkpoint(log, run.optimizer, step, clock.ms()) if saving else None
             if stop:
                 kept = f"--resume={path} goes on" if saving else "nothing saved; --save_final=true would have"
@@ -1958,8 +1959,7 @@ def train(run: Run, log: Log, watch: Watch, saved: dict | None) -> int:
                 average = clock.ms() / max(step, 1)
                 log(f"step:{step}/{N} val_loss:{val_loss:.4f} train_time:{clock.ms():.0f}ms step_avg:{average:.2f}ms")
                 log.row(step=step, val_loss=val_loss, train_time_ms=clock.ms())
-                if not math.isfinite(val_loss):
-                    raise UserError(nan_advice(f"the validation loss after step {step} is {val_loss}"))
+                require_finite(val_loss, f"validation loss after step {step}")
             if step == N:
                 break
             clock.start()
@@ -1986,7 +1986,7 @@ def main() -> None:
             asked, hp = hp, on_every_rank(lambda: choose_backends(hp, ranks.device))
             on_every_rank(lambda: check_data(hp))
             saved = on_every_rank(lambda: read_checkpoint(hp.resume, hp))
-            status = train_trials(trials(hp, args.trials), ranks, saved, [*notices(asked, hp, ranks.device)])
+            status = train_trials(hp, args.trials, ranks, saved, [*notices(asked, hp, ranks.device)])
             dist.destroy_process_group()
             sys.exit(status)
 
@@ -3699,35 +3699,37 @@ def fits(value: object, kind: object) -> bool:
     return any(map(fits_one, options(kind)))
 
 
-def cells(hp: Recipe) -> Iterator[tuple[str, str, object, object]]:
-    """Each cell of the tables: its full name, its column, its value and its type."""
-    for table, kind in TABLES.items():
-        rows = getattr(hp, table.lower())
-        for i, row in enumerate([rows] if table == "READOUT" else rows):
-            name = {"READOUT": "", "PARAMS": f".{row[0]}"}.get(table, f".{i}")
-            for column, value in row._asdict().items():
-                yield f"{table}{name}.{column}", column, value, TYPES[kind][column]
+def require_cell(place: str, row: NamedTuple, column: str, ok: object, text: str) -> None:
+    require(ok, f"{place}.{column}={getattr(row, column)!r}: {text}")
+
+
+def rows_of(hp: Recipe, table: str) -> Iterator[tuple[Callable, NamedTuple]]:
+    """Each row of a table after require_cell for it."""
+    found = getattr(hp, table.lower())
+    for i, row in enumerate([found] if table == "READOUT" else found):
+        place = {"READOUT": table, "PARAMS": f"PARAMS.{row[0]}"}.get(table, f"{table}.{i}")
+        yield partial(require_cell, place, row), row
 
 
 def check_recipe(hp: Recipe) -> None:
     """Raise UserError for keys and cells with which no run can work; it names them and what is allowed."""
     for name, f in KEYS.items():
-        value = getattr(hp, name)
+        value, kind = getattr(hp, name), TYPES[Recipe][name]
         choices, least, above = (f.metadata[limit] for limit in ("choices", "least", "above"))
-        require(fits(value, TYPES[Recipe][name]), f"--{name}={value} must be {in_words(TYPES[Recipe][name])}")
+        require(fits(value, kind), f"--{name}={value} must be {in_words(kind)}")
         require(not choices or value in choices, f"--{name}={value}: use {', '.join(choices)}")
-        words = (f"not be below {least}", f"be above {above}")
-        words = ("not be negative", "be positive") if 0 in (least, above) else words
-        require(least is None or value >= least, f"--{name}={value} must {words[0]}")
-        require(above is None or value == "auto" or value > above, f"--{name}={value} must {words[1]}")
-    for place, column, value, kind in cells(hp):
-        require(fits(value, kind), f"{place}={value!r}: use {in_words(kind)}")
-        least = LEAST.get(column)
-        require(least is None or value >= least, f"{place}={value}: use {least} or more")
-    check_sizes(hp)
-    check_layers(hp)
-    check_params(hp)
-    check_stages(hp)
+        require(least is None or value >= least,
+                f"--{name}={value} must not be {f'below {least}' if least else 'negative'}")
+        require(above is None or value == "auto" or value > above,
+                f"--{name}={value} must be {f'above {above}' if above else 'positive'}")
+    for table, columns in TABLES.items():
+        for need, row in rows_of(hp, table):
+            for column, kind in TYPES[columns].items():
+                value, least = getattr(row, column), LEAST.get(column)
+                need(column, fits(value, kind), f"use {in_words(kind)}")
+                need(column, least is None or value >= least, f"use {least} or more")
+    for check in (check_sizes, check_layers, check_params, check_stages):
+        check(hp)
 
 
 def check_sizes(hp: Recipe) -> None:
@@ -3755,86 +3757,79 @@ def check_layers(hp: Recipe) -> None:
     tables = [layer.value_table for layer in hp.layers if layer.value_table is not None]
     require(len(names) == len(set(names)), f"LAYERS.*.name={', '.join(names)}: use each name once")
     require(sorted(tables) == [*range(len(tables))], f"LAYERS.*.value_table={tables}: use 0, 1, 2 .., each once")
-    for i, layer in enumerate(hp.layers):
-        earlier = ["none", *(x.name for x in hp.layers[:i] if x.name)]
+    for i, (need, layer) in enumerate(rows_of(hp, "LAYERS")):
+        earlier = [x.name for x in hp.layers[:i] if x.name]
         for column in ("reads", "skip_from", "dense"):
-            name = getattr(layer, column)
-            require(name is None or name in earlier[1:], f"LAYERS.{i}.{column}={name!r}: use {' or '.join(earlier)}, a "
-                    "name of an earlier layer")
-        require(not (layer.exclusive and layer.paired),
-                f"LAYERS.{i}.exclusive=True: use false, as a paired token attends as two; or paired=false")
+            need(column, getattr(layer, column) in (None, *earlier),
+                 f"use {' or '.join(['none', *earlier])}, a name of an earlier layer")
+        need("exclusive", not (layer.exclusive and layer.paired),
+             "use false, as a paired token attends as two; or paired=false")
         last = i + 1 == len(hp.layers)
-        require(layer.dense is None or (last and layer.reads and layer.value_table is not None and layer.mlps),
-                f"LAYERS.{i}.dense={layer.dense!r}: use none, but in the last layer, with reads, value_table and mlps")
+        need("dense", layer.dense is None or (last and layer.reads and layer.value_table is not None and layer.mlps),
+             "use none, but in the last layer, with reads, value_table and mlps")
         for column in ("paired", "key_offset", "exclusive", "value_table", "reads", "fp8_qkv", "dense"):
             value = getattr(layer, column)
-            require(layer.window or value is None or value is False,  # a table 0 is neither
-                    f"LAYERS.{i}.{column}={value!r}: a layer without attention (window=none) takes none or false")
+            need(column, layer.window or value is None or value is False,  # a table 0 is neither
+                 "a layer without attention (window=none) takes none or false")
     require(hp.attn_layers, "LAYERS.*.window: use short or long in one layer at least")
-    minus = hp.readout.minus
-    require(minus in names, f"READOUT.minus={minus!r}: use the name of a layer, {', '.join(names)}")
-    require(0 < hp.readout.cap <= 80, f"READOUT.cap={hp.readout.cap}: use a number above 0 and up to 80")
-    require(hp.readout.cap_width > 0, f"READOUT.cap_width={hp.readout.cap_width}: use a number above 0")
+    (need, readout), = rows_of(hp, "READOUT")
+    need("minus", readout.minus in names, f"use the name of a layer, {', '.join(names)}")
+    need("cap", 0 < readout.cap <= 80, "use a number above 0 and up to 80")
+    need("cap_width", readout.cap_width > 0, "use a number above 0")
 
 
 @cache
 def attributes_read(model: type) -> frozenset[str]:
     """The names x of self.x in a class."""
-    tree = ast.parse(inspect.getsource(model))
-    return frozenset(
-        x.attr for x in ast.walk(tree) if isinstance(x, ast.Attribute) and getattr(x.value, "id", "") == "self")
+    return frozenset(re.findall(r"\bself\.(\w+)", inspect.getsource(model)))
 
 
 def check_params(hp: Recipe) -> None:
     """PARAMS and the model name the same parameters, and each row can be trained."""
     require(hp.params and hp.stages, "PARAMS and STAGES need rows")
     names = [row.name for row in hp.params]
+    params = dict(zip(names, rows_of(hp, "PARAMS")))
     reads = attributes_read(GPT)
-    for row in hp.params:
-        place, axes = f"PARAMS.{row.name}", row.shape.split()
-        require(names.count(row.name) == 1, f"{place} has two rows: leave one")
-        require(row.name in reads, f"{place}: GPT never reads self.{row.name}; use it there or remove the row")
-        for factor in row.shape.replace(" ", "*").split("*"):
-            require(factor in hp.sizes or (factor.isdigit() and int(factor) > 0),
-                    f"{place}.shape={row.shape!r}: use numbers and {', '.join(hp.sizes)}, not {factor}")
-        read = next((x for x in PARAMS if x.name == row.name), row)
-        require(param_shape(row, hp) == param_shape(read, hp),
-                f"{place}.shape={row.shape!r}: use {read.shape!r}, as GPT reads it so, or edit both")
+    for name, (need, row) in params.items():
+        require(names.count(name) == 1, f"PARAMS.{name} has two rows: leave one")
+        require(name in reads, f"PARAMS.{name}: GPT never reads self.{name}; use it there or remove the row")
+        for factor in re.split("[ *]", row.shape):
+            need("shape", factor in hp.sizes or (factor.isdigit() and int(factor) > 0),
+                 f"use numbers and {', '.join(hp.sizes)}, not {factor}")
+        read = next((x for x in PARAMS if x.name == name), row)
+        need("shape", param_shape(row, hp) == param_shape(read, hp),
+             f"use {read.shape!r}, as GPT reads it so, or edit both")
         for part in row.init.split(","):
-            number = part.split()[1:] if part.split()[:1] in (["normal"], ["uniform"]) else part.split()
+            number = re.sub(r"^\s*(normal|uniform)\s", "", part)
             with contextlib.suppress(ValueError):
-                number = [float(x) for x in number]
-            require(fits(tuple(number), tuple[float]) or part.strip() == "uniform" or part == "lm_head" != row.name,
-                    f"{place}.init={row.init!r}: use a number, uniform, or normal and a deviation")
+                number = float(number)
+            need("init", fits(number, float) or part.strip() == "uniform" or part == "lm_head" != name,
+                 "use a number, uniform, or normal and a deviation")
         bank = RULES[row.rule].bank
-        require("adam" not in row.rule or (row.betas and 0 <= min(row.betas) and max(row.betas) < 1),
-                f"{place}.betas={row.betas}: Adam needs two numbers from 0 to below 1")
-        require(not bank or len(axes) == 3, f"{place}.rule={row.rule!r}: use adam: this is no bank [K, rows, columns]")
-        require(bank or row.odd_lr == 1, f"{place}.odd_lr={row.odd_lr}: use 1 with {row.rule}")
-        require(row.reduce != "sparse" or row.name == "bigram_embed",
-                f"{place}.reduce='sparse': use shard or replicate, as only bigram_embed's rows are known beforehand")
-        require(row.reduce != "rows" or row.init == "0", f"{place}.init={row.init!r}: use 0")
+        need("betas", "adam" not in row.rule or (row.betas and 0 <= min(row.betas) and max(row.betas) < 1),
+             "Adam needs two numbers from 0 to below 1")
+        need("rule", not bank or len(row.shape.split()) == 3, "use adam: this is no bank [K, rows, columns]")
+        need("odd_lr", bank or row.odd_lr == 1, f"use 1 with {row.rule}")
+        need("reduce", row.reduce != "sparse" or name == "bigram_embed",
+             "use shard or replicate, as only bigram_embed's rows are known beforehand")
+        need("init", row.reduce != "rows" or row.init == "0", "use 0")
         for column, only in (("rule", "row_adam"), ("reduce", "rows")):
-            require((getattr(row, column) == only) == (row.name == "ngram_embed"),
-                    f"{place}.{column}={getattr(row, column)!r}: ngram_embed uses {only}, and nothing else does")
-        require(row.reduce == "replicate" or row.name in UPDATE_ORDER,
-                f"{place}.reduce={row.reduce!r}: use replicate, or add {row.name} to UPDATE_ORDER")
+            need(column, (getattr(row, column) == only) == (name == "ngram_embed"),
+                 f"ngram_embed uses {only}, and nothing else does")
+        need("reduce", row.reduce == "replicate" or name in UPDATE_ORDER,
+             f"use replicate, or add {name} to UPDATE_ORDER")
     with torch.device("meta"):
         missing = sorted(reads - set(dir(GPT(hp))))
     require(not missing, f"PARAMS: add a row for {', '.join(missing)}, which GPT reads")
-    head, embed = (next(row for row in hp.params if row.name == name) for name in ("lm_head", "embed"))
-    for column, only in (("rule", "adam"), ("reduce", "shard"), ("every", head.every), ("dtype", head.dtype),
-                         ("rarer", 1)):
-        for row in (head, embed):
-            value = getattr(row, column)
-            require(value == only, f"PARAMS.{row.name}.{column}={value!r}: use {only}, as lm_head and embed are one at "
-                    "first")
-
-    for i, average in enumerate(hp.averages):
-        require({"", *average.params.split()} < {"", *names} - {"ngram_embed"} and average.params.split(),
-                f"AVERAGES.{i}.params={average.params!r}: use names of PARAMS, but not ngram_embed")
-    require(embed.init == "lm_head" or not hp.stages[0].tied,
-            f"PARAMS.embed.init={embed.init!r}: use lm_head, as they are one weight at first (STAGES.0.tied)")
+    (_, head), (need_embed, embed) = pair = params["lm_head"], params["embed"]
+    for column, only in dict(rule="adam", reduce="shard", every=head.every, dtype=head.dtype, rarer=1).items():
+        for need, row in pair:
+            need(column, getattr(row, column) == only, f"use {only}, as lm_head and embed are one at first")
+    for need, average in rows_of(hp, "AVERAGES"):
+        given = {*average.params.split()}
+        need("params", given and given < {*names} - {"ngram_embed"}, "use names of PARAMS, but not ngram_embed")
+    need_embed("init", embed.init == "lm_head" or not hp.stages[0].tied,
+               "use lm_head, as they are one weight at first (STAGES.0.tied)")
 
 
 def check_stages(hp: Recipe) -> None:
@@ -3846,30 +3841,25 @@ def check_stages(hp: Recipe) -> None:
     require(extension == 0 or lengths[-1] is None,
             f"STAGES.{len(lengths) - 1}.length={lengths[-1]}: use none for the --num_extension_iterations={extension}")
     bounds = stage_bounds(hp)
-    for i, stage in enumerate(hp.stages):
+    for i, (need, stage) in enumerate(rows_of(hp, "STAGES")):
         require(stage.length is None or bounds[i] < bounds[i + 1],
                 f"--num_scheduled_iterations={hp.num_scheduled_iterations}: use more, as row {i} of STAGES has no step")
-        require(len(stage.mtp_start) == len(stage.mtp_end),
-                f"STAGES.{i}.mtp_end={stage.mtp_end}: use {len(stage.mtp_start)} weights, as in mtp_start")
+        need("mtp_end", len(stage.mtp_start) == len(stage.mtp_end),
+             f"use {len(stage.mtp_start)} weights, as in mtp_start")
         for column in ("mtp_start", "mtp_end"):
             weights = getattr(stage, column)
-            require(1 <= len(weights) <= MTP_MAX and min(weights) >= 0 < sum(weights),
-                    f"STAGES.{i}.{column}={weights}: use 1 to {MTP_MAX} weights from 0 on, not all 0")
-        require(min(stage.prefix) >= 0, f"STAGES.{i}.prefix={stage.prefix}: use two weights from 0 on")
+            need(column, 1 <= len(weights) <= MTP_MAX and min(weights) >= 0 < sum(weights),
+                 f"use 1 to {MTP_MAX} weights from 0 on, not all 0")
+        need("prefix", min(stage.prefix) >= 0, "use two weights from 0 on")
         require(stage.prefix == (0, 0) or hp.vocab_size != 50_257 or TOKEN_PREFIXES.exists(),
                 f"{TOKEN_PREFIXES} is missing: make it by tools/token_prefixes.py, or use STAGES.{i}.prefix=0,0")
-        require(stage.classes == 0 or (stage.classes % 128 == 0 and MTP_MAX < stage.classes <= hp.sizes["V"]),
-                f"STAGES.{i}.classes={stage.classes}: use 0, for all, or a multiple of 128 up to {hp.sizes['V']}")
-        require(not stage.tied or i == 0 or hp.stages[i - 1].tied,
-                f"STAGES.{i}.tied=True: use false, as embed and lm_head have parted before")
+        need("classes", stage.classes == 0 or (stage.classes % 128 == 0 and MTP_MAX < stage.classes <= hp.sizes["V"]),
+             f"use 0, for all, or a multiple of 128 up to {hp.sizes['V']}")
+        need("tied", not stage.tied or i == 0 or hp.stages[i - 1].tied,
+             "use false, as embed and lm_head have parted before")
 
 
 # --- Command line
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; python train_gpt.py --help lists every key")
-
 
 def typed(text: str, kind: object) -> object:
     """The value that a text gives a key or a cell of this type; the text itself if it gives none, for check_recipe."""
@@ -3888,27 +3878,27 @@ def typed(text: str, kind: object) -> object:
 
 def parse_args(argv: list[str]) -> tuple[Recipe, argparse.Namespace]:
     """Turn arguments into a checked recipe; raises UserError. --help prints and exits."""
-    parser = Parser(prog="train_gpt.py", allow_abbrev=False, add_help=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.error = lambda message: require(False, f"{message}; python train_gpt.py --help lists every key")
     parser.add_argument("--preset", default="record80", choices=PRESETS)
     parser.add_argument("--set", action="append", default=[])
-    for flag in ("--plan", "--check"):
-        parser.add_argument(flag, action="store_true")
+    for names in (["--plan"], ["--check"], ["-h", "--help"]):
+        parser.add_argument(*names, action="store_true")
     parser.add_argument("--trials", type=int, default=1)
-    parser.add_argument("-h", "--help", action="store_true")
     for name in KEYS:
         parser.add_argument(f"--{name}", type=partial(typed, kind=TYPES[Recipe][name]), default=argparse.SUPPRESS)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         key = unknown[0].split("=")[0]
-        keys = ["--preset", "--set", "--plan", "--check", "--trials", *(f"--{name}" for name in KEYS)]
+        keys = [f"--{name}" for name in ("preset", "set", "plan", "check", "trials", *KEYS)]
         close = difflib.get_close_matches(key, keys, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(close)}?" if close else "python train_gpt.py --help lists every key"
-        raise UserError(f"unknown key {key}; {hint}")
+        require(not close, f"unknown key {key}; did you mean {' or '.join(close)}?")
+        parser.error(f"unknown key {key}")
     if args.help:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head
         print(help_text(args.preset))
         sys.exit()
-    hp = replace(PRESETS[args.preset], **{name: getattr(args, name) for name in KEYS if hasattr(args, name)})
+    hp = replace(PRESETS[args.preset], **{name: getattr(args, name) for name in KEYS if name in args})
     for text in args.set:
         hp = set_cells(hp, text)
     check_recipe(hp)
@@ -3942,28 +3932,28 @@ def set_cells(hp: Recipe, text: str) -> Recipe:
     value = typed(value, types[column])
     if table == "READOUT":
         return replace(hp, readout=hp.readout._replace(**{column: value}))
-    rows = list(getattr(hp, table.lower()))
+    rows = getattr(hp, table.lower())
     names = [getattr(row, "name", "") or str(i) for i, row in enumerate(rows)]
-    found = [i for i, name in enumerate(names) if middle[0] == str(i) or fnmatch.fnmatch(name, middle[0])]
-    require(found, f"--set {text}: {table} has the rows {', '.join(names)}")
-    for i in found:
-        rows[i] = rows[i]._replace(**{column: value})
-    return replace(hp, **{table.lower(): tuple(rows)})
+    found = [middle[0] == str(i) or fnmatch.fnmatch(name, middle[0]) for i, name in enumerate(names)]
+    require(any(found), f"--set {text}: {table} has the rows {', '.join(names)}")
+    rows = tuple(row._replace(**{column: value}) if set_here else row for row, set_here in zip(rows, found))
+    return replace(hp, **{table.lower(): rows})
 
 
 def print_plan(hp: Recipe) -> None:
     """The schedule as CSV, a header and a line a step; absent weights are 0, booleans 0 or 1."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --plan | head
-    mtp = ",".join([*(f"mtp_{k}" for k in range(MTP_MAX)), "prefix"])
-    windows = "max_doc_len,window_short,window_long"
-    print(f"step,batch_tokens,{windows},lr_factor,muon_momentum,{mtp},update_adam,untie_embed")
     for step in range(hp.num_steps):
         now = plan(step, hp)
-        weights = *(*now.mtp_weights, *[0.0] * MTP_MAX)[:MTP_MAX], sum(now.prefix_weights)
-        adam = any(row.rule == "adam" and due(row, step, hp) for row in hp.params)
-        windows = now.windows.max_doc, now.windows.short, now.windows.long
-        values = step, now.batch_tokens, *windows, now.lr_factor, now.muon_momentum, *weights, adam, now.unties
-        print(",".join(f"{value:.10g}" for value in values))
+        weights = *now.mtp_weights, *[0.0] * MTP_MAX
+        row = dict(
+            step=step, batch_tokens=now.batch_tokens, max_doc_len=now.windows.max_doc, window_short=now.windows.short,
+            window_long=now.windows.long, lr_factor=now.lr_factor, muon_momentum=now.muon_momentum,
+            **{f"mtp_{k}": weights[k] for k in range(MTP_MAX)}, prefix=sum(now.prefix_weights),
+            update_adam=any(row.rule == "adam" and due(row, step, hp) for row in hp.params), untie_embed=now.unties)
+        if step == 0:
+            print(",".join(row))
+        print(",".join(f"{value:.10g}" for value in row.values()))
 
 
 # --- Checks of the data
@@ -3992,29 +3982,16 @@ def check_shard(path: str, bos: int, count: int = -1) -> np.ndarray:
 
 def check_files(hp: Recipe) -> list[str]:
     """The train shards; UserError if these or the validation shard are missing, damaged or too short."""
-    for key in ("val_files", "train_files"):
-        require(glob.glob(getattr(hp, key)),
-                f"no file matches --{key}={getattr(hp, key)}: run `python data/cached_fineweb10B.py 9` to download "
-                "FineWeb, or `python data/fineweb.py` to make shards from your own text")
-    path = sorted(glob.glob(hp.val_files))[0]
-    found = len(check_shard(path, hp.bos, hp.val_tokens + 1))
+    val, train = (sorted(glob.glob(pattern)) for pattern in (hp.val_files, hp.train_files))
+    for key, files in (("val_files", val), ("train_files", train)):
+        require(files, f"no file matches --{key}={getattr(hp, key)}: run `python data/cached_fineweb10B.py 9` to "
+                "download FineWeb, or `python data/fineweb.py` to make shards from your own text")
+    found = len(check_shard(val[0], hp.bos, hp.val_tokens + 1))
     require(found > hp.val_tokens,
-            f"{path}: {found} tokens, but validation needs {hp.val_tokens + 1}; lower --val_tokens")
-    files = sorted(glob.glob(hp.train_files))
-    for path in files:
+            f"{val[0]}: {found} tokens, but validation needs {hp.val_tokens + 1}; lower --val_tokens")
+    for path in train:
         check_shard(path, hp.bos, 0)
-    return files
-
-
-def check_candidates(now: Plan, documents: Documents, segments: list[list[tuple[int, int]]]) -> None:
-    """Each segment of a step has fewer different targets than the stage has classes."""
-    classes = now.stage.classes
-    if classes == 0:
-        return
-    for number, slices in enumerate(segments):
-        distinct = np.count_nonzero(np.bincount(documents.join(slices)[1:]))
-        require(distinct <= classes, f"STAGES.{now.index}.classes={classes}: segment {number} of step {now.step} has "
-                f"{distinct} different targets; use {round_up(distinct, 128)} or more")
+    return train
 
 
 def check_data(hp: Recipe) -> str:
@@ -4022,21 +3999,24 @@ def check_data(hp: Recipe) -> str:
     files = check_files(hp)
     plans = [plan(step, hp) for step in range(hp.num_steps)]
     done = 0
-    for done, (documents, segments) in enumerate(walk(files, hp.bos, plans, partial(check_shard, bos=hp.bos)), start=1):
-        check_candidates(plans[done - 1], documents, segments)
+    for (documents, segments), now in zip(walk(files, hp.bos, plans, partial(check_shard, bos=hp.bos)), plans):
+        done, classes = now.step + 1, now.stage.classes
+        for number, slices in enumerate(segments if classes else []):
+            distinct = np.count_nonzero(np.bincount(documents.join(slices)[1:]))
+            require(distinct <= classes, f"STAGES.{now.index}.classes={classes}: segment {number} of step {now.step} "
+                    f"has {distinct} different targets; use {round_up(distinct, 128)} or more")
     if done < len(plans):
-        require(any((read_shard(path) == hp.bos).any() for path in files),
-                f"--train_files={hp.train_files}: no document begins in them, as no token is {hp.bos}; use the "
-                "--vocab_size that they were made for, or make them again")
-        cut = max(now.windows.max_doc for now in plans)
         shards = (read_shard(path) for path in files)
         lengths = np.concatenate([np.diff([*np.flatnonzero(x == hp.bos), len(x)]) for x in shards])
+        require(len(lengths), f"--train_files={hp.train_files}: no document begins in them, as no token is {hp.bos}; "
+                "use the --vocab_size that they were made for, or make them again")
+        cut = max(now.windows.max_doc for now in plans)
         number = (lengths > cut).sum()
-        verb = "is" if number == 1 else "are"
         require(2 * np.minimum(lengths, cut).sum() >= lengths.sum(),
                 f"--train_files={hp.train_files}: {number} of {len(lengths)} document{'s' * (len(lengths) != 1)} "
-                f"{verb} cut to {cut} tokens and the rest is skipped, so the shards last {done} of {len(plans)} steps; "
-                "make them again with shorter ones (data/fineweb.py --max_chars), or raise max_doc in STAGES")
+                f"{'is' if number == 1 else 'are'} cut to {cut} tokens and the rest is skipped, so the shards last "
+                f"{done} of {len(plans)} steps; make them again with shorter ones (data/fineweb.py --max_chars), or "
+                "raise max_doc in STAGES")
         used, missing = (sum(now.batch_tokens for now in part) for part in (plans[:done], plans[done:]))
         # what a shard yields after cuts, or all of it if none lasted a step
         shards = math.ceil(missing / ((used or sum(map(os.path.getsize, files)) // 2) / len(files)))
@@ -4113,24 +4093,18 @@ def on_every_rank(f: Callable) -> object:
     errors = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     for rank, error in enumerate(errors):
-        if error:
-            raise UserError(error if rank == 0 else f"{error} (on rank {rank})")
+        require(error is None, error if rank == 0 else f"{error} (on rank {rank})")
     return result
 
 
 # --- Trials
 
-def trials(hp: Recipe, count: int) -> list[Recipe]:
-    """hp alone, or so many times with the next seeds and names."""
+def train_trials(hp: Recipe, count: int, ranks: Ranks, saved: dict | None, notes: list[str]) -> int:
+    """Train hp, or so many trials of it with the next seeds, after one set-up; returns the last exit status."""
     name = hp.run_id or time.strftime("%Y%m%d-%H%M%S")
-    seeds = range(hp.seed, hp.seed + count)
-    return [replace(hp, seed=seed, run_id=f"{name}_seed{seed}" if count > 1 else name) for seed in seeds]
-
-
-def train_trials(recipes: list[Recipe], ranks: Ranks, saved: dict | None, notes: list[str]) -> int:
-    """Train recipes that differ in seed and name, one after the other; the last exit status. One set-up serves all."""
     run, logs, compilers = None, [], []
-    for hp in recipes:
+    for seed in range(hp.seed, hp.seed + count):
+        hp = replace(hp, seed=seed, run_id=f"{name}_seed{seed}" if count > 1 else name)
         log = on_every_rank(partial(Log, hp, ranks))
         with Watch(ranks, log) as watch:
             log_environment(log, hp, ranks)
@@ -4156,54 +4130,33 @@ def train_trials(recipes: list[Recipe], ranks: Ranks, saved: dict | None, notes:
 # --- What runs beside the training: a thread that prepares batches, and graphs
 
 class Ahead:
-    """Iterates over items that a thread prepares, up to n of them ahead; what it raises is raised here.
-
-    With a device, the items' tensors are moved there when they are asked for."""
+    """Iterates over items that a thread prepares, up to n of them ahead; what it raises is raised here. With a device,
+    the items' tensors are moved there when they are asked for."""
 
     def __init__(self, items: Iterator, n: int, device: torch.device | None = None):
-        self.device = device
-        self.queue: queue.Queue = queue.Queue(n)
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self.prepare, args=(items,), daemon=True)
-        self.thread.start()
-
-    def prepare(self, items: Iterator) -> None:
-        try:
-            with contextlib.closing(items):
-                for item in items:
-                    self.put(item)
-                    if self.stopped.is_set():
-                        return
-            self.put(StopIteration())
-        except BaseException as error:
-            self.put(error)
-
-    def put(self, item: object) -> None:
-        while not self.stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                return self.queue.put(item, timeout=0.1)
+        self.items, self.device = items, device
+        self.thread = ThreadPoolExecutor(1)
+        self.waiting = deque(self.thread.submit(next, items) for _ in range(n + 1))  # one of them in work
 
     def __iter__(self) -> Ahead:
         return self
 
     def __next__(self) -> object:
-        item = self.queue.get()
-        if isinstance(item, BaseException):
-            raise item
+        self.waiting.append(self.thread.submit(next, self.items))
+        item = self.waiting.popleft().result()
         return to_device(item, self.device) if self.device else item
 
     def wait_for_one(self) -> None:
-        while self.queue.empty():
-            time.sleep(0.01)
+        self.waiting[0].exception()
 
     def close(self) -> None:
-        self.stopped.set()
-        self.thread.join()  # the interpreter would end it in the middle of C++ code and abort
+        self.thread.shutdown(cancel_futures=True)
+        self.items.close()
 
 
 def pinned(item: object, device: torch.device) -> object:
     """The tensors of nested tuples in memory that a GPU copies from without the CPU."""
-    return tree_map(lambda x: x.pin_memory() if isinstance(x, Tensor) and device.type == "cuda" else x, item)
+    return tree_map_only(Tensor, Tensor.pin_memory, item) if device.type == "cuda" else item
 
 
 def send(item: object, device: torch.device) -> object:
@@ -4213,7 +4166,7 @@ def send(item: object, device: torch.device) -> object:
 
 def to_device(item: object, device: torch.device) -> object:
     """The tensors of nested tuples on the device, without waiting for the copy if they are pinned."""
-    return tree_map(lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x, item)
+    return tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), item)
 
 
 class Replay:
@@ -4224,33 +4177,27 @@ class Replay:
     def __init__(self, f: Callable, graphs: bool):
         self.f = f
         self.pool = torch.cuda.graph_pool_handle() if graphs else None  # graphs run one at a time: one memory
-        self.replays: dict[tuple, Callable | None] = {}
+        self.captured: dict[tuple, tuple | None] = {}  # by kind: graph, its inputs and its result
         self.compiling = False  # in the first call of a kind, which takes long: kernels compile even without hp.compile
 
     def __call__(self, batch: Batch, windows: Windows, weights: Tensor) -> Tensor:
         kind = windows, *(x.shape for x in (*batch, weights))
-        self.compiling = kind not in self.replays
+        self.compiling = kind not in self.captured
         if self.pool is None or self.compiling:
-            self.replays[kind] = None
+            self.captured[kind] = None
             return self.f(batch, windows, weights)
-        if self.replays[kind] is None:
-            self.replays[kind] = self.capture(batch, windows, weights)
-        return self.replays[kind](batch, weights)
-
-    def capture(self, batch: Batch, windows: Windows, weights: Tensor) -> Callable:
-        inputs = Batch(*(x.clone() for x in batch)), weights.clone()
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: the loader's thread may pin memory meanwhile
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            loss = self.f(inputs[0], windows, inputs[1])
-
-        def replay(batch: Batch, weights: Tensor) -> Tensor:
-            for static, new in zip((*inputs[0], inputs[1]), (*batch, weights)):
-                static.copy_(new)
-            graph.replay()
-            return loss
-
-        return replay
+        if self.captured[kind] is None:
+            inputs = [x.clone() for x in (*batch, weights)]
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: the loader's thread may pin memory meanwhile
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                loss = self.f(Batch(*inputs[:-1]), windows, inputs[-1])
+            self.captured[kind] = graph, inputs, loss
+        graph, inputs, loss = self.captured[kind]
+        for static, new in zip(inputs, (*batch, weights)):
+            static.copy_(new)
+        graph.replay()
+        return loss
 
 
 # --- Log
@@ -4267,23 +4214,24 @@ class Log:
     def __init__(self, hp: Recipe, ranks: Ranks):
         self.bar = self.path = self.table = None
         self.N, self.files, self.lost = hp.num_steps, {}, []
-        if ranks.rank == 0:
-            self.path = path = Path(hp.log_dir, hp.run_id + ".txt")
-            self.table = path.with_suffix(".csv")
-            heads = {path: Path(__file__).read_text(encoding="utf-8") + "=" * 100, self.table: ",".join(COLUMNS)}
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                for path in heads:
-                    finished = hp.resume and path.is_file() and "\nfinal: val_loss" in path.read_text(encoding="utf-8")
-                    require(not (finished if hp.resume else path.exists()),
-                            f"{path} is another run's log; choose another --run_id or --log_dir")
-                for path, head in heads.items():
-                    self.files[path] = file = open(path, "a" if hp.resume else "x", buffering=1, encoding="utf-8")
-                    if path == self.path or not file.tell():
-                        print(head, file=file)
-            except OSError as e:
-                raise UserError(f"cannot write the log {path}: {e.strerror}; free some space or choose another "
-                                "--log_dir") from None
+        if ranks.rank:
+            return
+        self.path = path = Path(hp.log_dir, hp.run_id + ".txt")
+        self.table = path.with_suffix(".csv")
+        heads = {path: Path(__file__).read_text(encoding="utf-8") + "=" * 100, self.table: ",".join(COLUMNS)}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for path in heads:
+                finished = hp.resume and path.is_file() and "\nfinal: val_loss" in path.read_text(encoding="utf-8")
+                require(not (finished if hp.resume else path.exists()),
+                        f"{path} is another run's log; choose another --run_id or --log_dir")
+            for path, head in heads.items():
+                self.files[path] = file = open(path, "a" if hp.resume else "x", buffering=1, encoding="utf-8")
+                if path == self.path or not file.tell():
+                    print(head, file=file)
+        except OSError as e:
+            raise UserError(
+                f"cannot write the log {path}: {e.strerror}; free some space or choose another --log_dir") from None
 
     def write(self, path: Path | None, text: str) -> None:
         if file := self.files.get(path):
@@ -4293,8 +4241,7 @@ class Log:
                 print(text, file=file)
             except OSError as e:
                 with contextlib.suppress(OSError):  # it tries once more to write
-                    file.close()
-                del self.files[path]
+                    self.files.pop(path).close()
                 self.lost.append(f"warning: the log {path} is incomplete ({e.strerror})")
                 tqdm.write(f"{self.lost[-1]}; training goes on, copy what you need from the terminal", file=sys.stderr)
 
@@ -4361,15 +4308,13 @@ def log_environment(log: Log, hp: Recipe, ranks: Ranks) -> None:
 
 def tables_text(hp: Recipe) -> Iterator[str]:
     """The tables in aligned columns, with what follows from each row."""
-    bounds = stage_bounds(hp)
-    more = {
-        "LAYERS": [{}] * len(hp.layers),
-        "STAGES": [{"steps": f"{a}-{b - 1}", "tokens": (b - a) * stage.batch * hp.batch_unit}
-                   for a, b, stage in zip(bounds, bounds[1:], hp.stages)],
-        "PARAMS": [{"sizes": "x".join(map(str, param_shape(row, hp)))} for row in hp.params],
-    }
-    for table, extra in more.items():
-        rows = [{"row": i} | row._asdict() | x for i, (row, x) in enumerate(zip(getattr(hp, table.lower()), extra))]
+    tables = {table: [{"row": i} | row._asdict() for i, row in enumerate(getattr(hp, table.lower()))]
+              for table in ("LAYERS", "STAGES", "PARAMS")}
+    for row, (first, end) in zip(tables["STAGES"], itertools.pairwise(stage_bounds(hp))):
+        row |= {"steps": f"{first}-{end - 1}", "tokens": (end - first) * row["batch"] * hp.batch_unit}
+    for row, param in zip(tables["PARAMS"], hp.params):
+        row["sizes"] = "x".join(map(str, param_shape(param, hp)))
+    for table, rows in tables.items():
         cells = [list(rows[0]), *([str(value).replace(", ", ",") or "-" for value in row.values()] for row in rows)]
         widths = [max(map(len, column)) for column in zip(*cells)]
         yield f"\n{table}"
@@ -4388,39 +4333,32 @@ class Reports:
         self.ms = watch.clock.before
 
     def add(self, step: int, loss: StepLoss, tokens: int) -> None:
-        losses = torch.cat([loss.mean[None], loss.each])
-        event = torch.cuda.Event() if losses.is_cuda else None
-        self.waiting.append((step, losses.to("cpu", non_blocking=True), event, tokens))
-        if event:
-            event.record()
-        if len(self.waiting) > losses.is_cuda:
-            self.write()
+        losses = torch.cat([loss.mean[None], loss.each]).to("cpu", non_blocking=True)
+        event = torch.cuda.current_stream().record_event() if loss.mean.is_cuda else None
+        self.waiting.append((step, losses, event, tokens))
+        self.write(1 if event else 0)
 
-    def write(self) -> None:
-        """The oldest step's line. A nan or inf on any rank is an error on all, which have the same losses; one that was
-        in gradients only is in the next steps' losses."""
-        step, losses, event, tokens = self.waiting.popleft()
-        if event:
-            event.synchronize()  # waits for no later work of the device
-        loss, *each = losses.tolist()
-        ms = self.watch.clock.ms()
-        rate = tokens / max(ms - self.ms, 1e-3) * 1000
-        self.ms = ms
-        self.log.step(f"step:{step}/{self.N} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms",
-                      step, loss=f"{loss:.3f}", tok_s=f"{rate:,.0f}")
-        self.log.row(step=step, train_loss=loss, train_time_ms=ms, tokens_per_s=rate)
-        for rank, own in enumerate(each):
-            if not math.isfinite(own):
-                raise UserError(nan_advice(f"the training loss of step {step} is {own} on rank {rank}"))
-
-    def write_all(self) -> None:
-        while self.waiting:
-            self.write()
+    def write(self, left: int = 0) -> None:
+        """The lines of all but so many steps. A nan or inf on any rank is an error on all, which have the same losses;
+        one that was in gradients only is in the next steps' losses."""
+        while len(self.waiting) > left:
+            step, losses, event, tokens = self.waiting.popleft()
+            if event:
+                event.synchronize()  # waits for no later work of the device
+            loss, *each = losses.tolist()
+            ms = self.watch.clock.ms()
+            rate = tokens / max(ms - self.ms, 1e-3) * 1000
+            self.ms = ms
+            line = f"step:{step}/{self.N} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms"
+            self.log.step(line, step, loss=f"{loss:.3f}", tok_s=f"{rate:,.0f}")
+            self.log.row(step=step, train_loss=loss, train_time_ms=ms, tokens_per_s=rate)
+            for rank, own in enumerate(each):
+                require_finite(own, f"training loss of step {step}", f" on rank {rank}")
 
 
-def nan_advice(why: str) -> str:
-    """What to do about a loss that is nan or infinite."""
-    return f"{why}; to find its origin: python tools/find_nan.py {' '.join(map(shlex.quote, sys.argv[1:]))}".rstrip()
+def require_finite(loss: float, name: str, where: str = "") -> None:
+    require(math.isfinite(loss), f"the {name} is {loss}{where}; to find its origin: "
+            f"{shlex.join(['python', 'tools/find_nan.py', *sys.argv[1:]])}")
 
 
 class Clock:
@@ -4588,27 +4526,26 @@ def data_fingerprint(files: list[str]) -> str:
     """What identifies shards wherever they lie: their sizes and 256 samples of each."""
     digest = hashlib.sha256()
     for path in files:
-        size = os.path.getsize(path)
-        digest.update(f"{size} ".encode())
-        with open(path, "rb") as file:
-            for i in range(256):
-                file.seek(size * i // 256)
-                digest.update(file.read(4096))
+        data = np.memmap(path, np.uint8, "r")
+        digest.update(f"{len(data)} ".encode())
+        for i in range(256):
+            digest.update(data[len(data) * i // 256 :][:4096])
     return digest.hexdigest()
 
 
 def recipe_of(saved: dict) -> Recipe:
-    """The recipe whose run_identity was saved."""
+    """The recipe whose run_identity was saved; UserError if it is none."""
     tables = {table.lower(): tuple(kind(*row) for row in saved[table])
               for table, kind in TABLES.items() if table != "READOUT"}
-    return Recipe(**{name: saved[name] for name in KEYS if name in saved}, **tables, readout=Readout(*saved["READOUT"]))
+    keys = {name: saved[name] for name in KEYS if name in saved}
+    hp = Recipe(**keys, **tables, readout=Readout(*saved["READOUT"]))
+    check_recipe(hp)
+    return hp
 
 
 def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> Path | None:
     """Write a checkpoint: tensors as one rank has them, but each rank's gradients that wait for an update; each rank's
-    part of the n-gram table and its Cycle in a file beside it.
-
-    Returns its path, on rank 0; raises UserError."""
+    part of the n-gram table and its Cycle in a file beside it. Returns its path, on rank 0; raises UserError."""
     rank, R, _ = optimizer.ranks
     about, tensors, piece = run_identity(optimizer.hp), {}, {}
     for name, x, kind in optimizer.states():
@@ -4649,8 +4586,7 @@ def read_checkpoint(path: str, hp: Recipe | None = None) -> dict | None:
     require(os.path.exists(path), f"{path}: there is no such checkpoint; choose another")
 
     def read(path: str) -> dict:
-        if zipfile.ZipFile(path).testzip():  # torch.load ignores checksums
-            raise ValueError("wrong checksum")
+        require(not zipfile.ZipFile(path).testzip(), "wrong checksum")  # torch.load ignores it
         return torch.load(path, "cpu", weights_only=True, mmap=True)
 
     try:
@@ -4659,20 +4595,16 @@ def read_checkpoint(path: str, hp: Recipe | None = None) -> dict | None:
         for piece in (read(f"{path}.{rank}of{R}") for rank in range(R)):
             for name, x in piece["tensors"].items():
                 saved["tensors"].setdefault(name, []).append(x)
-            if piece["ms"] != saved["ms"]:
-                raise ValueError("pieces of several checkpoints")
-        if not isinstance(saved["step"], int) or any(
-                slice_of(saved["tensors"][name], 0, x[0], "meta").shape != x for name, x in old["shapes"].items()):
-            raise ValueError("wrong step or shapes")
-        if not hp:
-            saved["hp"] = recipe_of(old)
-            check_recipe(saved["hp"])
-            return saved
-        saved["hp"] = hp
+            require(piece["ms"] == saved["ms"], "pieces of several checkpoints")
+        require(isinstance(saved["step"], int) and all(
+            slice_of(saved["tensors"][name], 0, x[0], "meta").shape == x for name, x in old["shapes"].items()),
+            "wrong step or shapes")
+        saved["hp"] = hp or recipe_of(old)
     except Exception as e:  # zipfile and torch raise many kinds
         cause = " ".join(f"{type(e).__name__}: {e}".split())
         raise UserError(f"{path} is no intact checkpoint of this script ({cause}); choose another") from None
-    other = [f"{name}={old.get(name)}" if name in KEYS else name for name, value in run_identity(hp).items()
+    given = run_identity(hp) if hp else {}
+    other = [f"{name}={old.get(name)}" if name in KEYS else name for name, value in given.items()
              if old.get(name) != value and not (name in KEYS and KEYS[name].metadata["free"])]
     require(not other, f"{path} was trained with other values of what follows, use the same: {', '.join(other)}")
     return saved
@@ -4689,23 +4621,23 @@ def slice_of(saved: Tensor | list[Tensor], first: int, count: int, device: str =
 
 def load_checkpoint(saved: dict, optimizer: NorMuonAdam, clock: Clock) -> int:
     """Bring optimizer and model from the start to where they were, on any number of ranks; returns the steps done."""
-    rank, R, device = optimizer.ranks
+    (rank, R, device), tensors = optimizer.ranks, saved["tensors"]
     for name, x, kind in optimizer.states():
-        if name in saved["tensors"] and kind != "slots":  # else a gradient of zeros
-            y = saved["tensors"][name]
+        if name in tensors and kind != "slots":  # else a gradient of zeros
+            y = tensors[name]
             if kind == "own":
                 sparse = name == "bigram_embed.grad" and len(y) != R  # see TouchLog.take_over
                 y = y[rank] if len(y) == R else y.float().mean(0)
                 y = R * y * (torch.arange(len(y)) * R // len(y) == rank)[:, None] if sparse else y
             y = slice_of(y, rank * len(x), len(x)) if kind in ("shard", "rows") else y
             x[: len(y)].copy_(y)  # the rest is padding
-    if optimizer.cycle and any(map(len, saved["tensors"]["ngram_embed.ids"])):
-        pieces = [*zip(*(saved["tensors"][f"ngram_embed.{key}"] for key in ("ids", "grad")))]
-        ids, sums = (torch.cat(x).to(device) for x in zip(*(pieces[rank : rank + 1] if len(pieces) == R else pieces)))
-        if len(pieces) != R:  # each rank takes those of its shard, see TouchLog.take_over
+    if optimizer.cycle and any(map(len, tensors["ngram_embed.ids"])):
+        pieces = slice(rank, rank + 1) if saved["pieces"] == R else slice(None)
+        ids, sums = (torch.cat(tensors[f"ngram_embed.{key}"][pieces]).to(device) for key in ("ids", "grad"))
+        if saved["pieces"] != R:  # each rank takes those of its shard, see TouchLog.take_over
             own = ids // len(optimizer.cycle.table) == rank
             ids, places = ids[own].unique(return_inverse=True)
-            sums = sums.new_zeros(len(ids), sums.size(1)).index_add_(0, places, sums[own]) * (R / len(pieces))
+            sums = sums.new_zeros(len(ids), sums.size(1)).index_add_(0, places, sums[own]) * (R / saved["pieces"])
         optimizer.cycle.saved = ids, sums
     clock.before = saved["ms"]
     return saved["step"]
