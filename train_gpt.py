@@ -4020,10 +4020,10 @@ def check_data(hp: Recipe) -> str:
         used, missing = (sum(now.batch_tokens for now in part) for part in (plans[:done], plans[done:]))
         # what a shard yields after cuts, or all of it if none lasted a step
         shards = math.ceil(missing / ((used or sum(map(os.path.getsize, files)) // 2) / len(files)))
-        raise UserError(f"--train_files={hp.train_files}: {len(files)} shard{'s' * (len(files) != 1)} last {done} of "
+        raise UserError(f"--train_files={hp.train_files}: the shards ({len(files)}) last {done} of "
                         f"{len(plans)} steps; add about {shards} more of this size, or lower "
                         "--num_scheduled_iterations")
-    return f"{len(files)} train shard{'s' * (len(files) != 1)} last all {len(plans)} steps; validation has its tokens"
+    return f"the train shards ({len(files)}) last all {len(plans)} steps; validation has its tokens"
 
 
 # --- Ranks

@@ -366,7 +366,7 @@ def test_data_error_under_torchrun(tmp_path):
 def test_check_reads_everything_and_writes_nothing(tmp_path):
     """--check accepts the bundled data in a line, from any folder, and finds a bad shard."""
     good = run("--check", *SHORT, f"--log_dir={tmp_path}/logs", timeout=60, cwd=tmp_path)
-    found = "1 train shard last all 8 steps; validation has its tokens\n"
+    found = "the train shards (1) last all 8 steps; validation has its tokens\n"
     assert (good.returncode, good.stdout, good.stderr) == (0, found, "")
     args, _ = bad_arguments("token above 50256", tmp_path)
     bad = run("--check", *args, timeout=60)
