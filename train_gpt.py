@@ -2241,8 +2241,11 @@ def epilogues(relu: Callable, square_root: Callable) -> dict[str, Callable]:
     }
 
 
-SUMMED = "sum1", "sum3", "root", "norm_grad", "sum8", "root8", "norm_grad8"  # kinds with sums
-TURNED = "relu_square8", "root8"  # kinds whose result comes transposed, too
+@cache
+def epilogue_results(kind: str) -> frozenset[str]:
+    """The names of what a kind's epilogue makes, tried on numbers."""
+    f = epilogues(abs, math.sqrt)[kind]
+    return frozenset(f(*[1.0] * len(inspect.signature(f).parameters)))
 
 
 def product_reference(kind: str, a: Tensor, b: Tensor, operands: list[Tensor],
@@ -2253,13 +2256,13 @@ def product_reference(kind: str, a: Tensor, b: Tensor, operands: list[Tensor],
     y = fp8_product(a, b, 1.0, torch.float32) if a.dtype.itemsize == 1 else a @ b
     results, columns = epilogues(F.relu, torch.sqrt)[kind](y, *operands), PRODUCT_TILE[1]
     sums = y.new_empty(0, -(-y.size(1) // columns), dtype=torch.float32)
-    if kind in SUMMED:
+    if "sums" in results:
         first, second = results["sums"]
         terms = first.float() * second.float()
         sums = F.pad(terms, (0, -terms.size(1) % columns)).view(len(y), -1, columns).sum(2)
     # a copy: torch 2.11's Dynamo returns zero gradients for a result of an autograd function that .to left as it was
     y = to_fp8(results["D"], dtype) if dtype.itemsize == 1 else results["D"].to(dtype, copy=True)
-    return y, sums, y.mT.contiguous() if kind in TURNED else y.new_empty(0, len(y))
+    return y, sums, y.mT.contiguous() if "turned" in results else y.new_empty(0, len(y))
 
 
 @cache
@@ -2279,10 +2282,10 @@ def quack_products() -> dict[str, tuple[list[str], Callable]]:
     kernels = {}
     for name, f in epilogues(relu, square_root).items():
         f.__name__ = f.__qualname__ = name
-        names = list(inspect.signature(f).parameters)[1:]
+        names, results = list(inspect.signature(f).parameters)[1:], epilogue_results(name)
         kind = gemm_epilogue(
-            outputs=("turned",) * (name in TURNED), ops={x: ColVecLoad(x) for x in "rf" if x in names},
-            reduces={"sums": ColVecReduce("sums", scaled=True)} if name in SUMMED else None)(f)
+            outputs=("turned",) * ("turned" in results), ops={x: ColVecLoad(x) for x in "rf" if x in names},
+            reduces={"sums": ColVecReduce("sums", scaled=True)} if "sums" in results else None)(f)
         kernels[name] = names, partial(
             kind.gemm, tile_M=PRODUCT_TILE[0], tile_N=PRODUCT_TILE[1], pingpong=True, cluster_M=2, b_kn=True,
             post_init_attrs=(("fp8_slow_accum", False),))  # FP8's sums stay in the tensor cores
@@ -2293,18 +2296,17 @@ def quack_product(a: Tensor, b: Tensor, kind: str, operands: list[Tensor], y: Te
                   turned: Tensor) -> None:
     names, kernel = quack_products()[kind]
     more = {name: x[None] if x.dim() == 1 else x for name, x in zip(names, operands, strict=True)}
-    more |= {"sums": sums} if kind in SUMMED else {}
-    more |= {"turned": turned.mT} if kind in TURNED else {}
+    more |= {name: x for name, x in dict(sums=sums, turned=turned.mT).items() if name in epilogue_results(kind)}
     kernel(a, b, y, more.pop("c", None), epi_args=more)
 
 
 @op(product_reference, cpu=False)
 def product(kind: str, a: Tensor, b: Tensor, operands: list[Tensor],
             dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    m, n = len(a), b.size(1)
+    (m, n), results = (len(a), b.size(1)), epilogue_results(kind)
     y = a.new_empty(m, n, dtype=dtype)
-    sums = a.new_empty(m if kind in SUMMED else 0, -(-n // PRODUCT_TILE[1]), dtype=torch.float32)
-    turned = y.new_empty(n if kind in TURNED else 0, m)
+    sums = a.new_empty(m if "sums" in results else 0, -(-n // PRODUCT_TILE[1]), dtype=torch.float32)
+    turned = y.new_empty(n if "turned" in results else 0, m)
     launch(quack_product, a, b, kind, operands, y, sums, turned)
     return y, sums, turned
 
