@@ -1902,20 +1902,23 @@ class Run:
     def warm_up(self, validation: Validation, log: Log) -> None:
         """Compile everything by real steps on real batches, then put weights and optimizer back to their beginning.
 
-        The first two steps of each stage have every shape of training, and every update."""
-        bounds = stage_bounds(self.hp)
-        steps = [step for first, end in itertools.pairwise(bounds) for step in range(first, min(first + 2, end))]
+        The first two steps of each stage have every shape of training, and every update. All first ones come first, as
+        graphs are then captured in the memory that these have given back."""
+        stages = [*itertools.pairwise(stage_bounds(self.hp))]
         # to draw them again takes 2.4 s (H100); the n-gram table, too large to keep, begins with zeros
         weights = {row.name: getattr(self.model, row.name).detach().to("cpu", copy=True)
                    for row in self.hp.params if row.reduce != "rows"}
         started = time.perf_counter()
-        with contextlib.closing(load_batches(self.hp, self.ranks, steps)) as loader:
-            for step in steps:
-                now = plan(step, self.hp)
-                self.train_step(*next(loader), now)
-                if step in bounds:
-                    self.evaluate(validation, now, chunks=1)
-                log(f"warm-up: step {step} after {time.perf_counter() - started:.0f} s")
+        for steps in ([first for first, _ in stages], [first + 1 for first, end in stages if first + 1 < end]):
+            with contextlib.closing(load_batches(self.hp, self.ranks, steps)) as loader:
+                for step in steps:
+                    now = plan(step, self.hp)
+                    self.train_step(*next(loader), now)
+                    if not self.micro_step.capturing:
+                        self.evaluate(validation, now, chunks=1)
+                    log(f"warm-up: step {step} after {time.perf_counter() - started:.0f} s")
+            self.micro_step.capture_all()
+            self.optimizer.reset()
         self.evaluate(validation, now, last=True, chunks=1)
         for name, p in self.optimizer.params.items():
             p.data.copy_(weights.get(name, torch.zeros(1)))
@@ -3314,9 +3317,10 @@ ATTENTION_BACKENDS = {"fa4": load_flash4, "fa3": load_flash3, "torch": lambda: a
 
 MEMORY_USED = 0.9  # of a GPU's; the rest is for NCCL, fragments and the context
 # Bytes, from peaks on an H100: of a parameter with its gradient and moments; of a token, a layer and a channel by
-# kernels, plain, and plain with recompute; of a logit by kernels, and of one in a plain chunk. Counted on a CPU: what
-# dense connections and a layer's exclusive attention keep of a token and a channel for the backward pass
+# kernels, plain, and plain with recompute; of a logit by kernels, and of one in a plain chunk; of a token and a channel
+# in validation (H200). Counted on a CPU: what dense connections and a layer's exclusive attention keep of them
 PARAMETER_BYTES, KERNEL_BYTES, PLAIN_BYTES, RECOMPUTE_BYTES, LOGIT_BYTES, CHUNK_BYTES = 14, 27, 45, 29, 3, 12
+VAL_BYTES = 93
 DENSE_BYTES, EXCLUSIVE_BYTES = 14, 6
 
 
@@ -3326,28 +3330,24 @@ def with_graphs(hp: Recipe) -> bool:
 
 
 def memory_needed(hp: Recipe) -> float:
-    """Bytes of GPU memory, about. Graphs keep theirs, beside which the first micro-step of a kind runs without one. One
-    graph's blocks serve the next if they are large enough: so all graphs take the most that a stage does, but logits
-    anew where they grow from stage to stage (frontier without its table: 52.4 GiB; 53.2 were reserved, H100)."""
+    """Bytes of GPU memory, about. Graphs keep what a step needs, so that validation takes more beside it."""
     plain = hp.kernels == "plain"
     world, number = launched_ranks()[1], getattr(torch, hp.dtype).itemsize
     channel = RECOMPUTE_BYTES if hp.recompute else PLAIN_BYTES if plain else KERNEL_BYTES
     channel = sum(channel + DENSE_BYTES * bool(layer.dense) + EXCLUSIVE_BYTES * layer.exclusive for layer in hp.layers)
-    streams, logits = [], []  # of each stage
+    step = 0
     for stage in hp.stages:
         S = stage.batch * hp.batch_unit // SEGMENTS
         T = S * segments_together(S, SEGMENTS // world, hp.micro_tokens)
         row = CHUNK_BYTES * min(T, PLAIN_HEAD_ROWS) if plain else LOGIT_BYTES * T
-        streams.append(channel * hp.model_dim * T)
-        logits.append(row * (stage.classes or hp.vocab_size))
-    step = max(map(sum, zip(streams, logits)))
-    graphs = max(streams) + sum({*itertools.accumulate(logits, max)}) if with_graphs(hp) else 0
+        step = max(step, channel * hp.model_dim * T + row * (stage.classes or hp.vocab_size))
     numbers = sum(math.prod(param_shape(row, hp)) for row in hp.params if row.reduce != "rows")
     table = hp.ngram_rows / world * (number * hp.model_dim + 8)  # of two moments
     table += cycle_slots(hp, world) * hp.model_dim * (4 + number * (world > 1))
     averages = sum(math.prod(param_shape(row, hp)) for x in hp.averages if hp.tail_average * x.blend
                    for row in hp.params if row.name in x.params.split())
-    return PARAMETER_BYTES * numbers + table + 4 * averages / world + step + graphs
+    validation = VAL_BYTES * hp.model_dim * hp.val_chunk * with_graphs(hp)
+    return PARAMETER_BYTES * numbers + table + 4 * averages / world + step + validation
 
 
 def usable_memory(device: torch.device) -> float:
@@ -3357,12 +3357,12 @@ def usable_memory(device: torch.device) -> float:
 
 
 def fit_memory(hp: Recipe, device: torch.device) -> Recipe:
-    """The recipe with graphs, the largest micro-batches and no recompute, as far as the memory holds them."""
+    """The recipe with the largest micro-batches, graphs and no recompute, as far as the memory holds them."""
     if device.type == "cpu":
         return replace(hp, micro_tokens=16_384)
-    ways = [*itertools.product((hp.graphs, False), (65_536, 32_768, 16_384), (hp.recompute,))]
-    ways += [(False, 16_384, True)] * (hp.kernels == "plain")
-    for graphs, tokens, recompute in ways:
+    ways = [*itertools.product((65_536, 32_768, 16_384), (hp.graphs, False), (hp.recompute,))]
+    ways += [(16_384, False, True)] * (hp.kernels == "plain")
+    for tokens, graphs, recompute in ways:
         found = replace(hp, graphs=graphs, micro_tokens=tokens, recompute=recompute)
         if memory_needed(found) <= usable_memory(device):
             break
@@ -4172,34 +4172,48 @@ def to_device(item: object, device: torch.device) -> object:
 
 
 class Replay:
-    """f(batch, windows, weights), whose second call of a kind (shapes, windows) is captured as a graph and replayed
-    from then on: the GPU waits for no launches (8 batches of 16,384 tokens: 253 ms a step became 188, H200). The first
-    call runs and so compiles. Without graphs, f."""
+    """f(batch, windows, weights), captured as a graph for each kind (shapes, windows) of calls, and replayed from then
+    on: the GPU waits for no launches (8 batches of 16,384 tokens: 253 ms a step became 188, H200). A kind's first call
+    runs and so compiles, and all calls before capture_all do. Without graphs, f."""
 
     def __init__(self, f: Callable, graphs: bool):
         self.f = f
         self.pool = torch.cuda.graph_pool_handle() if graphs else None  # graphs run one at a time: one memory
-        self.captured: dict[tuple, tuple | None] = {}  # by kind: graph, its inputs and its result
+        self.first: dict[tuple, tuple] = {}  # by kind: the arguments of its first call
+        self.captured: dict[tuple, tuple] = {}  # by kind: graph, its inputs and its result
+        self.capturing = False
         self.compiling = False  # in the first call of a kind, which takes long: kernels compile even without hp.compile
 
     def __call__(self, batch: Batch, windows: Windows, weights: Tensor) -> Tensor:
         kind = windows, *(x.shape for x in (*batch, weights))
-        self.compiling = kind not in self.captured
-        if self.pool is None or self.compiling:
-            self.captured[kind] = None
+        self.compiling = kind not in self.first
+        self.first.setdefault(kind, (batch, windows, weights))
+        if self.pool is None or self.compiling or not self.capturing:
             return self.f(batch, windows, weights)
-        if self.captured[kind] is None:
-            inputs = [x.clone() for x in (*batch, weights)]
-            graph = torch.cuda.CUDAGraph()
-            # thread_local: the loader's thread may pin memory meanwhile
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                loss = self.f(Batch(*inputs[:-1]), windows, inputs[-1])
-            self.captured[kind] = graph, inputs, loss
+        if kind not in self.captured:
+            self.captured[kind] = self.capture(batch, windows, weights)
         graph, inputs, loss = self.captured[kind]
         for static, new in zip(inputs, (*batch, weights)):
             static.copy_(new)
         graph.replay()
         return loss
+
+    def capture_all(self) -> None:
+        """Graphs of all kinds so far, in the memory that their calls gave back, so that it counts once. The last kind,
+        which is the largest, comes first, as its blocks serve the others."""
+        self.capturing = True
+        if self.pool is not None:
+            torch.cuda.empty_cache()
+            for kind in [*self.first][::-1]:
+                self.captured[kind] = self.captured.get(kind) or self.capture(*self.first[kind])
+
+    def capture(self, batch: Batch, windows: Windows, weights: Tensor) -> tuple:
+        inputs = [x.clone() for x in (*batch, weights)]
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the loader's thread may pin memory meanwhile
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            loss = self.f(Batch(*inputs[:-1]), windows, inputs[-1])
+        return graph, inputs, loss
 
 
 # --- Log
