@@ -13,7 +13,13 @@ import train_gpt as t
 
 R92 = np.load(GOLDEN / "r92_candidates.npz")
 CAP = 23.0, 5.0, 7.5
-OFF = dict(ngram_rows=0, tail_average=0.0, cooldown_start=0.4, cooldown_floor=0.15)
+
+
+def off(hp):
+    """Without the parts of frontier, but for its layers' FP8."""
+    stages = tuple(stage._replace(classes=0, fp8=True) for stage in hp.stages)
+    return dataclasses.replace(hp, stages=stages, ngram_rows=0, tail_average=0.0, cooldown_start=0.4,
+                               cooldown_floor=0.15)
 
 
 def sweep(V):
@@ -137,14 +143,14 @@ def test_off_is_record80(byte_files):
     for preset in ("demo", "frontier_demo"):
         hp = dataclasses.replace(t.PRESETS[preset], **byte_files, model_dim=48, head_dim=8, batch_unit=128,
                                  vocab_size=256, num_scheduled_iterations=30)
-        hp = dataclasses.replace(hp, stages=tuple(stage._replace(classes=0) for stage in hp.stages), **OFF)
+        hp = off(hp)
         ranks = t.Ranks(0, 1, torch.device("cpu"))
         run = t.Run(hp, ranks)
         steps = [0, 1, 19, 24, 25, 26, 27, 28, 29, 30, 31]
         for step, (batches, touched) in zip(steps, t.train_batches(hp, ranks, steps)):
             losses.append((step, run.train_step(batches, touched, t.plan(step, hp)).mean.item()))
     assert losses[: len(losses) // 2] == losses[len(losses) // 2 :]
-    full, frontier = t.PRESETS["record80"], dataclasses.replace(t.PRESETS["frontier"], **OFF)
+    full, frontier = t.PRESETS["record80"], off(t.PRESETS["frontier"])
     for step in range(full.num_steps):
         a, b = (t.plan(step, hp)._replace(index=0, stage=None) for hp in (full, frontier))
         assert a == b

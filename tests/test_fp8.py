@@ -132,9 +132,9 @@ def started(hp):
 
 
 def test_cells(base):
-    """Cells of LAYERS switch the products of training, each its own."""
-    def loss(**cells):
-        hp = with_cells(base, **cells)
+    """Cells of LAYERS switch the products of training, each its own, and a stage leaves all out."""
+    def loss(stages=base.stages, **cells):
+        hp = replace(with_cells(base, **cells), stages=stages)
         loader = t.load_batches(hp, RANKS, [0])
         mean = started(hp).train_step(*next(loader), t.plan(0, hp)).mean.item()
         loader.close()
@@ -143,7 +143,8 @@ def test_cells(base):
     off = loss()
     found = [loss(fp8_mlp=True), loss(fp8_qkv=True), loss(fp8_mlp=True, fp8_qkv=True)]
     assert len({off, *found}) == 4 and max(abs(x - off) for x in found) < 0.05
-    assert off == loss(fp8_mlp=False)
+    without = tuple(stage._replace(fp8=False) for stage in base.stages)
+    assert off == loss(fp8_mlp=False) == loss(without, fp8_mlp=True, fp8_qkv=True)
 
 
 def test_validation_is_exact(base):
