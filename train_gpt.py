@@ -253,14 +253,8 @@ AVERAGES = (  # in the order in which they blend
 )
 
 
-def key(
-    default: object,
-    text: str,
-    least: float | None = None,
-    above: float | None = None,
-    choices: tuple = (),
-    free: bool = False,
-) -> object:
+def key(default: object, text: str, least: float | None = None, above: float | None = None, choices: tuple = (),
+        free: bool = False) -> object:
     """A key of the command line. A resumed run may change free ones: only rounding depends on them."""
     return field(default=default, metadata=dict(text=text, least=least, above=above, choices=choices, free=free))
 
@@ -344,8 +338,8 @@ class Recipe:
         return [i for i, layer in enumerate(self.layers) if layer.window]
 
     @property
-    def layer_names(self) -> dict[str, int]:
-        return {layer.name: i for i, layer in enumerate(self.layers) if layer.name}
+    def rows(self) -> dict[str, Param]:
+        return {row.name: row for row in self.params}
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -454,16 +448,15 @@ def due(row: Param, step: int, hp: Recipe) -> bool:
 
 def untie_step(hp: Recipe) -> int:
     """The update of embed and lm_head from which on they are apart."""
-    every = next(row.every for row in hp.params if row.name == "lm_head")
     bounds = zip(stage_bounds(hp), hp.stages)
     first = next((first for first, stage in bounds if not stage.tied), hp.num_steps)
-    return round_up(first + 1, every) - 1
+    return round_up(first + 1, hp.rows["lm_head"].every) - 1
 
 
 @cache
 def ticks(average: Average, hp: Recipe) -> dict[int, float]:
     """After which steps it takes in the weights, and at what rates; at the first as they are."""
-    row = next(row for row in hp.params if row.name in average.params.split())
+    row = hp.rows[average.params.split()[0]]
     last = max((step for step in range(hp.num_steps) if due(row, step, hp)), default=0)
     steps = {last, *range(last, round(average.start * hp.num_steps) - 1, -average.every)}
     steps |= {hp.num_steps - 1 - average.also} if average.also else set()
@@ -481,8 +474,7 @@ def plan(step: int, hp: Recipe) -> Plan:
     t = min(max((step - cooldown) / (hp.num_scheduled_iterations - cooldown), 0.0), 1.0)
     lr_factor = stage.lr * (1 - t) + hp.cooldown_floor * t
 
-    momentum = hp.muon_momentum
-    rise = hp.muon_momentum - hp.muon_momentum_low
+    momentum, rise = hp.muon_momentum, hp.muon_momentum - hp.muon_momentum_low
     last = hp.num_steps - hp.muon_momentum_cooldown
     if step < hp.muon_momentum_warmup:
         momentum = hp.muon_momentum_low + rise * step / hp.muon_momentum_warmup
@@ -490,26 +482,14 @@ def plan(step: int, hp: Recipe) -> Plan:
         momentum = hp.muon_momentum - rise * (step - last) / hp.muon_momentum_cooldown
 
     t = (step - bounds[index]) / (bounds[index + 1] - bounds[index])
-    batch_tokens = stage.batch * hp.batch_unit
+    tokens = stage.batch * hp.batch_unit
+    windows = Windows(short=stage.short * hp.block, long=stage.long * hp.block, max_doc=stage.max_doc * hp.block,
+                      scale=rotation(hp, index)[1], segment=tokens // SEGMENTS)
     return Plan(
-        step=step,
-        index=index,
-        stage=stage,
-        batch_tokens=batch_tokens,
-        windows=Windows(
-            short=stage.short * hp.block,
-            long=stage.long * hp.block,
-            max_doc=stage.max_doc * hp.block,
-            scale=rotation(hp, index)[1],
-            segment=batch_tokens // SEGMENTS,
-        ),
-        lr_factor=lr_factor,
-        muon_momentum=momentum,
-        mtp_weights=tuple(a + (b - a) * t for a, b in zip(stage.mtp_start, stage.mtp_end)),
+        step=step, index=index, stage=stage, batch_tokens=tokens, windows=windows, lr_factor=lr_factor,
+        muon_momentum=momentum, mtp_weights=tuple(a + (b - a) * t for a, b in zip(stage.mtp_start, stage.mtp_end)),
         prefix_weights=tuple(a + (b - a) * t for a, b in [stage.prefix] if stage.prefix != (0, 0)),
-        tied=step < untie_step(hp),
-        unties=step == untie_step(hp),
-    )
+        tied=step < untie_step(hp), unties=step == untie_step(hp))
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -726,8 +706,8 @@ def sign_ids(tokens: np.ndarray, hp: Recipe) -> np.ndarray:
 
 def cycle_slots(hp: Recipe, world: int) -> int:
     """How many n-gram rows a rank may read between two updates: two a token, half as many more in a resumed run."""
-    row = next(row for row in hp.params if row.name == "ngram_embed")
-    tokens = max(stage.batch for stage in hp.stages) * hp.batch_unit // world * cycle(row, hp.num_steps, hp)[0]
+    tokens = max(stage.batch for stage in hp.stages) * hp.batch_unit // world
+    tokens *= cycle(hp.rows["ngram_embed"], hp.num_steps, hp)[0]
     room = min(hp.ngram_rows, hp.ngram_slots, 3 * tokens)
     return round_up(room, CHUNK_ROWS) if room > CHUNK_ROWS else room
 
@@ -904,7 +884,7 @@ def train_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int],
                   done: int = 0) -> Iterator[tuple[list[Batch], TouchedRows | None]]:
     """For each of `steps` but the first `done`, this rank's batches and, if rows travel or have slots, TouchedRows."""
     plans = [plan(step, hp) for step in steps]
-    table = next(row for row in hp.params if row.name == ("ngram_embed" if hp.ngram_rows else "bigram_embed"))
+    table = hp.rows["ngram_embed" if hp.ngram_rows else "bigram_embed"]
     log = TouchLog(hp, ranks) if hp.ngram_rows or (ranks.world >= SPARSE_FROM and table.reduce == "sparse") else None
     running = max((i for i, now in enumerate(plans[:done], 1) if due(table, now.step, hp)), default=0)  # cycle's begin
     sweep = Sweep(hp)
@@ -1071,7 +1051,7 @@ class GPT(nn.Module):
         self.hp = hp
         self.sizes = hp.sizes
         self.bank_index = {i: j for j, i in enumerate(hp.attn_layers)}  # -> place in banks
-        self.named = hp.layer_names
+        self.named = {layer.name: i for i, layer in enumerate(hp.layers) if layer.name}
         self.cap = (hp.readout.cap, hp.readout.cap_shift, hp.readout.cap_width)
         self.loss_scale = world / SEGMENTS  # gradients are means over ranks, of sums over a rank's segments
         self.ops = PLAIN
@@ -1566,7 +1546,7 @@ class NorMuonAdam:
         self.ranks = ranks
         self.add_rows = model.ops.add_rows
         self.params = {row.name: getattr(model, row.name) for row in hp.params}
-        self.row = {row.name: row for row in hp.params}
+        self.row = hp.rows
         self.rules = {name: rule._replace(update=maybe_compiled(rule.update, hp)) for name, rule in RULES.items()}
         self.cycle = Cycle(model, hp, ranks) if hp.ngram_rows else None
         self.grads = self.make_gradients()
