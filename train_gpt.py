@@ -59,7 +59,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, partial
+from functools import cache, partial, reduce
 from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Literal, NamedTuple
@@ -606,21 +606,20 @@ class Documents:
     def join(self, slices: list[tuple[int, int]]) -> np.ndarray:
         return np.concatenate([self.tokens[start:end] for start, end in slices])
 
-    def segments(self, first: int, length: int, max_doc: int) -> tuple[list[list[tuple[int, int]]], int] | None:
-        """SEGMENTS lists of document slices, `length` tokens each, from document number `first` on, and the number of
-        the next; None if too few documents are left.
+    def segments(self, doc: int, windows: Windows) -> tuple[list[list[tuple[int, int]]], int] | None:
+        """SEGMENTS lists of document slices, from document number `doc` on, and the number of the next; None if too few
+        documents are left. In each list is one token more than in a segment, as each one's target is the next.
 
         Documents are cut to max_doc, the last of a segment to what is missing; what is cut is skipped."""
         segments = []
-        doc = first
         for _ in range(SEGMENTS):
             slices = []
-            missing = length
+            missing = windows.segment + 1
             while missing:
                 if doc == len(self.starts):
                     return None
                 start = self.starts[doc]
-                end = min(self.ends[doc], start + max_doc, start + missing)
+                end = min(self.ends[doc], start + windows.max_doc, start + missing)
                 slices.append((start, end))
                 missing -= end - start
                 doc += 1
@@ -637,28 +636,12 @@ def walk(files: list[str], bos: int, plans: Iterable[Plan],
     with contextlib.closing(Ahead((Documents(read(path), bos) for path in files), 1)) as shards:
         for documents in shards:
             first = 0
-            while plans:
-                # one token more, as each one's target is the next
-                found = documents.segments(first, plans[0].windows.segment + 1, plans[0].windows.max_doc)
-                if found is None:
-                    break
+            while plans and (found := documents.segments(first, plans[0].windows)):
                 segments, first = found
                 plans.popleft()
                 yield documents, segments
             if not plans:
                 return
-
-
-def bigram_ids(tokens: np.ndarray, rows: int) -> np.ndarray:
-    """Row of the bigram table for each token and the one before it, a hash in wrapping int32 arithmetic.
-
-    Position 0 has the last row, whose number stands for its token in the hash of position 1."""
-    tokens = tokens.astype(np.int32)
-    tokens[0] = rows - 1
-    ids = np.empty_like(tokens)
-    ids[0] = rows - 1
-    np.mod(np.int32(36313) * tokens[1:] ^ np.int32(27191) * tokens[:-1], np.int32(rows - 1), out=ids[1:])
-    return ids
 
 
 SIGN_ROWS = 8192  # of the fixed +1 and -1 that n-gram rows are multiplied by
@@ -679,9 +662,17 @@ def token_prefixes(vocab_size: int) -> np.ndarray:
 
 
 def hashed(t: np.ndarray, *factors: int) -> np.ndarray:
-    """For each token but the first ones the XOR of it and of those before it, each times its factor; int32."""
+    """For each token but the first ones the XOR of it and of those before it, each times its factor; wrapping int32."""
     first = len(factors) - 1
-    return np.bitwise_xor.reduce([np.int32(x) * t[first - i : len(t) - i] for i, x in enumerate(factors)])
+    return reduce(np.bitwise_xor, (np.int32(x) * t[first - i : len(t) - i] for i, x in enumerate(factors)))
+
+
+def bigram_ids(tokens: np.ndarray, rows: int) -> np.ndarray:
+    """Row of the bigram table for each token and the one before it.
+
+    Position 0 has the last row, whose number stands for its token in the hash of position 1."""
+    t = np.append(np.int32(rows - 1), tokens[1:].astype(np.int32))
+    return np.append(t[:1], hashed(t, 36313, 27191) % np.int32(rows - 1))
 
 
 def table_ids(tokens: np.ndarray, hp: Recipe) -> np.ndarray:
@@ -777,18 +768,16 @@ def pack(
     Where documents are many, cu_seqlens grows by factors of 4: torch.compile takes eight shapes of a function."""
     S = len(segments[0][0]) - 1
     T = len(segments) * S
-    ends = np.unique([i * S + min(end, S) for i, (_, ends) in enumerate(segments) for end in ends])
+    bounds = np.unique([0, *(i * S + min(end, S) for i, (_, ends) in enumerate(segments) for end in ends)])
     expected = entries = len(segments) * max_docs(S)
-    while entries < max(documents, len(ends)) + 1:
+    while entries < max(documents + 1, len(bounds)):
         entries *= 4
     if entries > expected and hp.compile:
         warn_once(f"more than the expected {expected - 1} documents in {T} tokens: compiled anew for lists of "
                   f"{entries}")
-    cu_seqlens = np.full(entries, T, dtype=np.int32)
-    cu_seqlens[0] = 0
-    cu_seqlens[1 : len(ends) + 1] = ends
+    cu_seqlens = np.pad(bounds, (0, entries - len(bounds)), constant_values=T).astype(np.int32)
     inputs = np.concatenate([tokens[:-1] for tokens, _ in segments])
-    candidates = candidates or [np.empty(0, dtype=np.int64) for _ in segments]
+    candidates = candidates or [np.empty(0, dtype=np.int64)] * len(segments)
     ahead, prefixes = [tokens[1:] for tokens, _ in segments], np.empty((T, 0), dtype=np.int64)
     targets = np.concatenate([*map(places, ahead, candidates)])
     if prefix:
@@ -887,10 +876,10 @@ def train_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int],
     table = hp.rows["ngram_embed" if hp.ngram_rows else "bigram_embed"]
     log = TouchLog(hp, ranks) if hp.ngram_rows or (ranks.world >= SPARSE_FROM and table.reduce == "sparse") else None
     running = max((i for i, now in enumerate(plans[:done], 1) if due(table, now.step, hp)), default=0)  # cycle's begin
-    sweep = Sweep(hp)
-    number = -1
-    for number, (documents, segments) in enumerate(walk(sorted(glob.glob(hp.train_files)), hp.bos, plans)):
-        now = plans[number]
+    sweep, found = Sweep(hp), walk(sorted(glob.glob(hp.train_files)), hp.bos, plans)
+    for number, now in enumerate(plans):
+        documents, segments = next(found, (None, None))
+        require(documents, "the train shards ran out before the schedule")
         touched, rows = None, []
         if log and number >= running:
             if number and now.step != plans[number - 1].step + 1:
@@ -911,8 +900,6 @@ def train_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int],
         parts = [slice(i, i + n) for i in range(0, len(own), n)]
         yield ([pack(hp, own[x], 0, candidates[x], rows[x], log, prefix) for x in parts],
                touched if hp.ngram_rows or (touched and touched.gradients) else None)
-    if number + 1 < len(plans):
-        raise UserError("the train shards ran out before the schedule")
 
 
 class Validation:
