@@ -1052,16 +1052,15 @@ class GPT(nn.Module):
             dtype = torch.float32 if row.dtype == "float32" else getattr(torch, hp.dtype)
             self.register_parameter(row.name, nn.Parameter(torch.zeros(rows, *rest, dtype=dtype)))
         longest = max(hp.val_chunk, max(stage.batch for stage in hp.stages) * hp.batch_unit // SEGMENTS)
-        for name in ("cos", "sin"):  # row p is position p; paired heads use two for each token
-            table = torch.empty(2 * longest, hp.head_dim // 4, dtype=torch.bfloat16)
-            self.register_buffer(name, table, persistent=False)
+        shape = 2 * longest, hp.head_dim // 4  # row p is position p; paired heads use two for each token
+        self.cos, self.sin = (nn.Buffer(torch.empty(shape, dtype=torch.bfloat16)) for _ in range(2))
         signs = torch.randint(2, (SIGN_ROWS if hp.ngram_rows else 0, hp.model_dim), device="cpu", dtype=torch.int8,
                               generator=torch.Generator().manual_seed(0))
-        self.register_buffer("signs", (2 * signs - 1).to(self.cos.device, getattr(torch, hp.dtype)), persistent=False)
-        self.register_buffer("dense", torch.tensor([[bool(layer.dense)] for layer in hp.layers]), persistent=False)
-        self.register_buffer("attn_layers", torch.tensor(hp.attn_layers), persistent=False)
+        self.signs = nn.Buffer((2 * signs - 1).to(self.cos.device, getattr(torch, hp.dtype)))
+        self.dense = nn.Buffer(torch.tensor([[bool(layer.dense)] for layer in hp.layers]))
+        self.attn_layers = nn.Buffer(torch.tensor(hp.attn_layers))
         mlp_layers = [i for i, layer in enumerate(hp.layers) for _ in range(layer.mlps)]
-        self.register_buffer("mlp_layers", torch.tensor(mlp_layers, dtype=torch.int64), persistent=False)
+        self.mlp_layers = nn.Buffer(torch.tensor(mlp_layers, dtype=torch.int64))
 
     @torch.no_grad()
     def initialize(self, hp: Recipe) -> None:
@@ -1119,14 +1118,9 @@ class GPT(nn.Module):
         up, down = self.mlp_bank[: 2 * P].view(P, 2, self.sizes["F"], D).unbind(1)
         qkv, o, down = ((scale[:, None, None] * bank).to(bank.dtype) for scale, bank in (
             (qkv_lambda, torch.cat([qk, v], dim=1)), (o_lambda, o), (post_mlp[self.mlp_layers], down)))
-        # unbound once: the backward of an unbind is one stack, that of each indexing a pass over the bank
-        return qkv.unbind(), o.unbind(), *(self.by_layer(x.unbind()) for x in (up, down))
-
-    def by_layer(self, matrices: tuple[Tensor, ...]) -> list[Tensor | None]:
-        """Of the MLPs' matrices each layer's; None where it has none."""
-        left = iter(matrices)
-        parts = [[*itertools.islice(left, layer.mlps)] for layer in self.hp.layers]
-        return [torch.cat(x) if len(x) > 1 else x[0] if x else None for x in parts]
+        # split once: the backward of a split is one concatenation, that of each indexing a pass over the bank
+        mlps = [layer.mlps for layer in self.hp.layers]
+        return qkv.unbind(), o.unbind(), *([part.flatten(0, 1) for part in x.split(mlps)] for x in (up, down))
 
     def attend(
         self,
