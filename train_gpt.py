@@ -1332,13 +1332,8 @@ def normuon_direction(
     return x * (scale * (before / after.clamp_min(1e-30)).sqrt())
 
 
-def normuon_update(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[dict[str, Tensor]],
-    hypers: list[Tensor],
-    cautious: list[bool],
-) -> None:
+def normuon_update(params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], hypers: list[Tensor],
+                   cautious: list[bool]) -> None:
     """One step of NorMuon, or Muon, on banks p [K, rows, columns], in place; state["rate"] [K, 1, 1] multiplies lr.
 
     A bf16 p has its low mantissa bits in state["low"] (int16), so that updates are exactly fp32."""
@@ -1355,18 +1350,12 @@ def normuon_update(
         p.copy_(full)
 
 
-def adam_update(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[dict[str, Tensor]],
-    hypers: list[Tensor],
-    cautious: list[bool],
-) -> None:
+def adam_update(params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], hypers: list[Tensor],
+                cautious: list[bool]) -> None:
     """One Adam step on each parameter, in place, with fp32 moments."""
     for p, g, state, hyper, careful in zip(params, grads, states, hypers, cautious):
-        h = AdamHypers(*hyper.unbind()[:7])
-        g = g.float()
-        old = p.float()
+        h = AdamHypers(*hyper.unbind())
+        g, old = g.float(), p.float()
         state["first"].lerp_(g, 1 - h.beta1)
         state["second"].lerp_(g.square(), 1 - h.beta2)
         update = h.lr * (state["first"] / h.bias1) / ((state["second"] / h.bias2).sqrt() + h.eps)
@@ -1392,30 +1381,17 @@ def row_adam_update(params: list[Tensor], grads: list[Tensor], states: list[dict
 
 def normuon_hypers(row: Param, now: Plan, hp: Recipe) -> MuonHypers:
     lr = hp.muon_lr * now.lr_factor
-    return MuonHypers(
-        lr=lr * row.lr,
-        decay=hp.muon_wd * lr * row.wd,
-        momentum=now.muon_momentum,
-        beta2=hp.muon_beta2,
-    )
+    return MuonHypers(lr=lr * row.lr, decay=hp.muon_wd * lr * row.wd, momentum=now.muon_momentum, beta2=hp.muon_beta2)
 
 
 def adam_hypers(row: Param, now: Plan, hp: Recipe) -> AdamHypers:
     lr = hp.adam_lr * now.lr_factor * row.lr
     steps, updates = cycle(row, now.step, hp)
-    beta1, beta2 = (beta ** (steps // row.every) for beta in row.betas)
-    bias1, bias2 = (1 - beta**updates for beta in (beta1, beta2))
+    times = steps // row.every
+    beta1, beta2 = (beta**times for beta in row.betas)
     return AdamHypers(
-        lr=lr,
-        decay=lr**2 * hp.adam_wd * row.wd * (steps // row.every),
-        beta1=beta1,
-        beta2=beta2,
-        bias1=bias1,
-        bias2=bias2,
-        eps=hp.adam_eps,
-        beta=row.betas[1],
-        time=(now.step + 1) // row.every,
-    )
+        lr=lr, decay=lr**2 * hp.adam_wd * row.wd * times, beta1=beta1, beta2=beta2, bias1=1 - beta1**updates,
+        bias2=1 - beta2**updates, eps=hp.adam_eps, beta=row.betas[1], time=(now.step + 1) // row.every)
 
 
 def muon_state(p: Tensor) -> dict[str, Tensor]:
@@ -1493,10 +1469,6 @@ class Cycle:
             self.sums[torch.searchsorted(touched.ids, ids)] = sums
             self.saved = None
 
-    def add(self, batch: Batch, grad: Tensor) -> None:
-        """Add the rows' gradients, for that of their sum [T, D]."""
-        self.add_ngrams(self.sums, batch.slots, self.signs, batch.sign_ids, grad)
-
 
 def exchanged(rows: Tensor, to: Exchange, dtype: torch.dtype | None = None) -> tuple[Tensor, dist.Work]:
     """Where the rows will be that come for those sent, in dtype if given, and the work."""
@@ -1543,9 +1515,12 @@ class NorMuonAdam:
         """Update what is due from its gradient, none sparse if touched is None."""
         if now.unties:
             self.untie()
-        rows = self.rows_due(now)
-        if now.tied:
-            self.fold_tied_gradient(rows)
+        rows = [row for row in self.hp.params if due(row, now.step, self.hp) and self.params[row.name].numel()
+                and not (now.tied and row.name == "embed")]
+        tied = now.tied and self.row["lm_head"] in rows
+        if tied:  # its gradient as an embedding joins that as a head
+            self.grads["lm_head"] += self.grads["embed"].mT
+            self.grads["embed"].zero_()
         hypers = self.hypers(rows, now)
 
         # 1. launch all reductions
@@ -1565,27 +1540,13 @@ class NorMuonAdam:
         # 3. wait for the gathers
         for work in gathering:
             wait(work)
-        if now.tied:
-            self.copy_tied_weight(rows)
+        if tied:
+            self.params["embed"].copy_(self.params["lm_head"].mT)
         for row in rows:
             self.grads[row.name][: self.cycle.filled if row.reduce == "rows" else None].zero_()
             if row.reduce == "rows":
                 self.cycle.filled = 0
         self.average(now)
-
-    def rows_due(self, now: Plan) -> list[Param]:
-        return [row for row in self.hp.params if due(row, now.step, self.hp) and self.params[row.name].numel()
-                and not (now.tied and row.name == "embed")]
-
-    def fold_tied_gradient(self, rows: list[Param]) -> None:
-        """The tied weight's gradient as an embedding joins its gradient as a head."""
-        if self.row["lm_head"] in rows:
-            self.grads["lm_head"] += self.grads["embed"].mT
-            self.grads["embed"].zero_()
-
-    def copy_tied_weight(self, rows: list[Param]) -> None:
-        if self.row["lm_head"] in rows:
-            self.params["embed"].copy_(self.params["lm_head"].mT)
 
     def hypers(self, rows: list[Param], now: Plan) -> dict[str, Tensor]:
         """The scalars of each update as a small device tensor, so that compiled code never changes."""
@@ -1600,23 +1561,19 @@ class NorMuonAdam:
         """Start averaging gradients; where this rank's part of each (if sparse, rows) will be, and the work."""
         if self.ranks.world == 1:
             return {row.name: (self.grads[row.name], None) for row in rows}
-        found, small = {}, {}
+        found, small, average = {}, {}, dict(op=dist.ReduceOp.AVG, async_op=True)
         for row in rows:
-            grad = self.grads[row.name]
-            if row.reduce != "replicate":
-                found[row.name] = self.launch_shard_reduction(row, grad, touched)
-                continue
-            if grad.dtype not in small:
-                small[grad.dtype] = dist.all_reduce(self.flat[grad.dtype], op=dist.ReduceOp.AVG, async_op=True)
-            found[row.name] = grad, small[grad.dtype]
+            grad, part = self.grads[row.name], self.shard(row)  # whose type halves what the tables' gradients send
+            if row.reduce == "replicate":
+                if grad.dtype not in small:
+                    small[grad.dtype] = dist.all_reduce(self.flat[grad.dtype], **average)
+                found[row.name] = grad, small[grad.dtype]
+            elif row.reduce in ("sparse", "rows") and touched:
+                found[row.name] = exchanged(grad, touched.gradients, part.dtype)
+            else:
+                part = torch.empty_like(part)
+                found[row.name] = part, dist.reduce_scatter_tensor(part, grad.to(part.dtype), **average)
         return found
-
-    def launch_shard_reduction(self, row: Param, grad: Tensor, touched: TouchedRows | None) -> tuple[Tensor, dist.Work]:
-        dtype = self.params[row.name].dtype  # halves what the tables' gradients send
-        if row.reduce in ("sparse", "rows") and touched:
-            return exchanged(grad, touched.gradients, dtype)
-        part = torch.empty_like(self.shard(row))
-        return part, dist.reduce_scatter_tensor(part, grad.to(dtype), op=dist.ReduceOp.AVG, async_op=True)
 
     def update_groups(self, rows: list[Param]) -> Iterator[list[Param]]:
         """Rows that are updated together: the replicated ones of each rule, then the others in UPDATE_ORDER."""
@@ -1648,13 +1605,9 @@ class NorMuonAdam:
                 x[at] = part[: len(at)]
 
     def update(self, group: list[Param], grads: list[Tensor], hypers: dict[str, Tensor]) -> None:
-        self.rules[group[0].rule].update(
-            [self.shard(row) for row in group],
-            grads,
-            [self.moments[row.name] | self.rates.get(row.name, {}) for row in group],
-            [hypers[row.name] for row in group],
-            [row.cautious for row in group],
-        )
+        states = [self.moments[row.name] | self.rates.get(row.name, {}) for row in group]
+        self.rules[group[0].rule].update([*map(self.shard, group)], grads, states,
+                                         [hypers[row.name] for row in group], [row.cautious for row in group])
 
     def launch_gather(self, row: Param) -> dist.Work | None:
         """Start sending this rank's updated shard to all ranks."""
@@ -1701,10 +1654,10 @@ class NorMuonAdam:
     @torch.no_grad()
     def add_table_gradients(self, batch: Batch, rows: Embeddings) -> None:
         """Add the gradients of a micro-batch's table rows to the tables'; only these rows are touched."""
-        add = self.add_rows
+        add, cycle = self.add_rows, self.cycle
         add(rows.embed.grad, batch.tokens, self.grads["embed"], batch.order)
-        if self.cycle:
-            self.cycle.add(batch, rows.bigram.grad)
+        if cycle:
+            cycle.add_ngrams(cycle.sums, batch.slots, cycle.signs, batch.sign_ids, rows.bigram.grad)
         else:
             add(rows.bigram.grad, batch.bigram_ids, self.grads["bigram_embed"])
         tables = self.grads["value_embeds"].chunk(max(len(rows.value), 1))
