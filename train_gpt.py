@@ -406,8 +406,7 @@ class Windows(NamedTuple):
     def at_run_time(self) -> Windows:
         """The same for an operation that reads a window with max_doc and scale, now units, from a tensor on the CPU: so
         code is compiled for them once."""
-        units = self.max_doc, self.scale
-        short, long = (torch.tensor([x, *units], dtype=torch.float64) for x in (self.short, self.long))
+        short, long = (torch.tensor([x, self.max_doc, self.scale], dtype=torch.float64) for x in self[:2])
         return self._replace(short=short, long=long, max_doc=1, scale=1.0)
 
 
@@ -513,9 +512,8 @@ class Batch(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """Rows that all ranks send to each other at once.
-
-    Known from the tokens, which every host can read: to ask the device or other ranks would be to wait."""
+    """Rows that all ranks send to each other at once. Known from the tokens, which every host can read: to ask the
+    device or other ranks would be to wait."""
 
     sent: Tensor  # [rows] int32, by the rank that they go to
     received: Tensor  # [rows] int32, by the rank that they come from: where they go here
@@ -567,9 +565,8 @@ class Injection(NamedTuple):
 
 
 class Ops(NamedTuple):
-    """What the model computes with: PLAIN says it in PyTorch, HOPPER does it in fused kernels.
-
-    fp8: None; or the loss scale, of which gradients are, where products are in FP8."""
+    """What the model computes with: PLAIN says it in PyTorch, HOPPER does it in fused kernels. fp8: None; or the loss
+    scale, of which gradients are, where products are in FP8."""
 
     stream: Callable  # x [T, D] -> Stream
     normed: Callable  # Stream -> Stream: each row over its rms
@@ -609,7 +606,6 @@ class Documents:
     def segments(self, doc: int, windows: Windows) -> tuple[list[list[tuple[int, int]]], int] | None:
         """SEGMENTS lists of document slices, from document number `doc` on, and the number of the next; None if too few
         documents are left. In each list is one token more than in a segment, as each one's target is the next.
-
         Documents are cut to max_doc, the last of a segment to what is missing; what is cut is skipped."""
         segments = []
         for _ in range(SEGMENTS):
@@ -629,9 +625,8 @@ class Documents:
 
 def walk(files: list[str], bos: int, plans: Iterable[Plan],
          read: Callable = read_shard) -> Iterator[tuple[Documents, list[list[tuple[int, int]]]]]:
-    """For each step its shard, and the slices of each segment: a pure function of files and plans.
-
-    A step never spans shards: what is too little for one is dropped. Ends early if the shards run out."""
+    """For each step its shard, and the slices of each segment: a pure function of files and plans. A step never spans
+    shards: what is too little for one is dropped. Ends early if the shards run out."""
     plans = deque(plans)
     with contextlib.closing(Ahead((Documents(read(path), bos) for path in files), 1)) as shards:
         for documents in shards:
@@ -668,9 +663,8 @@ def hashed(t: np.ndarray, *factors: int) -> np.ndarray:
 
 
 def bigram_ids(tokens: np.ndarray, rows: int) -> np.ndarray:
-    """Row of the bigram table for each token and the one before it.
-
-    Position 0 has the last row, whose number stands for its token in the hash of position 1."""
+    """Row of the bigram table for each token and the one before it. Position 0 has the last row, whose number stands
+    for its token in the hash of position 1."""
     t = np.append(np.int32(rows - 1), tokens[1:].astype(np.int32))
     return np.append(t[:1], hashed(t, 36313, 27191) % np.int32(rows - 1))
 
@@ -763,9 +757,8 @@ def pack(
     log: TouchLog | None = None,  # which knows the slots of n-gram rows; none: not needed
     prefix: bool = False,  # prefixes are predicted, too
 ) -> Batch:
-    """Segments, each S+1 tokens and the ends of its documents, as a Batch with room for so many documents at least.
-
-    Where documents are many, cu_seqlens grows by factors of 4: torch.compile takes eight shapes of a function."""
+    """Segments, each S+1 tokens and the ends of its documents, as a Batch with room for so many documents at least. If
+    they are many, cu_seqlens grows by factors of 4: torch.compile takes eight shapes of a function."""
     S = len(segments[0][0]) - 1
     T = len(segments) * S
     bounds = np.unique([0, *(i * S + min(end, S) for i, (_, ends) in enumerate(segments) for end in ends)])
@@ -989,10 +982,9 @@ def rotation(hp: Recipe, index: int) -> tuple[Tensor, float]:
 
 
 def initial_values(row: Param, hp: Recipe) -> Tensor:
-    """A parameter's initial values, fp32 on the CPU, from a generator of its own: no other's depend on it.
-
-    init is a number; "uniform", of the standard deviation 0.5 / sqrt(fan-in), or up to a number / sqrt(fan-in) given
-    after it; or "normal" and a deviation. Several, divided by commas, are for matrices 0, 1, .. of a bank in turn."""
+    """A parameter's initial values, fp32 on the CPU, from a generator of its own: no other's depend on it. init is a
+    number; "uniform", of the standard deviation 0.5 / sqrt(fan-in), or up to a number / sqrt(fan-in) given after it; or
+    "normal" and a deviation. Several, divided by commas, are for matrices 0, 1, .. of a bank in turn."""
     x = torch.zeros(param_shape(row, hp))
     seed = hashlib.sha256(f"{hp.seed} {row.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(seed[:8]) >> 1)
@@ -1066,36 +1058,32 @@ class GPT(nn.Module):
     def initialize(self, hp: Recipe) -> None:
         """Set all weights by the seed of hp. They are drawn on the CPU, so a seed means the same weights everywhere."""
         for row in self.hp.params:
-            p = getattr(self, row.name)
-            if row.reduce == "rows":  # of zeros, as too large for the CPU
-                p.zero_()
-                continue
-            values = self.lm_head.mT if row.init == "lm_head" else initial_values(row, hp)
-            p.zero_()[: len(values)].copy_(values)
-            dist.broadcast(p, 0)  # in case ranks have processors that draw differently
+            p = getattr(self, row.name).zero_()
+            if row.reduce != "rows":  # which are zeros, too many for the CPU
+                values = self.lm_head.mT if row.init == "lm_head" else initial_values(row, hp)
+                p[: len(values)].copy_(values)
+                dist.broadcast(p, 0)  # in case ranks have processors that draw differently
 
     @torch.no_grad()
     def set_stage(self, index: int) -> None:
         """Rebuild the rotary tables when a stage begins."""
         if index != self.index:
             frequencies = rotation(self.hp, index)[0].to(self.cos.device)
-            positions = torch.arange(len(self.cos), device=self.cos.device)
-            angle = torch.outer(positions, frequencies)
+            angle = torch.outer(torch.arange(len(self.cos), device=self.cos.device), frequencies)
             self.cos.copy_(angle.cos())
             self.sin.copy_(angle.sin())
             self.index = index
 
     def lookup(self, batch: Batch, copies: Tensor | None = None) -> Embeddings:
         """The rows of the tables that a batch reads; n-gram rows as they are in copies, if given."""
-        E, V, D = (self.sizes[letter] for letter in "EVD")
-        tables = self.value_embeds.view(E, V, D).unbind()
-        return Embeddings(
-            embed=F.embedding(batch.tokens, self.embed),
-            bigram=(self.sum_ngrams(self.ngram_embed if copies is None else copies, batch.bigram_ids, self.signs,
-                                    batch.sign_ids)
-                    if self.hp.ngram_rows else F.embedding(batch.bigram_ids, self.bigram_embed)),
-            value=tuple(F.embedding(batch.tokens, table) for table in tables),
-        )
+        if self.hp.ngram_rows:
+            table = self.ngram_embed if copies is None else copies
+            bigram = self.sum_ngrams(table, batch.bigram_ids, self.signs, batch.sign_ids)
+        else:
+            bigram = F.embedding(batch.bigram_ids, self.bigram_embed)
+        tables = self.value_embeds.view(*(self.sizes[letter] for letter in "EVD")).unbind()
+        value = tuple(F.embedding(batch.tokens, table) for table in tables)
+        return Embeddings(F.embedding(batch.tokens, self.embed), bigram, value)
 
     def smear(self, e: Tensor) -> Tensor:
         """Add to each embedding [n, S, D] a gated part of the one before it, across documents."""
@@ -1103,10 +1091,9 @@ class GPT(nn.Module):
         return torch.cat([e[:, :1], e[:, 1:] + gate * e[:, :-1]], dim=1)
 
     def matrices(self) -> tuple[list[Tensor | None], ...]:
-        """What products multiply with, a matrix a layer with attention or MLPs: qkv [3D, D], o [D, D], up and down
-        [F, D], those of MLPs side by side one above the other.
-
-        The lambdas multiply these, as they are smaller than activations."""
+        """What products multiply with: a matrix a layer with attention, qkv [3D, D] and o [D, D]; a matrix a layer, up
+        and down [F, D], those of MLPs side by side one above the other. The lambdas multiply these, as they are smaller
+        than activations."""
         P, A, H, D = (self.sizes[letter] for letter in "PAHD")
         post_attn, post_mlp = self.post_lambdas.bfloat16().float().masked_fill(self.dense, 1.0).unbind(1)
         qkv_lambda, o_lambda = self.attn_lambdas.unbind()
@@ -1133,17 +1120,12 @@ class GPT(nn.Module):
         windows: Windows,
     ) -> Tensor:
         """Gated attention before O; [T, D]."""
-        H = self.hp.num_heads
-        d = self.hp.head_dim
-        T = len(h.x)
+        T, H, d = len(h.x), self.hp.num_heads, self.hp.head_dim
         n = 2 if layer.paired else 1
 
         gated = ve is not None and layer.value_gate and not layer.dense
-        weights = AttentionWeights(
-            qkv=qkv,
-            gate=self.attn_gate_bank[j],
-            value_gate=self.ve_gate_bank[layer.value_table] if gated else None,
-        )
+        weights = AttentionWeights(qkv=qkv, gate=self.attn_gate_bank[j],
+                                   value_gate=self.ve_gate_bank[layer.value_table] if gated else None)
         cos, sin = (table[: n * (windows.segment or T)] for table in (self.cos, self.sin))
         fp8 = self.loss_scale if layer.fp8_qkv else None
         q, k, v, gate = self.ops.attention_inputs(h, weights, ve, cos, sin, layer, fp8)  # [T, H, d], gate [T, H]
@@ -1167,9 +1149,8 @@ class GPT(nn.Module):
     def dense_layer(self, x: Stream, first: Tensor, middle: Tensor, bigram: Tensor, ve: Tensor, attend: Callable,
                     o: Tensor, up: Tensor, down: Tensor, fp8: float | None) -> Stream:
         """The last layer, if its connections are dense: each token weighs what makes V, the stream and the result.
-
-        first, middle, bigram, ve [T, D]: the stream before the layers, the one that attention reads, and rows;
-        attend: ve -> gated attention before O."""
+        first, middle, bigram, ve [T, D]: the stream before the layers, the one that attention reads, and rows; attend:
+        ve -> gated attention before O."""
         w, nothing = self.dense_weights(x.x, 0), x.x.new_zeros(len(x.x), dtype=torch.float32)
         half = x.x.size(1) // 2
         gate = torch.cat([g.expand(-1, half) for g in w[6:8]], dim=1)  # [T, D], one for half of the heads
@@ -1314,9 +1295,8 @@ def normuon_direction(
     beta2: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Orthogonalised, normalised Nesterov momentum (NorMuon, arXiv 2510.05491); updates momentum and second.
-
-    Orthogonalised in dtype, returned in momentum's."""
+    """Nesterov momentum, orthogonalised in dtype, normalised and returned in momentum's (NorMuon, arXiv 2510.05491);
+    updates momentum and second."""
     g = g.to(momentum.dtype)
     momentum.lerp_(g, 1 - mu)
     x = polar_express(torch.lerp(g, momentum, mu).to(dtype)).to(momentum.dtype)
@@ -1334,9 +1314,8 @@ def normuon_direction(
 
 def normuon_update(params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], hypers: list[Tensor],
                    cautious: list[bool]) -> None:
-    """One step of NorMuon, or Muon, on banks p [K, rows, columns], in place; state["rate"] [K, 1, 1] multiplies lr.
-
-    A bf16 p has its low mantissa bits in state["low"] (int16), so that updates are exactly fp32."""
+    """One step of NorMuon, or Muon, on banks p [K, rows, columns], in place; state["rate"] [K, 1, 1] multiplies lr. A
+    bf16 p has its low mantissa bits in state["low"] (int16), so that updates are exactly fp32."""
     for p, g, state, hyper, careful in zip(params, grads, states, hypers, cautious):
         h = MuonHypers(*hyper.unbind()[:4])
         x = normuon_direction(g, state["momentum"], state.get("second"), h.momentum, h.beta2, p.dtype)
@@ -1365,10 +1344,9 @@ def adam_update(params: list[Tensor], grads: list[Tensor], states: list[dict[str
 
 def row_adam_update(params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], hypers: list[Tensor],
                     cautious: list[bool]) -> None:
-    """One Adam step on rows p [n, D] without first moments and with one second moment a row (record #92), in place.
-
-    A row without a gradient would not move, so it may be left out: state["last"] [n] int32 tells how long its moment
-    has still to decay when it comes again."""
+    """One Adam step on rows p [n, D] without first moments and with one second moment a row (record #92), in place. A
+    row without a gradient would not move, so it may be left out: state["last"] [n] int32 tells how long its moment has
+    still to decay when it comes again."""
     for p, g, state, hyper, careful in zip(params, grads, states, hypers, cautious):
         h = AdamHypers(*hyper.unbind())
         g, old = g.float(), p.float()
@@ -1479,7 +1457,6 @@ def exchanged(rows: Tensor, to: Exchange, dtype: torch.dtype | None = None) -> t
 
 def read_anywhere(table: Tensor, batch: Batch, ranks: Ranks) -> tuple[Batch, Tensor]:
     """Of a shared table, for validation: a copy of each n-gram row that a batch reads, and the batch with their places.
-
     Each rank puts its own among zeros for all ranks: simple, if too much traffic for training."""
     ids = batch.bigram_ids.new_empty(2 * ranks.world, len(batch.tokens))
     dist.all_gather_into_tensor(ids, batch.bigram_ids)
@@ -1495,8 +1472,7 @@ class NorMuonAdam:
     """All updates and their communication, by the rows of hp.params; a rank keeps the state of its shard only."""
 
     def __init__(self, model: GPT, hp: Recipe, ranks: Ranks):
-        self.hp = hp
-        self.ranks = ranks
+        self.hp, self.ranks = hp, ranks
         self.add_rows = model.ops.add_rows
         self.params = {row.name: getattr(model, row.name) for row in hp.params}
         self.row = hp.rows
@@ -1739,8 +1715,7 @@ class Run:
     """A model, its optimizer, and the steps that train and validate it."""
 
     def __init__(self, hp: Recipe, ranks: Ranks, ops: Ops | None = None):
-        self.hp = hp
-        self.ranks = ranks
+        self.hp, self.ranks = hp, ranks
         with torch.device(ranks.device):
             self.model = GPT(hp, ranks.world)
         self.model.ops = ops or PLAIN
@@ -1791,9 +1766,8 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self, validation: Validation, now: Plan, last: bool = False, chunks: int | None = None) -> float:
-        """Mean loss over the val stream, or over each rank's first chunks, with the windows of plan now.
-
-        A run's last validation widens the long window, not the rotary tables."""
+        """Mean loss over the val stream, or over each rank's first chunks, with the windows of plan now. A run's last
+        validation widens the long window, not the rotary tables."""
         self.model.set_stage(now.index)
         long = self.hp.final_val_window * self.hp.block if last else now.windows.long
         windows = now.windows._replace(long=long, max_doc=validation.max_doc, segment=0)
@@ -1805,13 +1779,6 @@ class Run:
             total += torch.stack([losses.double().sum(), total.new_tensor(len(losses))])
         dist.all_reduce(total)
         return (total[0] / total[1]).item()
-
-    def prepare(self, validation: Validation, log: Log) -> None:
-        """Before the first training: compile, and compare the operations."""
-        if self.hp.compile:
-            self.warm_up(validation, log)
-        check_ops(self.model.ops, self.ranks.device)
-        self.ready = True
 
     def warm_up(self, validation: Validation, log: Log) -> None:
         """Compile everything by real steps on real batches, then put weights and optimizer back to their beginning.
@@ -1842,7 +1809,10 @@ def train(run: Run, log: Log, watch: Watch, saved: dict | None) -> int:
     N = hp.num_steps
     validation = Validation(hp, run.ranks)
     if not run.ready:
-        run.prepare(validation, log)
+        if hp.compile:
+            run.warm_up(validation, log)
+        check_ops(run.model.ops, run.ranks.device)
+        run.ready = True
 
     clock = watch.clock = Clock(run.ranks.device)
     watch.micro_step = run.micro_step
@@ -3712,7 +3682,7 @@ def check_params(hp: Recipe) -> None:
         for factor in re.split("[ *]", row.shape):
             need("shape", factor in hp.sizes or (factor.isdigit() and int(factor) > 0),
                  f"use numbers and {', '.join(hp.sizes)}, not {factor}")
-        read = next((x for x in PARAMS if x.name == name), row)
+        read = RECORD80.rows.get(name, row)
         need("shape", param_shape(row, hp) == param_shape(read, hp),
              f"use {read.shape!r}, as GPT reads it so, or edit both")
         for part in row.init.split(","):
@@ -4060,7 +4030,7 @@ class Ahead:
     def __next__(self) -> object:
         self.waiting.append(self.thread.submit(next, self.items))
         item = self.waiting.popleft().result()
-        return to_device(item, self.device) if self.device else item
+        return send(item, self.device) if self.device else item
 
     def wait_for_one(self) -> None:
         self.waiting[0].exception()
@@ -4077,12 +4047,7 @@ def pinned(item: object, device: torch.device) -> object:
 
 def send(item: object, device: torch.device) -> object:
     """The tensors of nested tuples, from the CPU, on the device, without waiting for the copy."""
-    return to_device(pinned(item, device), device)
-
-
-def to_device(item: object, device: torch.device) -> object:
-    """The tensors of nested tuples on the device, without waiting for the copy if they are pinned."""
-    return tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), item)
+    return tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), pinned(item, device))
 
 
 class Replay:
@@ -4123,9 +4088,8 @@ COLUMNS = ("step", "train_loss", "val_loss", "train_time_ms", "tokens_per_s")  #
 
 class Log:
     """The terminal, logs/<run id>.txt, which begins with this script's source, and logs/<run id>.csv, which has a line
-    for each step and each validation; on ranks but 0 nothing happens.
-
-    If a file cannot be written at first, that is an error; later, training goes on with one warning for each."""
+    for each step and each validation; on ranks but 0 nothing happens. If a file cannot be written at first, that is an
+    error; later, training goes on with one warning for each."""
 
     def __init__(self, hp: Recipe, ranks: Ranks):
         self.bar = self.path = self.table = None
@@ -4242,11 +4206,8 @@ class Reports:
     """Lines of finished steps. A GPU's loss is read a step late, so that it always has work queued."""
 
     def __init__(self, log: Log, watch: Watch, N: int):
-        self.log = log
-        self.watch = watch
-        self.N = N
-        self.waiting: deque = deque()
-        self.ms = watch.clock.before
+        self.log, self.watch, self.N = log, watch, N
+        self.waiting, self.ms = deque(), watch.clock.before
 
     def add(self, step: int, loss: StepLoss, tokens: int) -> None:
         losses = torch.cat([loss.mean[None], loss.each]).to("cpu", non_blocking=True)
