@@ -55,7 +55,7 @@ import traceback
 import typing
 import warnings
 import zipfile
-from collections import deque
+from collections import deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -1264,27 +1264,11 @@ def join_bits(high: Tensor, low: Tensor) -> Tensor:
     return ((high.view(torch.int16).to(torch.int32) << 16) | (low.to(torch.int32) & 0xFFFF)).view(torch.float32)
 
 
-class MuonHypers(NamedTuple):
-    """The scalars of one NorMuon step, 0-dim fp32 tensors."""
-
-    lr: Tensor
-    decay: Tensor
-    momentum: Tensor
-    beta2: Tensor
-
-
-class AdamHypers(NamedTuple):
-    """The scalars of one Adam step, 0-dim fp32 tensors."""
-
-    lr: Tensor
-    decay: Tensor
-    beta1: Tensor
-    beta2: Tensor
-    bias1: Tensor  # 1 - beta1^t after t updates
-    bias2: Tensor
-    eps: Tensor
-    beta: Tensor | None = None  # beta2 of `every` steps
-    time: Tensor | None = None  # steps until now, over `every`
+# The scalars of one update, 0-dim fp32 tensors. bias1 and bias2: 1 - beta^t after t updates; beta: beta2 of `every`
+# steps; time: steps until now, over `every`
+MuonHypers = namedtuple("MuonHypers", "lr decay momentum beta2")
+AdamHypers = namedtuple("AdamHypers", "lr decay beta1 beta2 bias1 bias2 eps beta time", defaults=(None, None))
+Part = tuple[Tensor, Tensor, dict[str, Tensor], Tensor, bool]  # a parameter, its gradient, state, hypers, cautious
 
 
 def normuon_direction(
@@ -1312,16 +1296,15 @@ def normuon_direction(
     return x * (scale * (before / after.clamp_min(1e-30)).sqrt())
 
 
-def normuon_update(params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], hypers: list[Tensor],
-                   cautious: list[bool]) -> None:
+def normuon_update(parts: list[Part]) -> None:
     """One step of NorMuon, or Muon, on banks p [K, rows, columns], in place; state["rate"] [K, 1, 1] multiplies lr. A
     bf16 p has its low mantissa bits in state["low"] (int16), so that updates are exactly fp32."""
-    for p, g, state, hyper, careful in zip(params, grads, states, hypers, cautious):
+    for p, g, state, hyper, cautious in parts:
         h = MuonHypers(*hyper.unbind()[:4])
         x = normuon_direction(g, state["momentum"], state.get("second"), h.momentum, h.beta2, p.dtype)
         full = join_bits(p, state["low"]) if "low" in state else p
         lr = h.lr * state["rate"]
-        decay = torch.where(x * full >= 0, full, 0.0) if careful else full
+        decay = torch.where(x * full >= 0, full, 0.0) if cautious else full
         full = full - lr * h.decay * decay - lr * x
         if "low" in state:
             full, low = split_bits(full)
@@ -1329,31 +1312,29 @@ def normuon_update(params: list[Tensor], grads: list[Tensor], states: list[dict[
         p.copy_(full)
 
 
-def adam_update(params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], hypers: list[Tensor],
-                cautious: list[bool]) -> None:
+def adam_update(parts: list[Part]) -> None:
     """One Adam step on each parameter, in place, with fp32 moments."""
-    for p, g, state, hyper, careful in zip(params, grads, states, hypers, cautious):
+    for p, g, state, hyper, cautious in parts:
         h = AdamHypers(*hyper.unbind())
         g, old = g.float(), p.float()
         state["first"].lerp_(g, 1 - h.beta1)
         state["second"].lerp_(g.square(), 1 - h.beta2)
         update = h.lr * (state["first"] / h.bias1) / ((state["second"] / h.bias2).sqrt() + h.eps)
-        decay = torch.where(update * old > 0, h.decay * old, 0.0) if careful else h.decay * old
+        decay = torch.where(update * old > 0, h.decay * old, 0.0) if cautious else h.decay * old
         p.copy_(old - update - decay)
 
 
-def row_adam_update(params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], hypers: list[Tensor],
-                    cautious: list[bool]) -> None:
+def row_adam_update(parts: list[Part]) -> None:
     """One Adam step on rows p [n, D] without first moments and with one second moment a row (record #92), in place. A
     row without a gradient would not move, so it may be left out: state["last"] [n] int32 tells how long its moment has
     still to decay when it comes again."""
-    for p, g, state, hyper, careful in zip(params, grads, states, hypers, cautious):
+    for p, g, state, hyper, cautious in parts:
         h = AdamHypers(*hyper.unbind())
         g, old = g.float(), p.float()
         state["second"].mul_(h.beta ** (h.time - state["last"])).add_((1 - h.beta2) * g.square().mean(dim=1))
         state["last"].copy_(h.time)
         update = g * (h.lr * h.bias2.sqrt() / (state["second"].sqrt() + h.eps))[:, None]
-        decay = torch.where(update * old > 0, h.decay * old, 0.0) if careful else h.decay * old
+        decay = torch.where(update * old > 0, h.decay * old, 0.0) if cautious else h.decay * old
         p.copy_(old - update - decay)
 
 
@@ -1396,7 +1377,7 @@ class Rule(NamedTuple):
 
     state: Callable  # a rank's part of a parameter -> what its updates keep
     hypers: Callable  # Param, Plan, Recipe -> the scalars of one update, at most 9
-    update: Callable  # see adam_update
+    update: Callable  # list of Part -> None, in place
     bank: bool = False  # for banks [K, rows, columns] only, at rates by matrix
 
 
@@ -1576,14 +1557,14 @@ class NorMuonAdam:
         for at, g in zip(rows.long().split(self.cycle.chunk), grads.split(self.cycle.chunk)):
             p, *moments = parts = [x[F.pad(at, (0, len(g) - len(at)))] for x in tensors]
             state = dict(zip(self.moments[row.name], moments))
-            self.rules[row.rule].update([p], [g], [state], [hypers[row.name]], [row.cautious])
+            self.rules[row.rule].update([(p, g, state, hypers[row.name], row.cautious)])
             for x, part in zip(tensors, parts):
                 x[at] = part[: len(at)]
 
     def update(self, group: list[Param], grads: list[Tensor], hypers: dict[str, Tensor]) -> None:
         states = [self.moments[row.name] | self.rates.get(row.name, {}) for row in group]
-        self.rules[group[0].rule].update([*map(self.shard, group)], grads, states,
-                                         [hypers[row.name] for row in group], [row.cautious for row in group])
+        self.rules[group[0].rule].update([(self.shard(row), g, state, hypers[row.name], row.cautious)
+                                          for row, g, state in zip(group, grads, states)])
 
     def launch_gather(self, row: Param) -> dist.Work | None:
         """Start sending this rank's updated shard to all ranks."""

@@ -91,7 +91,7 @@ def test_golden_updates(dtype=torch.float32, tolerance=3e-7):
         beta2, decay = (ADAM[name][at] for name in ("beta2", "decay"))
         hyper = t.AdamHypers(ADAM["lr"][at], decay, 0, beta2, 1, 1 - beta2 ** (at + 1), 1e-10, 0.95, (step + 1) // 2)
         new, part = p[rows], {key: x[rows] for key, x in state.items()}
-        t.row_adam_update([new], [g], [part], [torch.tensor(hyper, dtype=dtype)], [True])
+        t.row_adam_update([(new, g, part, torch.tensor(hyper, dtype=dtype), True)])
         p[rows] = new
         for key in state:
             state[key][rows] = part[key]
