@@ -1801,7 +1801,7 @@ def train(run: Run, log: Log, watch: Watch, saved: dict | None) -> int:
     loader = load_batches(hp, run.ranks, range(N), first)
     if saved:  # to find the place in the shards is no training
         loader.wait_for_one()
-    reports = Reports(log, watch, N)
+    reports = Reports(log, watch)
 
     clock.start()
     for step in range(first, N + 1):
@@ -1821,9 +1821,7 @@ def train(run: Run, log: Log, watch: Watch, saved: dict | None) -> int:
                 return 128 + signal.Signals[watch.why]
             if validating:
                 val_loss = run.evaluate(validation, now, last=step == N)
-                average = clock.ms() / max(step, 1)
-                log(f"step:{step}/{N} val_loss:{val_loss:.4f} train_time:{clock.ms():.0f}ms step_avg:{average:.2f}ms")
-                log.row(step=step, val_loss=val_loss, train_time_ms=clock.ms())
+                log.loss("val_loss", val_loss, step, clock.ms())
                 require_finite(val_loss, f"validation loss after step {step}")
             if step == N:
                 break
@@ -3878,12 +3876,10 @@ def check_data(hp: Recipe) -> str:
         require(len(lengths), f"--train_files={hp.train_files}: no document begins in them, as no token is {hp.bos}; "
                 "use the --vocab_size that they were made for, or make them again")
         cut = max(now.windows.max_doc for now in plans)
-        number = (lengths > cut).sum()
         require(2 * np.minimum(lengths, cut).sum() >= lengths.sum(),
-                f"--train_files={hp.train_files}: {number} of {len(lengths)} document{'s' * (len(lengths) != 1)} "
-                f"{'is' if number == 1 else 'are'} cut to {cut} tokens and the rest is skipped, so the shards last "
-                f"{done} of {len(plans)} steps; make them again with shorter ones (data/fineweb.py --max_chars), or "
-                "raise max_doc in STAGES")
+                f"--train_files={hp.train_files}: documents are cut to {cut} tokens ({(lengths > cut).sum()} of "
+                f"{len(lengths)}) and the rest is skipped, so the shards last {done} of {len(plans)} steps; make them "
+                "again with shorter ones (data/fineweb.py --max_chars), or raise max_doc in STAGES")
         used, missing = (sum(now.batch_tokens for now in part) for part in (plans[:done], plans[done:]))
         # what a shard yields after cuts, or all of it if none lasted a step
         shards = math.ceil(missing / ((used or sum(map(os.path.getsize, files)) // 2) / len(files)))
@@ -4112,20 +4108,20 @@ class Log:
             with contextlib.suppress(OSError):
                 tqdm.write(text)
 
-    def row(self, **values: float) -> None:
-        """A line of the .csv: values by column, empty where there is none."""
+    def loss(self, name: str, loss: float, step: int, ms: float, rate: float | None = None) -> None:
+        """A line of both files about a loss after so many steps, name being its column. One of training, which has a
+        rate in tokens/s, moves a bar on a terminal, and is a plain line in a pipe."""
+        bar = self.path and rate is not None and sys.stderr.isatty()
+        average = ms / max(step, 1)
+        self(f"step:{step}/{self.N} {name}:{loss:.4f} train_time:{ms:.0f}ms step_avg:{average:.2f}ms", show=not bar)
+        values = {"step": step, name: loss, "train_time_ms": ms} | ({} if rate is None else {"tokens_per_s": rate})
         self.write(self.table, ",".join(f"{values[x]:.8g}" if x in values else "" for x in COLUMNS))
-
-    def step(self, line: str, done: int, **postfix: str) -> None:
-        """A step's line: to the file, and to the terminal as a moving bar, or as a plain line in a pipe."""
-        if self.path:
-            shown = sys.stderr.isatty()
-            self(line, show=not shown)
+        if bar:
             with contextlib.suppress(OSError):
                 if not self.bar:  # begins here, as neither set-up nor steps before a resumption tell how long one takes
-                    self.bar = tqdm(total=self.N, initial=done, unit="step", disable=not shown, leave=False)
-                self.bar.set_postfix(postfix, refresh=False)
-                self.bar.update(done - self.bar.n)
+                    self.bar = tqdm(total=self.N, initial=step, unit="step", leave=False)
+                self.bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{rate:,.0f}", refresh=False)
+                self.bar.update(step - self.bar.n)
 
     def close(self) -> None:
         if self.bar:
@@ -4186,8 +4182,8 @@ def tables_text(hp: Recipe) -> Iterator[str]:
 class Reports:
     """Lines of finished steps. A GPU's loss is read a step late, so that it always has work queued."""
 
-    def __init__(self, log: Log, watch: Watch, N: int):
-        self.log, self.watch, self.N = log, watch, N
+    def __init__(self, log: Log, watch: Watch):
+        self.log, self.watch = log, watch
         self.waiting, self.ms = deque(), watch.clock.before
 
     def add(self, step: int, loss: StepLoss, tokens: int) -> None:
@@ -4205,11 +4201,8 @@ class Reports:
                 event.synchronize()  # waits for no later work of the device
             loss, *each = losses.tolist()
             ms = self.watch.clock.ms()
-            rate = tokens / max(ms - self.ms, 1e-3) * 1000
+            self.log.loss("train_loss", loss, step, ms, tokens / max(ms - self.ms, 1e-3) * 1000)
             self.ms = ms
-            line = f"step:{step}/{self.N} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms"
-            self.log.step(line, step, loss=f"{loss:.3f}", tok_s=f"{rate:,.0f}")
-            self.log.row(step=step, train_loss=loss, train_time_ms=ms, tokens_per_s=rate)
             for rank, own in enumerate(each):
                 require_finite(own, f"training loss of step {step}", f" on rank {rank}")
 
