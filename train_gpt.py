@@ -1567,10 +1567,9 @@ class NorMuonAdam:
                                           for row, g, state in zip(group, grads, states)])
 
     def launch_gather(self, row: Param) -> dist.Work | None:
-        """Start sending this rank's updated shard to all ranks."""
-        if row.reduce in ("replicate", "rows") or self.ranks.world == 1:
-            return None
-        return dist.all_gather_into_tensor(self.params[row.name].data, self.shard(row), async_op=True)
+        """Start sending this rank's updated shard to all ranks, if it is not the whole."""
+        p, part = self.params[row.name].data, self.shard(row)
+        return dist.all_gather_into_tensor(p, part, async_op=True) if len(part) < len(p) else None
 
     def shard(self, row: Param) -> Tensor:
         """The part of a parameter that this rank updates, as a view."""
@@ -1801,7 +1800,7 @@ def train(run: Run, log: Log, watch: Watch, saved: dict | None) -> int:
     loader = load_batches(hp, run.ranks, range(N), first)
     if saved:  # to find the place in the shards is no training
         loader.wait_for_one()
-    reports = Reports(log, watch)
+    reports = Reports(log, clock)
 
     clock.start()
     for step in range(first, N + 1):
@@ -4182,9 +4181,9 @@ def tables_text(hp: Recipe) -> Iterator[str]:
 class Reports:
     """Lines of finished steps. A GPU's loss is read a step late, so that it always has work queued."""
 
-    def __init__(self, log: Log, watch: Watch):
-        self.log, self.watch = log, watch
-        self.waiting, self.ms = deque(), watch.clock.before
+    def __init__(self, log: Log, clock: Clock):
+        self.log, self.clock = log, clock
+        self.waiting, self.ms = deque(), clock.before
 
     def add(self, step: int, loss: StepLoss, tokens: int) -> None:
         losses = torch.cat([loss.mean[None], loss.each]).to("cpu", non_blocking=True)
@@ -4200,7 +4199,7 @@ class Reports:
             if event:
                 event.synchronize()  # waits for no later work of the device
             loss, *each = losses.tolist()
-            ms = self.watch.clock.ms()
+            ms = self.clock.ms()
             self.log.loss("train_loss", loss, step, ms, tokens / max(ms - self.ms, 1e-3) * 1000)
             self.ms = ms
             for rank, own in enumerate(each):

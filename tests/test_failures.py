@@ -333,7 +333,7 @@ def test_line_with_its_step():
     """On a CPU nothing is queued, so that a step's line, and with it its time, does not wait for the next one's."""
     rows, clock = [], SimpleNamespace(before=1000.0, ms=lambda: 1500.0)
     log = SimpleNamespace(loss=lambda *row: rows.append(row))
-    reports = t.Reports(log, SimpleNamespace(clock=clock))
+    reports = t.Reports(log, clock)
     reports.add(7, t.StepLoss(torch.tensor(2.5), torch.tensor([2.5])), 384)
     assert rows == [("train_loss", 2.5, 7, 1500.0, 768.0)]
 
