@@ -55,11 +55,11 @@ import traceback
 import typing
 import warnings
 import zipfile
-from collections import deque
+from collections import deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, partial
+from functools import cache, partial, reduce
 from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Literal, NamedTuple
@@ -254,14 +254,8 @@ AVERAGES = (  # in the order in which they blend
 )
 
 
-def key(
-    default: object,
-    text: str,
-    least: float | None = None,
-    above: float | None = None,
-    choices: tuple = (),
-    free: bool = False,
-) -> object:
+def key(default: object, text: str, least: float | None = None, above: float | None = None, choices: tuple = (),
+        free: bool = False) -> object:
     """A key of the command line. A resumed run may change free ones: only rounding depends on them."""
     return field(default=default, metadata=dict(text=text, least=least, above=above, choices=choices, free=free))
 
@@ -345,8 +339,8 @@ class Recipe:
         return [i for i, layer in enumerate(self.layers) if layer.window]
 
     @property
-    def layer_names(self) -> dict[str, int]:
-        return {layer.name: i for i, layer in enumerate(self.layers) if layer.name}
+    def rows(self) -> dict[str, Param]:
+        return {row.name: row for row in self.params}
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -383,10 +377,10 @@ def mini(recipe: Recipe) -> Recipe:
 
 
 def frontier(recipe: Recipe) -> Recipe:
-    """The recipe plus parts of record #92. --set 'STAGES.*.classes=0' takes all classes, where #92 has 10,240 in stages 0
-    and 1 and 14,336 in 2 (0.95 of the time, +2 mnat); --set 'LAYERS.*.fp8_mlp=false' multiplies in bf16; --ngram_rows=0
-    has the bigram table, --tail_average=0 the last weights, for which record80's --cooldown_floor and --cooldown_start
-    are better."""
+    """The recipe plus parts of record #92: --set 'STAGES.*.classes=0' takes all classes; #92 has 10,240 in stages 0 and
+    1, 14,336 in 2 (0.95 of the time, +2 mnat). --set 'LAYERS.*.fp8_mlp=false' multiplies in bf16, --ngram_rows=0 has
+    the bigram table, --tail_average=0 the last weights, for which record80's --cooldown_floor and --cooldown_start are
+    better."""
     layers = tuple(layer._replace(fp8_qkv=layer.window is not None, fp8_mlp=True) for layer in recipe.layers)
     *stages, last, extension = [stage._replace(classes=24_576) for stage in recipe.stages]
     for share, classes in ((0.48, 24_576), (0.36, 24_576), (0.16, 0)):  # as #92's changes lie in its third stage
@@ -414,8 +408,7 @@ class Windows(NamedTuple):
     def at_run_time(self) -> Windows:
         """The same for an operation that reads a window with max_doc and scale, now units, from a tensor on the CPU: so
         code is compiled for them once."""
-        units = self.max_doc, self.scale
-        short, long = (torch.tensor([x, *units], dtype=torch.float64) for x in (self.short, self.long))
+        short, long = (torch.tensor([x, self.max_doc, self.scale], dtype=torch.float64) for x in self[:2])
         return self._replace(short=short, long=long, max_doc=1, scale=1.0)
 
 
@@ -456,16 +449,15 @@ def due(row: Param, step: int, hp: Recipe) -> bool:
 
 def untie_step(hp: Recipe) -> int:
     """The update of embed and lm_head from which on they are apart."""
-    every = next(row.every for row in hp.params if row.name == "lm_head")
     bounds = zip(stage_bounds(hp), hp.stages)
     first = next((first for first, stage in bounds if not stage.tied), hp.num_steps)
-    return round_up(first + 1, every) - 1
+    return round_up(first + 1, hp.rows["lm_head"].every) - 1
 
 
 @cache
 def ticks(average: Average, hp: Recipe) -> dict[int, float]:
     """After which steps it takes in the weights, and at what rates; at the first as they are."""
-    row = next(row for row in hp.params if row.name in average.params.split())
+    row = hp.rows[average.params.split()[0]]
     last = max((step for step in range(hp.num_steps) if due(row, step, hp)), default=0)
     steps = {last, *range(last, round(average.start * hp.num_steps) - 1, -average.every)}
     steps |= {hp.num_steps - 1 - average.also} if average.also else set()
@@ -483,8 +475,7 @@ def plan(step: int, hp: Recipe) -> Plan:
     t = min(max((step - cooldown) / (hp.num_scheduled_iterations - cooldown), 0.0), 1.0)
     lr_factor = stage.lr * (1 - t) + hp.cooldown_floor * t
 
-    momentum = hp.muon_momentum
-    rise = hp.muon_momentum - hp.muon_momentum_low
+    momentum, rise = hp.muon_momentum, hp.muon_momentum - hp.muon_momentum_low
     last = hp.num_steps - hp.muon_momentum_cooldown
     if step < hp.muon_momentum_warmup:
         momentum = hp.muon_momentum_low + rise * step / hp.muon_momentum_warmup
@@ -492,27 +483,14 @@ def plan(step: int, hp: Recipe) -> Plan:
         momentum = hp.muon_momentum - rise * (step - last) / hp.muon_momentum_cooldown
 
     t = (step - bounds[index]) / (bounds[index + 1] - bounds[index])
-    batch_tokens = stage.batch * hp.batch_unit
+    tokens = stage.batch * hp.batch_unit
+    windows = Windows(short=stage.short * hp.block, long=stage.long * hp.block, max_doc=stage.max_doc * hp.block,
+                      scale=rotation(hp, index)[1], segment=tokens // SEGMENTS, fp8=stage.fp8)
     return Plan(
-        step=step,
-        index=index,
-        stage=stage,
-        batch_tokens=batch_tokens,
-        windows=Windows(
-            short=stage.short * hp.block,
-            long=stage.long * hp.block,
-            max_doc=stage.max_doc * hp.block,
-            scale=rotation(hp, index)[1],
-            segment=batch_tokens // SEGMENTS,
-            fp8=stage.fp8,
-        ),
-        lr_factor=lr_factor,
-        muon_momentum=momentum,
-        mtp_weights=tuple(a + (b - a) * t for a, b in zip(stage.mtp_start, stage.mtp_end)),
+        step=step, index=index, stage=stage, batch_tokens=tokens, windows=windows, lr_factor=lr_factor,
+        muon_momentum=momentum, mtp_weights=tuple(a + (b - a) * t for a, b in zip(stage.mtp_start, stage.mtp_end)),
         prefix_weights=tuple(a + (b - a) * t for a, b in [stage.prefix] if stage.prefix != (0, 0)),
-        tied=step < untie_step(hp),
-        unties=step == untie_step(hp),
-    )
+        tied=step < untie_step(hp), unties=step == untie_step(hp))
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -536,9 +514,8 @@ class Batch(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """Rows that all ranks send to each other at once.
-
-    Known from the tokens, which every host can read: to ask the device or other ranks would be to wait."""
+    """Rows that all ranks send to each other at once. Known from the tokens, which every host can read: to ask the
+    device or other ranks would be to wait."""
 
     sent: Tensor  # [rows] int32, by the rank that they go to
     received: Tensor  # [rows] int32, by the rank that they come from: where they go here
@@ -590,9 +567,8 @@ class Injection(NamedTuple):
 
 
 class Ops(NamedTuple):
-    """What the model computes with: PLAIN says it in PyTorch, HOPPER does it in fused kernels.
-
-    fp8: None; or the loss scale, of which gradients are, where products are in FP8."""
+    """What the model computes with: PLAIN says it in PyTorch, HOPPER does it in fused kernels. fp8: None; or the loss
+    scale, of which gradients are, where products are in FP8."""
 
     stream: Callable  # x [T, D] -> Stream
     normed: Callable  # Stream -> Stream: each row over its rms
@@ -629,21 +605,19 @@ class Documents:
     def join(self, slices: list[tuple[int, int]]) -> np.ndarray:
         return np.concatenate([self.tokens[start:end] for start, end in slices])
 
-    def segments(self, first: int, length: int, max_doc: int) -> tuple[list[list[tuple[int, int]]], int] | None:
-        """SEGMENTS lists of document slices, `length` tokens each, from document number `first` on, and the number of
-        the next; None if too few documents are left.
-
+    def segments(self, doc: int, windows: Windows) -> tuple[list[list[tuple[int, int]]], int] | None:
+        """SEGMENTS lists of document slices, from document number `doc` on, and the number of the next; None if too few
+        documents are left. In each list is one token more than in a segment, as each one's target is the next.
         Documents are cut to max_doc, the last of a segment to what is missing; what is cut is skipped."""
         segments = []
-        doc = first
         for _ in range(SEGMENTS):
             slices = []
-            missing = length
+            missing = windows.segment + 1
             while missing:
                 if doc == len(self.starts):
                     return None
                 start = self.starts[doc]
-                end = min(self.ends[doc], start + max_doc, start + missing)
+                end = min(self.ends[doc], start + windows.max_doc, start + missing)
                 slices.append((start, end))
                 missing -= end - start
                 doc += 1
@@ -653,35 +627,18 @@ class Documents:
 
 def walk(files: list[str], bos: int, plans: Iterable[Plan],
          read: Callable = read_shard) -> Iterator[tuple[Documents, list[list[tuple[int, int]]]]]:
-    """For each step its shard, and the slices of each segment: a pure function of files and plans.
-
-    A step never spans shards: what is too little for one is dropped. Ends early if the shards run out."""
+    """For each step its shard, and the slices of each segment: a pure function of files and plans. A step never spans
+    shards: what is too little for one is dropped. Ends early if the shards run out."""
     plans = deque(plans)
     with contextlib.closing(Ahead((Documents(read(path), bos) for path in files), 1)) as shards:
         for documents in shards:
             first = 0
-            while plans:
-                # one token more, as each one's target is the next
-                found = documents.segments(first, plans[0].windows.segment + 1, plans[0].windows.max_doc)
-                if found is None:
-                    break
+            while plans and (found := documents.segments(first, plans[0].windows)):
                 segments, first = found
                 plans.popleft()
                 yield documents, segments
             if not plans:
                 return
-
-
-def bigram_ids(tokens: np.ndarray, rows: int) -> np.ndarray:
-    """Row of the bigram table for each token and the one before it, a hash in wrapping int32 arithmetic.
-
-    Position 0 has the last row, whose number stands for its token in the hash of position 1."""
-    tokens = tokens.astype(np.int32)
-    tokens[0] = rows - 1
-    ids = np.empty_like(tokens)
-    ids[0] = rows - 1
-    np.mod(np.int32(36313) * tokens[1:] ^ np.int32(27191) * tokens[:-1], np.int32(rows - 1), out=ids[1:])
-    return ids
 
 
 SIGN_ROWS = 8192  # of the fixed +1 and -1 that n-gram rows are multiplied by
@@ -702,9 +659,16 @@ def token_prefixes(vocab_size: int) -> np.ndarray:
 
 
 def hashed(t: np.ndarray, *factors: int) -> np.ndarray:
-    """For each token but the first ones the XOR of it and of those before it, each times its factor; int32."""
+    """For each token but the first ones the XOR of it and of those before it, each times its factor; wrapping int32."""
     first = len(factors) - 1
-    return np.bitwise_xor.reduce([np.int32(x) * t[first - i : len(t) - i] for i, x in enumerate(factors)])
+    return reduce(np.bitwise_xor, (np.int32(x) * t[first - i : len(t) - i] for i, x in enumerate(factors)))
+
+
+def bigram_ids(tokens: np.ndarray, rows: int) -> np.ndarray:
+    """Row of the bigram table for each token and the one before it. Position 0 has the last row, whose number stands
+    for its token in the hash of position 1."""
+    t = np.append(np.int32(rows - 1), tokens[1:].astype(np.int32))
+    return np.append(t[:1], hashed(t, 36313, 27191) % np.int32(rows - 1))
 
 
 def table_ids(tokens: np.ndarray, hp: Recipe) -> np.ndarray:
@@ -729,8 +693,8 @@ def sign_ids(tokens: np.ndarray, hp: Recipe) -> np.ndarray:
 
 def cycle_slots(hp: Recipe, world: int) -> int:
     """How many n-gram rows a rank may read between two updates: two a token, half as many more in a resumed run."""
-    row = next(row for row in hp.params if row.name == "ngram_embed")
-    tokens = max(stage.batch for stage in hp.stages) * hp.batch_unit // world * cycle(row, hp.num_steps, hp)[0]
+    tokens = max(stage.batch for stage in hp.stages) * hp.batch_unit // world
+    tokens *= cycle(hp.rows["ngram_embed"], hp.num_steps, hp)[0]
     room = min(hp.ngram_rows, hp.ngram_slots, 3 * tokens)
     return round_up(room, CHUNK_ROWS) if room > CHUNK_ROWS else room
 
@@ -795,23 +759,20 @@ def pack(
     log: TouchLog | None = None,  # which knows the slots of n-gram rows; none: not needed
     prefix: bool = False,  # prefixes are predicted, too
 ) -> Batch:
-    """Segments, each S+1 tokens and the ends of its documents, as a Batch with room for so many documents at least.
-
-    Where documents are many, cu_seqlens grows by factors of 4: torch.compile takes eight shapes of a function."""
+    """Segments, each S+1 tokens and the ends of its documents, as a Batch with room for so many documents at least. If
+    they are many, cu_seqlens grows by factors of 4: torch.compile takes eight shapes of a function."""
     S = len(segments[0][0]) - 1
     T = len(segments) * S
-    ends = np.unique([i * S + min(end, S) for i, (_, ends) in enumerate(segments) for end in ends])
+    bounds = np.unique([0, *(i * S + min(end, S) for i, (_, ends) in enumerate(segments) for end in ends)])
     expected = entries = len(segments) * max_docs(S)
-    while entries < max(documents, len(ends)) + 1:
+    while entries < max(documents + 1, len(bounds)):
         entries *= 4
     if entries > expected and hp.compile:
         warn_once(f"more than the expected {expected - 1} documents in {T} tokens: compiled anew for lists of "
                   f"{entries}")
-    cu_seqlens = np.full(entries, T, dtype=np.int32)
-    cu_seqlens[0] = 0
-    cu_seqlens[1 : len(ends) + 1] = ends
+    cu_seqlens = np.pad(bounds, (0, entries - len(bounds)), constant_values=T).astype(np.int32)
     inputs = np.concatenate([tokens[:-1] for tokens, _ in segments])
-    candidates = candidates or [np.empty(0, dtype=np.int64) for _ in segments]
+    candidates = candidates or [np.empty(0, dtype=np.int64)] * len(segments)
     ahead, prefixes = [tokens[1:] for tokens, _ in segments], np.empty((T, 0), dtype=np.int64)
     targets = np.concatenate([*map(places, ahead, candidates)])
     if prefix:
@@ -907,13 +868,13 @@ def train_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int],
                   done: int = 0) -> Iterator[tuple[list[Batch], TouchedRows | None]]:
     """For each of `steps` but the first `done`, this rank's batches and, if rows travel or have slots, TouchedRows."""
     plans = [plan(step, hp) for step in steps]
-    table = next(row for row in hp.params if row.name == ("ngram_embed" if hp.ngram_rows else "bigram_embed"))
+    table = hp.rows["ngram_embed" if hp.ngram_rows else "bigram_embed"]
     log = TouchLog(hp, ranks) if hp.ngram_rows or (ranks.world >= SPARSE_FROM and table.reduce == "sparse") else None
     running = max((i for i, now in enumerate(plans[:done], 1) if due(table, now.step, hp)), default=0)  # cycle's begin
-    sweep = Sweep(hp)
-    number = -1
-    for number, (documents, segments) in enumerate(walk(sorted(glob.glob(hp.train_files)), hp.bos, plans)):
-        now = plans[number]
+    sweep, found = Sweep(hp), walk(sorted(glob.glob(hp.train_files)), hp.bos, plans)
+    for number, now in enumerate(plans):
+        documents, segments = next(found, (None, None))
+        require(documents, "the train shards ran out before the schedule")
         touched, rows = None, []
         if log and number >= running:
             if number and now.step != plans[number - 1].step + 1:
@@ -934,8 +895,6 @@ def train_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int],
         parts = [slice(i, i + n) for i in range(0, len(own), n)]
         yield ([pack(hp, own[x], 0, candidates[x], rows[x], log, prefix) for x in parts],
                touched if hp.ngram_rows or (touched and touched.gradients) else None)
-    if number + 1 < len(plans):
-        raise UserError("the train shards ran out before the schedule")
 
 
 class Validation:
@@ -1025,10 +984,9 @@ def rotation(hp: Recipe, index: int) -> tuple[Tensor, float]:
 
 
 def initial_values(row: Param, hp: Recipe) -> Tensor:
-    """A parameter's initial values, fp32 on the CPU, from a generator of its own: no other's depend on it.
-
-    init is a number; "uniform", of the standard deviation 0.5 / sqrt(fan-in), or up to a number / sqrt(fan-in) given
-    after it; or "normal" and a deviation. Several, divided by commas, are for matrices 0, 1, .. of a bank in turn."""
+    """A parameter's initial values, fp32 on the CPU, from a generator of its own: no other's depend on it. init is a
+    number; "uniform", of the standard deviation 0.5 / sqrt(fan-in), or up to a number / sqrt(fan-in) given after it; or
+    "normal" and a deviation. Several, divided by commas, are for matrices 0, 1, .. of a bank in turn."""
     x = torch.zeros(param_shape(row, hp))
     seed = hashlib.sha256(f"{hp.seed} {row.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(seed[:8]) >> 1)
@@ -1074,7 +1032,7 @@ class GPT(nn.Module):
         self.hp = hp
         self.sizes = hp.sizes
         self.bank_index = {i: j for j, i in enumerate(hp.attn_layers)}  # -> place in banks
-        self.named = hp.layer_names
+        self.named = {layer.name: i for i, layer in enumerate(hp.layers) if layer.name}
         self.cap = (hp.readout.cap, hp.readout.cap_shift, hp.readout.cap_width)
         self.loss_scale = world / SEGMENTS  # gradients are means over ranks, of sums over a rank's segments
         self.ops = PLAIN
@@ -1088,51 +1046,46 @@ class GPT(nn.Module):
             dtype = torch.float32 if row.dtype == "float32" else getattr(torch, hp.dtype)
             self.register_parameter(row.name, nn.Parameter(torch.zeros(rows, *rest, dtype=dtype)))
         longest = max(hp.val_chunk, max(stage.batch for stage in hp.stages) * hp.batch_unit // SEGMENTS)
-        for name in ("cos", "sin"):  # row p is position p; paired heads use two for each token
-            table = torch.empty(2 * longest, hp.head_dim // 4, dtype=torch.bfloat16)
-            self.register_buffer(name, table, persistent=False)
+        shape = 2 * longest, hp.head_dim // 4  # row p is position p; paired heads use two for each token
+        self.cos, self.sin = (nn.Buffer(torch.empty(shape, dtype=torch.bfloat16)) for _ in range(2))
         signs = torch.randint(2, (SIGN_ROWS if hp.ngram_rows else 0, hp.model_dim), device="cpu", dtype=torch.int8,
                               generator=torch.Generator().manual_seed(0))
-        self.register_buffer("signs", (2 * signs - 1).to(self.cos.device, getattr(torch, hp.dtype)), persistent=False)
-        self.register_buffer("dense", torch.tensor([[bool(layer.dense)] for layer in hp.layers]), persistent=False)
-        self.register_buffer("attn_layers", torch.tensor(hp.attn_layers), persistent=False)
+        self.signs = nn.Buffer((2 * signs - 1).to(self.cos.device, getattr(torch, hp.dtype)))
+        self.dense = nn.Buffer(torch.tensor([[bool(layer.dense)] for layer in hp.layers]))
+        self.attn_layers = nn.Buffer(torch.tensor(hp.attn_layers))
         mlp_layers = [i for i, layer in enumerate(hp.layers) for _ in range(layer.mlps)]
-        self.register_buffer("mlp_layers", torch.tensor(mlp_layers, dtype=torch.int64), persistent=False)
+        self.mlp_layers = nn.Buffer(torch.tensor(mlp_layers, dtype=torch.int64))
 
     @torch.no_grad()
     def initialize(self, hp: Recipe) -> None:
         """Set all weights by the seed of hp. They are drawn on the CPU, so a seed means the same weights everywhere."""
         for row in self.hp.params:
-            p = getattr(self, row.name)
-            if row.reduce == "rows":  # of zeros, as too large for the CPU
-                p.zero_()
-                continue
-            values = self.lm_head.mT if row.init == "lm_head" else initial_values(row, hp)
-            p.zero_()[: len(values)].copy_(values)
-            dist.broadcast(p, 0)  # in case ranks have processors that draw differently
+            p = getattr(self, row.name).zero_()
+            if row.reduce != "rows":  # which are zeros, too many for the CPU
+                values = self.lm_head.mT if row.init == "lm_head" else initial_values(row, hp)
+                p[: len(values)].copy_(values)
+                dist.broadcast(p, 0)  # in case ranks have processors that draw differently
 
     @torch.no_grad()
     def set_stage(self, index: int) -> None:
         """Rebuild the rotary tables when a stage begins."""
         if index != self.index:
             frequencies = rotation(self.hp, index)[0].to(self.cos.device)
-            positions = torch.arange(len(self.cos), device=self.cos.device)
-            angle = torch.outer(positions, frequencies)
+            angle = torch.outer(torch.arange(len(self.cos), device=self.cos.device), frequencies)
             self.cos.copy_(angle.cos())
             self.sin.copy_(angle.sin())
             self.index = index
 
     def lookup(self, batch: Batch, copies: Tensor | None = None) -> Embeddings:
         """The rows of the tables that a batch reads; n-gram rows as they are in copies, if given."""
-        E, V, D = (self.sizes[letter] for letter in "EVD")
-        tables = self.value_embeds.view(E, V, D).unbind()
-        return Embeddings(
-            embed=F.embedding(batch.tokens, self.embed),
-            bigram=(self.sum_ngrams(self.ngram_embed if copies is None else copies, batch.bigram_ids, self.signs,
-                                    batch.sign_ids)
-                    if self.hp.ngram_rows else F.embedding(batch.bigram_ids, self.bigram_embed)),
-            value=tuple(F.embedding(batch.tokens, table) for table in tables),
-        )
+        if self.hp.ngram_rows:
+            table = self.ngram_embed if copies is None else copies
+            bigram = self.sum_ngrams(table, batch.bigram_ids, self.signs, batch.sign_ids)
+        else:
+            bigram = F.embedding(batch.bigram_ids, self.bigram_embed)
+        tables = self.value_embeds.view(*(self.sizes[letter] for letter in "EVD")).unbind()
+        value = tuple(F.embedding(batch.tokens, table) for table in tables)
+        return Embeddings(F.embedding(batch.tokens, self.embed), bigram, value)
 
     def smear(self, e: Tensor) -> Tensor:
         """Add to each embedding [n, S, D] a gated part of the one before it, across documents."""
@@ -1140,10 +1093,9 @@ class GPT(nn.Module):
         return torch.cat([e[:, :1], e[:, 1:] + gate * e[:, :-1]], dim=1)
 
     def matrices(self) -> tuple[list[Tensor | None], ...]:
-        """What products multiply with, a matrix a layer with attention or MLPs: qkv [3D, D], o [D, D], up and down
-        [F, D], those of MLPs side by side one above the other.
-
-        The lambdas multiply these, as they are smaller than activations."""
+        """What products multiply with: a matrix a layer with attention, qkv [3D, D] and o [D, D]; a matrix a layer, up
+        and down [F, D], those of MLPs side by side one above the other. The lambdas multiply these, as they are smaller
+        than activations."""
         P, A, H, D = (self.sizes[letter] for letter in "PAHD")
         post_attn, post_mlp = self.post_lambdas.bfloat16().float().masked_fill(self.dense, 1.0).unbind(1)
         qkv_lambda, o_lambda = self.attn_lambdas.unbind()
@@ -1155,14 +1107,9 @@ class GPT(nn.Module):
         up, down = self.mlp_bank[: 2 * P].view(P, 2, self.sizes["F"], D).unbind(1)
         qkv, o, down = ((scale[:, None, None] * bank).to(bank.dtype) for scale, bank in (
             (qkv_lambda, torch.cat([qk, v], dim=1)), (o_lambda, o), (post_mlp[self.mlp_layers], down)))
-        # unbound once: the backward of an unbind is one stack, that of each indexing a pass over the bank
-        return qkv.unbind(), o.unbind(), *(self.by_layer(x.unbind()) for x in (up, down))
-
-    def by_layer(self, matrices: tuple[Tensor, ...]) -> list[Tensor | None]:
-        """Of the MLPs' matrices each layer's; None where it has none."""
-        left = iter(matrices)
-        parts = [[*itertools.islice(left, layer.mlps)] for layer in self.hp.layers]
-        return [torch.cat(x) if len(x) > 1 else x[0] if x else None for x in parts]
+        # split once: the backward of a split is one concatenation, that of each indexing a pass over the bank
+        mlps = [layer.mlps for layer in self.hp.layers]
+        return qkv.unbind(), o.unbind(), *([part.flatten(0, 1) for part in x.split(mlps)] for x in (up, down))
 
     def attend(
         self,
@@ -1175,17 +1122,12 @@ class GPT(nn.Module):
         windows: Windows,
     ) -> Tensor:
         """Gated attention before O; [T, D]."""
-        H = self.hp.num_heads
-        d = self.hp.head_dim
-        T = len(h.x)
+        T, H, d = len(h.x), self.hp.num_heads, self.hp.head_dim
         n = 2 if layer.paired else 1
 
         gated = ve is not None and layer.value_gate and not layer.dense
-        weights = AttentionWeights(
-            qkv=qkv,
-            gate=self.attn_gate_bank[j],
-            value_gate=self.ve_gate_bank[layer.value_table] if gated else None,
-        )
+        weights = AttentionWeights(qkv=qkv, gate=self.attn_gate_bank[j],
+                                   value_gate=self.ve_gate_bank[layer.value_table] if gated else None)
         cos, sin = (table[: n * (windows.segment or T)] for table in (self.cos, self.sin))
         fp8 = self.loss_scale if layer.fp8_qkv else None
         q, k, v, gate = self.ops.attention_inputs(h, weights, ve, cos, sin, layer, fp8)  # [T, H, d], gate [T, H]
@@ -1209,9 +1151,8 @@ class GPT(nn.Module):
     def dense_layer(self, x: Stream, first: Tensor, middle: Tensor, bigram: Tensor, ve: Tensor, attend: Callable,
                     o: Tensor, up: Tensor, down: Tensor, fp8: float | None) -> Stream:
         """The last layer, if its connections are dense: each token weighs what makes V, the stream and the result.
-
-        first, middle, bigram, ve [T, D]: the stream before the layers, the one that attention reads, and rows;
-        attend: ve -> gated attention before O."""
+        first, middle, bigram, ve [T, D]: the stream before the layers, the one that attention reads, and rows; attend:
+        ve -> gated attention before O."""
         w, nothing = self.dense_weights(x.x, 0), x.x.new_zeros(len(x.x), dtype=torch.float32)
         half = x.x.size(1) // 2
         gate = torch.cat([g.expand(-1, half) for g in w[6:8]], dim=1)  # [T, D], one for half of the heads
@@ -1325,27 +1266,11 @@ def join_bits(high: Tensor, low: Tensor) -> Tensor:
     return ((high.view(torch.int16).to(torch.int32) << 16) | (low.to(torch.int32) & 0xFFFF)).view(torch.float32)
 
 
-class MuonHypers(NamedTuple):
-    """The scalars of one NorMuon step, 0-dim fp32 tensors."""
-
-    lr: Tensor
-    decay: Tensor
-    momentum: Tensor
-    beta2: Tensor
-
-
-class AdamHypers(NamedTuple):
-    """The scalars of one Adam step, 0-dim fp32 tensors."""
-
-    lr: Tensor
-    decay: Tensor
-    beta1: Tensor
-    beta2: Tensor
-    bias1: Tensor  # 1 - beta1^t after t updates
-    bias2: Tensor
-    eps: Tensor
-    beta: Tensor | None = None  # beta2 of `every` steps
-    time: Tensor | None = None  # steps until now, over `every`
+# The scalars of one update, 0-dim fp32 tensors. bias1 and bias2: 1 - beta^t after t updates; beta: beta2 of `every`
+# steps; time: steps until now, over `every`
+MuonHypers = namedtuple("MuonHypers", "lr decay momentum beta2")
+AdamHypers = namedtuple("AdamHypers", "lr decay beta1 beta2 bias1 bias2 eps beta time", defaults=(None, None))
+Part = tuple[Tensor, Tensor, dict[str, Tensor], Tensor, bool]  # a parameter, its gradient, state, hypers, cautious
 
 
 def normuon_direction(
@@ -1356,9 +1281,8 @@ def normuon_direction(
     beta2: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Orthogonalised, normalised Nesterov momentum (NorMuon, arXiv 2510.05491); updates momentum and second.
-
-    Orthogonalised in dtype, returned in momentum's."""
+    """Nesterov momentum, orthogonalised in dtype, normalised and returned in momentum's (NorMuon, arXiv 2510.05491);
+    updates momentum and second."""
     g = g.to(momentum.dtype)
     momentum.lerp_(g, 1 - mu)
     x = polar_express(torch.lerp(g, momentum, mu).to(dtype)).to(momentum.dtype)
@@ -1374,22 +1298,15 @@ def normuon_direction(
     return x * (scale * (before / after.clamp_min(1e-30)).sqrt())
 
 
-def normuon_update(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[dict[str, Tensor]],
-    hypers: list[Tensor],
-    cautious: list[bool],
-) -> None:
-    """One step of NorMuon, or Muon, on banks p [K, rows, columns], in place; state["rate"] [K, 1, 1] multiplies lr.
-
-    A bf16 p has its low mantissa bits in state["low"] (int16), so that updates are exactly fp32."""
-    for p, g, state, hyper, careful in zip(params, grads, states, hypers, cautious):
+def normuon_update(parts: list[Part]) -> None:
+    """One step of NorMuon, or Muon, on banks p [K, rows, columns], in place; state["rate"] [K, 1, 1] multiplies lr. A
+    bf16 p has its low mantissa bits in state["low"] (int16), so that updates are exactly fp32."""
+    for p, g, state, hyper, cautious in parts:
         h = MuonHypers(*hyper.unbind()[:4])
         x = normuon_direction(g, state["momentum"], state.get("second"), h.momentum, h.beta2, p.dtype)
         full = join_bits(p, state["low"]) if "low" in state else p
         lr = h.lr * state["rate"]
-        decay = torch.where(x * full >= 0, full, 0.0) if careful else full
+        decay = torch.where(x * full >= 0, full, 0.0) if cautious else full
         full = full - lr * h.decay * decay - lr * x
         if "low" in state:
             full, low = split_bits(full)
@@ -1397,67 +1314,45 @@ def normuon_update(
         p.copy_(full)
 
 
-def adam_update(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[dict[str, Tensor]],
-    hypers: list[Tensor],
-    cautious: list[bool],
-) -> None:
+def adam_update(parts: list[Part]) -> None:
     """One Adam step on each parameter, in place, with fp32 moments."""
-    for p, g, state, hyper, careful in zip(params, grads, states, hypers, cautious):
-        h = AdamHypers(*hyper.unbind()[:7])
-        g = g.float()
-        old = p.float()
+    for p, g, state, hyper, cautious in parts:
+        h = AdamHypers(*hyper.unbind())
+        g, old = g.float(), p.float()
         state["first"].lerp_(g, 1 - h.beta1)
         state["second"].lerp_(g.square(), 1 - h.beta2)
         update = h.lr * (state["first"] / h.bias1) / ((state["second"] / h.bias2).sqrt() + h.eps)
-        decay = torch.where(update * old > 0, h.decay * old, 0.0) if careful else h.decay * old
+        decay = torch.where(update * old > 0, h.decay * old, 0.0) if cautious else h.decay * old
         p.copy_(old - update - decay)
 
 
-def row_adam_update(params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], hypers: list[Tensor],
-                    cautious: list[bool]) -> None:
-    """One Adam step on rows p [n, D] without first moments and with one second moment a row (record #92), in place.
-
-    A row without a gradient would not move, so it may be left out: state["last"] [n] int32 tells how long its moment
-    has still to decay when it comes again."""
-    for p, g, state, hyper, careful in zip(params, grads, states, hypers, cautious):
+def row_adam_update(parts: list[Part]) -> None:
+    """One Adam step on rows p [n, D] without first moments and with one second moment a row (record #92), in place. A
+    row without a gradient would not move, so it may be left out: state["last"] [n] int32 tells how long its moment has
+    still to decay when it comes again."""
+    for p, g, state, hyper, cautious in parts:
         h = AdamHypers(*hyper.unbind())
         g, old = g.float(), p.float()
         state["second"].mul_(h.beta ** (h.time - state["last"])).add_((1 - h.beta2) * g.square().mean(dim=1))
         state["last"].copy_(h.time)
         update = g * (h.lr * h.bias2.sqrt() / (state["second"].sqrt() + h.eps))[:, None]
-        decay = torch.where(update * old > 0, h.decay * old, 0.0) if careful else h.decay * old
+        decay = torch.where(update * old > 0, h.decay * old, 0.0) if cautious else h.decay * old
         p.copy_(old - update - decay)
 
 
 def normuon_hypers(row: Param, now: Plan, hp: Recipe) -> MuonHypers:
     lr = hp.muon_lr * now.lr_factor
-    return MuonHypers(
-        lr=lr * row.lr,
-        decay=hp.muon_wd * lr * row.wd,
-        momentum=now.muon_momentum,
-        beta2=hp.muon_beta2,
-    )
+    return MuonHypers(lr=lr * row.lr, decay=hp.muon_wd * lr * row.wd, momentum=now.muon_momentum, beta2=hp.muon_beta2)
 
 
 def adam_hypers(row: Param, now: Plan, hp: Recipe) -> AdamHypers:
     lr = hp.adam_lr * now.lr_factor * row.lr
     steps, updates = cycle(row, now.step, hp)
-    beta1, beta2 = (beta ** (steps // row.every) for beta in row.betas)
-    bias1, bias2 = (1 - beta**updates for beta in (beta1, beta2))
+    times = steps // row.every
+    beta1, beta2 = (beta**times for beta in row.betas)
     return AdamHypers(
-        lr=lr,
-        decay=lr**2 * hp.adam_wd * row.wd * (steps // row.every),
-        beta1=beta1,
-        beta2=beta2,
-        bias1=bias1,
-        bias2=bias2,
-        eps=hp.adam_eps,
-        beta=row.betas[1],
-        time=(now.step + 1) // row.every,
-    )
+        lr=lr, decay=lr**2 * hp.adam_wd * row.wd * times, beta1=beta1, beta2=beta2, bias1=1 - beta1**updates,
+        bias2=1 - beta2**updates, eps=hp.adam_eps, beta=row.betas[1], time=(now.step + 1) // row.every)
 
 
 def muon_state(p: Tensor) -> dict[str, Tensor]:
@@ -1484,7 +1379,7 @@ class Rule(NamedTuple):
 
     state: Callable  # a rank's part of a parameter -> what its updates keep
     hypers: Callable  # Param, Plan, Recipe -> the scalars of one update, at most 9
-    update: Callable  # see adam_update
+    update: Callable  # list of Part -> None, in place
     bank: bool = False  # for banks [K, rows, columns] only, at rates by matrix
 
 
@@ -1535,10 +1430,6 @@ class Cycle:
             self.sums[torch.searchsorted(touched.ids, ids)] = sums
             self.saved = None
 
-    def add(self, batch: Batch, grad: Tensor) -> None:
-        """Add the rows' gradients, for that of their sum [T, D]."""
-        self.add_ngrams(self.sums, batch.slots, self.signs, batch.sign_ids, grad)
-
 
 def exchanged(rows: Tensor, to: Exchange, dtype: torch.dtype | None = None) -> tuple[Tensor, dist.Work]:
     """Where the rows will be that come for those sent, in dtype if given, and the work."""
@@ -1549,7 +1440,6 @@ def exchanged(rows: Tensor, to: Exchange, dtype: torch.dtype | None = None) -> t
 
 def read_anywhere(table: Tensor, batch: Batch, ranks: Ranks) -> tuple[Batch, Tensor]:
     """Of a shared table, for validation: a copy of each n-gram row that a batch reads, and the batch with their places.
-
     Each rank puts its own among zeros for all ranks: simple, if too much traffic for training."""
     ids = batch.bigram_ids.new_empty(2 * ranks.world, len(batch.tokens))
     dist.all_gather_into_tensor(ids, batch.bigram_ids)
@@ -1565,11 +1455,10 @@ class NorMuonAdam:
     """All updates and their communication, by the rows of hp.params; a rank keeps the state of its shard only."""
 
     def __init__(self, model: GPT, hp: Recipe, ranks: Ranks):
-        self.hp = hp
-        self.ranks = ranks
+        self.hp, self.ranks = hp, ranks
         self.add_rows = model.ops.add_rows
         self.params = {row.name: getattr(model, row.name) for row in hp.params}
-        self.row = {row.name: row for row in hp.params}
+        self.row = hp.rows
         self.rules = {name: rule._replace(update=maybe_compiled(rule.update, hp)) for name, rule in RULES.items()}
         self.cycle = Cycle(model, hp, ranks) if hp.ngram_rows else None
         self.grads = self.make_gradients()
@@ -1585,9 +1474,12 @@ class NorMuonAdam:
         """Update what is due from its gradient, none sparse if touched is None."""
         if now.unties:
             self.untie()
-        rows = self.rows_due(now)
-        if now.tied:
-            self.fold_tied_gradient(rows)
+        rows = [row for row in self.hp.params if due(row, now.step, self.hp) and self.params[row.name].numel()
+                and not (now.tied and row.name == "embed")]
+        tied = now.tied and self.row["lm_head"] in rows
+        if tied:  # its gradient as an embedding joins that as a head
+            self.grads["lm_head"] += self.grads["embed"].mT
+            self.grads["embed"].zero_()
         hypers = self.hypers(rows, now)
 
         # 1. launch all reductions
@@ -1607,27 +1499,13 @@ class NorMuonAdam:
         # 3. wait for the gathers
         for work in gathering:
             wait(work)
-        if now.tied:
-            self.copy_tied_weight(rows)
+        if tied:
+            self.params["embed"].copy_(self.params["lm_head"].mT)
         for row in rows:
             self.grads[row.name][: self.cycle.filled if row.reduce == "rows" else None].zero_()
             if row.reduce == "rows":
                 self.cycle.filled = 0
         self.average(now)
-
-    def rows_due(self, now: Plan) -> list[Param]:
-        return [row for row in self.hp.params if due(row, now.step, self.hp) and self.params[row.name].numel()
-                and not (now.tied and row.name == "embed")]
-
-    def fold_tied_gradient(self, rows: list[Param]) -> None:
-        """The tied weight's gradient as an embedding joins its gradient as a head."""
-        if self.row["lm_head"] in rows:
-            self.grads["lm_head"] += self.grads["embed"].mT
-            self.grads["embed"].zero_()
-
-    def copy_tied_weight(self, rows: list[Param]) -> None:
-        if self.row["lm_head"] in rows:
-            self.params["embed"].copy_(self.params["lm_head"].mT)
 
     def hypers(self, rows: list[Param], now: Plan) -> dict[str, Tensor]:
         """The scalars of each update as a small device tensor, so that compiled code never changes."""
@@ -1642,23 +1520,19 @@ class NorMuonAdam:
         """Start averaging gradients; where this rank's part of each (if sparse, rows) will be, and the work."""
         if self.ranks.world == 1:
             return {row.name: (self.grads[row.name], None) for row in rows}
-        found, small = {}, {}
+        found, small, average = {}, {}, dict(op=dist.ReduceOp.AVG, async_op=True)
         for row in rows:
-            grad = self.grads[row.name]
-            if row.reduce != "replicate":
-                found[row.name] = self.launch_shard_reduction(row, grad, touched)
-                continue
-            if grad.dtype not in small:
-                small[grad.dtype] = dist.all_reduce(self.flat[grad.dtype], op=dist.ReduceOp.AVG, async_op=True)
-            found[row.name] = grad, small[grad.dtype]
+            grad, part = self.grads[row.name], self.shard(row)  # whose type halves what the tables' gradients send
+            if row.reduce == "replicate":
+                if grad.dtype not in small:
+                    small[grad.dtype] = dist.all_reduce(self.flat[grad.dtype], **average)
+                found[row.name] = grad, small[grad.dtype]
+            elif row.reduce in ("sparse", "rows") and touched:
+                found[row.name] = exchanged(grad, touched.gradients, part.dtype)
+            else:
+                part = torch.empty_like(part)
+                found[row.name] = part, dist.reduce_scatter_tensor(part, grad.to(part.dtype), **average)
         return found
-
-    def launch_shard_reduction(self, row: Param, grad: Tensor, touched: TouchedRows | None) -> tuple[Tensor, dist.Work]:
-        dtype = self.params[row.name].dtype  # halves what the tables' gradients send
-        if row.reduce in ("sparse", "rows") and touched:
-            return exchanged(grad, touched.gradients, dtype)
-        part = torch.empty_like(self.shard(row))
-        return part, dist.reduce_scatter_tensor(part, grad.to(dtype), op=dist.ReduceOp.AVG, async_op=True)
 
     def update_groups(self, rows: list[Param]) -> Iterator[list[Param]]:
         """Rows that are updated together: the replicated ones of each rule, then the others in UPDATE_ORDER."""
@@ -1685,24 +1559,19 @@ class NorMuonAdam:
         for at, g in zip(rows.long().split(self.cycle.chunk), grads.split(self.cycle.chunk)):
             p, *moments = parts = [x[F.pad(at, (0, len(g) - len(at)))] for x in tensors]
             state = dict(zip(self.moments[row.name], moments))
-            self.rules[row.rule].update([p], [g], [state], [hypers[row.name]], [row.cautious])
+            self.rules[row.rule].update([(p, g, state, hypers[row.name], row.cautious)])
             for x, part in zip(tensors, parts):
                 x[at] = part[: len(at)]
 
     def update(self, group: list[Param], grads: list[Tensor], hypers: dict[str, Tensor]) -> None:
-        self.rules[group[0].rule].update(
-            [self.shard(row) for row in group],
-            grads,
-            [self.moments[row.name] | self.rates.get(row.name, {}) for row in group],
-            [hypers[row.name] for row in group],
-            [row.cautious for row in group],
-        )
+        states = [self.moments[row.name] | self.rates.get(row.name, {}) for row in group]
+        self.rules[group[0].rule].update([(self.shard(row), g, state, hypers[row.name], row.cautious)
+                                          for row, g, state in zip(group, grads, states)])
 
     def launch_gather(self, row: Param) -> dist.Work | None:
-        """Start sending this rank's updated shard to all ranks."""
-        if row.reduce in ("replicate", "rows") or self.ranks.world == 1:
-            return None
-        return dist.all_gather_into_tensor(self.params[row.name].data, self.shard(row), async_op=True)
+        """Start sending this rank's updated shard to all ranks, if it is not the whole."""
+        p, part = self.params[row.name].data, self.shard(row)
+        return dist.all_gather_into_tensor(p, part, async_op=True) if len(part) < len(p) else None
 
     def shard(self, row: Param) -> Tensor:
         """The part of a parameter that this rank updates, as a view."""
@@ -1743,10 +1612,10 @@ class NorMuonAdam:
     @torch.no_grad()
     def add_table_gradients(self, batch: Batch, rows: Embeddings) -> None:
         """Add the gradients of a micro-batch's table rows to the tables'; only these rows are touched."""
-        add = self.add_rows
+        add, cycle = self.add_rows, self.cycle
         add(rows.embed.grad, batch.tokens, self.grads["embed"], batch.order)
-        if self.cycle:
-            self.cycle.add(batch, rows.bigram.grad)
+        if cycle:
+            cycle.add_ngrams(cycle.sums, batch.slots, cycle.signs, batch.sign_ids, rows.bigram.grad)
         else:
             add(rows.bigram.grad, batch.bigram_ids, self.grads["bigram_embed"])
         tables = self.grads["value_embeds"].chunk(max(len(rows.value), 1))
@@ -1828,8 +1697,7 @@ class Run:
     """A model, its optimizer, and the steps that train and validate it."""
 
     def __init__(self, hp: Recipe, ranks: Ranks, ops: Ops | None = None):
-        self.hp = hp
-        self.ranks = ranks
+        self.hp, self.ranks = hp, ranks
         with torch.device(ranks.device):
             self.model = GPT(hp, ranks.world)
         self.model.ops = ops or PLAIN
@@ -1880,9 +1748,8 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self, validation: Validation, now: Plan, last: bool = False, chunks: int | None = None) -> float:
-        """Mean loss over the val stream, or over each rank's first chunks, with the windows of plan now.
-
-        A run's last validation widens the long window, not the rotary tables."""
+        """Mean loss over the val stream, or over each rank's first chunks, with the windows of plan now. A run's last
+        validation widens the long window, not the rotary tables."""
         self.model.set_stage(now.index)
         long = self.hp.final_val_window * self.hp.block if last else now.windows.long
         windows = now.windows._replace(long=long, max_doc=validation.max_doc, segment=0, fp8=False)
@@ -1894,13 +1761,6 @@ class Run:
             total += torch.stack([losses.double().sum(), total.new_tensor(len(losses))])
         dist.all_reduce(total)
         return (total[0] / total[1]).item()
-
-    def prepare(self, validation: Validation, log: Log) -> None:
-        """Before the first training: compile, and compare the operations."""
-        if self.hp.compile:
-            self.warm_up(validation, log)
-        check_ops(self.model.ops, self.ranks.device)
-        self.ready = True
 
     def warm_up(self, validation: Validation, log: Log) -> None:
         """Compile everything by real steps on real batches, then put weights and optimizer back to their beginning.
@@ -1934,7 +1794,10 @@ def train(run: Run, log: Log, watch: Watch, saved: dict | None) -> int:
     N = hp.num_steps
     validation = Validation(hp, run.ranks)
     if not run.ready:
-        run.prepare(validation, log)
+        if hp.compile:
+            run.warm_up(validation, log)
+        check_ops(run.model.ops, run.ranks.device)
+        run.ready = True
 
     clock = watch.clock = Clock(run.ranks.device)
     watch.micro_step = run.micro_step
@@ -1942,7 +1805,7 @@ def train(run: Run, log: Log, watch: Watch, saved: dict | None) -> int:
     loader = load_batches(hp, run.ranks, range(N), first)
     if saved:  # to find the place in the shards is no training
         loader.wait_for_one()
-    reports = Reports(log, watch, N)
+    reports = Reports(log, clock)
 
     clock.start()
     for step in range(first, N + 1):
@@ -1962,9 +1825,7 @@ def train(run: Run, log: Log, watch: Watch, saved: dict | None) -> int:
                 return 128 + signal.Signals[watch.why]
             if validating:
                 val_loss = run.evaluate(validation, now, last=step == N)
-                average = clock.ms() / max(step, 1)
-                log(f"step:{step}/{N} val_loss:{val_loss:.4f} train_time:{clock.ms():.0f}ms step_avg:{average:.2f}ms")
-                log.row(step=step, val_loss=val_loss, train_time_ms=clock.ms())
+                log.loss("val_loss", val_loss, step, clock.ms())
                 require_finite(val_loss, f"validation loss after step {step}")
             if step == N:
                 break
@@ -3806,7 +3667,7 @@ def check_params(hp: Recipe) -> None:
         for factor in re.split("[ *]", row.shape):
             need("shape", factor in hp.sizes or (factor.isdigit() and int(factor) > 0),
                  f"use numbers and {', '.join(hp.sizes)}, not {factor}")
-        read = next((x for x in PARAMS if x.name == name), row)
+        read = RECORD80.rows.get(name, row)
         need("shape", param_shape(row, hp) == param_shape(read, hp),
              f"use {read.shape!r}, as GPT reads it so, or edit both")
         for part in row.init.split(","):
@@ -4021,12 +3882,10 @@ def check_data(hp: Recipe) -> str:
         require(len(lengths), f"--train_files={hp.train_files}: no document begins in them, as no token is {hp.bos}; "
                 "use the --vocab_size that they were made for, or make them again")
         cut = max(now.windows.max_doc for now in plans)
-        number = (lengths > cut).sum()
         require(2 * np.minimum(lengths, cut).sum() >= lengths.sum(),
-                f"--train_files={hp.train_files}: {number} of {len(lengths)} document{'s' * (len(lengths) != 1)} "
-                f"{'is' if number == 1 else 'are'} cut to {cut} tokens and the rest is skipped, so the shards last "
-                f"{done} of {len(plans)} steps; make them again with shorter ones (data/fineweb.py --max_chars), or "
-                "raise max_doc in STAGES")
+                f"--train_files={hp.train_files}: documents are cut to {cut} tokens ({(lengths > cut).sum()} of "
+                f"{len(lengths)}) and the rest is skipped, so the shards last {done} of {len(plans)} steps; make them "
+                "again with shorter ones (data/fineweb.py --max_chars), or raise max_doc in STAGES")
         used, missing = (sum(now.batch_tokens for now in part) for part in (plans[:done], plans[done:]))
         # what a shard yields after cuts, or all of it if none lasted a step
         shards = math.ceil(missing / ((used or sum(map(os.path.getsize, files)) // 2) / len(files)))
@@ -4154,7 +4013,7 @@ class Ahead:
     def __next__(self) -> object:
         self.waiting.append(self.thread.submit(next, self.items))
         item = self.waiting.popleft().result()
-        return to_device(item, self.device) if self.device else item
+        return send(item, self.device) if self.device else item
 
     def wait_for_one(self) -> None:
         self.waiting[0].exception()
@@ -4171,12 +4030,7 @@ def pinned(item: object, device: torch.device) -> object:
 
 def send(item: object, device: torch.device) -> object:
     """The tensors of nested tuples, from the CPU, on the device, without waiting for the copy."""
-    return to_device(pinned(item, device), device)
-
-
-def to_device(item: object, device: torch.device) -> object:
-    """The tensors of nested tuples on the device, without waiting for the copy if they are pinned."""
-    return tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), item)
+    return tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), pinned(item, device))
 
 
 class Replay:
@@ -4231,9 +4085,8 @@ COLUMNS = ("step", "train_loss", "val_loss", "train_time_ms", "tokens_per_s")  #
 
 class Log:
     """The terminal, logs/<run id>.txt, which begins with this script's source, and logs/<run id>.csv, which has a line
-    for each step and each validation; on ranks but 0 nothing happens.
-
-    If a file cannot be written at first, that is an error; later, training goes on with one warning for each."""
+    for each step and each validation; on ranks but 0 nothing happens. If a file cannot be written at first, that is an
+    error; later, training goes on with one warning for each."""
 
     def __init__(self, hp: Recipe, ranks: Ranks):
         self.bar = self.path = self.table = None
@@ -4275,20 +4128,20 @@ class Log:
             with contextlib.suppress(OSError):
                 tqdm.write(text)
 
-    def row(self, **values: float) -> None:
-        """A line of the .csv: values by column, empty where there is none."""
+    def loss(self, name: str, loss: float, step: int, ms: float, rate: float | None = None) -> None:
+        """A line of both files about a loss after so many steps, name being its column. One of training, which has a
+        rate in tokens/s, moves a bar on a terminal, and is a plain line in a pipe."""
+        bar = self.path and rate is not None and sys.stderr.isatty()
+        average = ms / max(step, 1)
+        self(f"step:{step}/{self.N} {name}:{loss:.4f} train_time:{ms:.0f}ms step_avg:{average:.2f}ms", show=not bar)
+        values = {"step": step, name: loss, "train_time_ms": ms} | ({} if rate is None else {"tokens_per_s": rate})
         self.write(self.table, ",".join(f"{values[x]:.8g}" if x in values else "" for x in COLUMNS))
-
-    def step(self, line: str, done: int, **postfix: str) -> None:
-        """A step's line: to the file, and to the terminal as a moving bar, or as a plain line in a pipe."""
-        if self.path:
-            shown = sys.stderr.isatty()
-            self(line, show=not shown)
+        if bar:
             with contextlib.suppress(OSError):
                 if not self.bar:  # begins here, as neither set-up nor steps before a resumption tell how long one takes
-                    self.bar = tqdm(total=self.N, initial=done, unit="step", disable=not shown, leave=False)
-                self.bar.set_postfix(postfix, refresh=False)
-                self.bar.update(done - self.bar.n)
+                    self.bar = tqdm(total=self.N, initial=step, unit="step", leave=False)
+                self.bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{rate:,.0f}", refresh=False)
+                self.bar.update(step - self.bar.n)
 
     def close(self) -> None:
         if self.bar:
@@ -4349,12 +4202,9 @@ def tables_text(hp: Recipe) -> Iterator[str]:
 class Reports:
     """Lines of finished steps. A GPU's loss is read a step late, so that it always has work queued."""
 
-    def __init__(self, log: Log, watch: Watch, N: int):
-        self.log = log
-        self.watch = watch
-        self.N = N
-        self.waiting: deque = deque()
-        self.ms = watch.clock.before
+    def __init__(self, log: Log, clock: Clock):
+        self.log, self.clock = log, clock
+        self.waiting, self.ms = deque(), clock.before
 
     def add(self, step: int, loss: StepLoss, tokens: int) -> None:
         losses = torch.cat([loss.mean[None], loss.each]).to("cpu", non_blocking=True)
@@ -4370,12 +4220,9 @@ class Reports:
             if event:
                 event.synchronize()  # waits for no later work of the device
             loss, *each = losses.tolist()
-            ms = self.watch.clock.ms()
-            rate = tokens / max(ms - self.ms, 1e-3) * 1000
+            ms = self.clock.ms()
+            self.log.loss("train_loss", loss, step, ms, tokens / max(ms - self.ms, 1e-3) * 1000)
             self.ms = ms
-            line = f"step:{step}/{self.N} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms"
-            self.log.step(line, step, loss=f"{loss:.3f}", tok_s=f"{rate:,.0f}")
-            self.log.row(step=step, train_loss=loss, train_time_ms=ms, tokens_per_s=rate)
             for rank, own in enumerate(each):
                 require_finite(own, f"training loss of step {step}", f" on rank {rank}")
 

@@ -332,10 +332,10 @@ def test_log_of_another_run_is_kept(base, tmp_path):
 def test_line_with_its_step():
     """On a CPU nothing is queued, so that a step's line, and with it its time, does not wait for the next one's."""
     rows, clock = [], SimpleNamespace(before=1000.0, ms=lambda: 1500.0)
-    log = SimpleNamespace(step=lambda *_, **__: None, row=lambda **row: rows.append(row))
-    reports = t.Reports(log, SimpleNamespace(clock=clock), N)
+    log = SimpleNamespace(loss=lambda *row: rows.append(row))
+    reports = t.Reports(log, clock)
     reports.add(7, t.StepLoss(torch.tensor(2.5), torch.tensor([2.5])), 384)
-    assert rows == [{"step": 7, "train_loss": 2.5, "train_time_ms": 1500.0, "tokens_per_s": 768.0}]
+    assert rows == [("train_loss", 2.5, 7, 1500.0, 768.0)]
 
 
 def test_lost_terminal(base, tmp_path, monkeypatch):
@@ -343,9 +343,11 @@ def test_lost_terminal(base, tmp_path, monkeypatch):
     log = t.Log(dataclasses.replace(base, log_dir=str(tmp_path), run_id="run"), ONE)
     monkeypatch.setattr(sys, "stdout", open("/dev/full", "w", buffering=1))
     log("one")
-    log.step("two", 1)
+    log.loss("train_loss", 2.0, 1, 3.0, 4.0)
     log.close()
-    assert (tmp_path / "run.txt").read_text().endswith("one\ntwo\n")
+    line = "step:1/100 train_loss:2.0000 train_time:3ms step_avg:3.00ms"
+    assert (tmp_path / "run.txt").read_text().endswith(f"one\n{line}\n")
+    assert (tmp_path / "run.csv").read_text().endswith("\n1,2,,3,4\n")
 
 
 @pytest.mark.parametrize("before", [0, 60])
@@ -357,10 +359,10 @@ def test_time_left(base, tmp_path, monkeypatch, before):
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     log = t.Log(dataclasses.replace(base, log_dir=str(tmp_path)), ONE)
     for done, now[0] in ((1, 1000.0), (2, 1002.0)):
-        log.step("", before + done, loss="9")
+        log.loss("train_loss", 9.0, before + done, 0.0, 1000.0)
     assert f"{before + 2}/100 [00:02<" in terminal.getvalue()  # the time taken, then the time left
     minutes, seconds = divmod(2 * (98 - before), 60)
-    assert terminal.getvalue().endswith(f"[00:02<{minutes:02}:{seconds:02},  2.00s/step, loss=9]")
+    assert terminal.getvalue().endswith(f"[00:02<{minutes:02}:{seconds:02},  2.00s/step, loss=9.000, tok_s=1,000]")
     assert "?step/s" in terminal.getvalue()  # no estimate before
     log.close()
 

@@ -139,7 +139,7 @@ def test_normuon(kind):
         g = torch.from_numpy(PARTS[f"opt/{kind}/g{step}"])
         x = t.normuon_direction(g, momentum64, second64, mu, beta2, torch.float64)
         assert error(x, PARTS[f"opt/{kind}/x{step}"]) < TOLERANCE
-        t.normuon_update([p], [g], [state], [hypers], [True])
+        t.normuon_update([(p, g, state, hypers, True)])
         assert error(p, PARTS[f"opt/{kind}/p{step + 1}"]) < TOLERANCE
 
 
@@ -149,7 +149,7 @@ def test_adam():
     lr, beta1, beta2 = 0.008 * 75 * 0.5, 0.75, 0.95
     for step in range(1, 4):
         hypers = torch.tensor([lr, lr**2 * 0.005 * 5, beta1, beta2, 1 - beta1**step, 1 - beta2**step, 1e-10, 0.0])
-        t.adam_update([p], [torch.from_numpy(PARTS[f"adam/g{step - 1}"])], [state], [hypers], [True])
+        t.adam_update([(p, torch.from_numpy(PARTS[f"adam/g{step - 1}"]), state, hypers, True)])
         assert error(p, PARTS[f"adam/p{step}"]) < TOLERANCE
 
 

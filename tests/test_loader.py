@@ -87,9 +87,10 @@ def test_segments(seed, documents, longest, before, length, cut):
     shard = t.Documents(tokens, BOS)
     truth = documents_of(tokens)
     assert list(zip(shard.starts, shard.ends)) == truth
+    windows = t.plan(0, HP).windows._replace(segment=length - 1, max_doc=cut)
     first = 0
     while True:
-        found, slow = shard.segments(first, length, cut), slow_segments(truth, first, length, cut)
+        found, slow = shard.segments(first, windows), slow_segments(truth, first, length, cut)
         assert found == slow
         if found is None:
             break

@@ -91,7 +91,7 @@ def test_golden_updates(dtype=torch.float32, tolerance=3e-7):
         beta2, decay = (ADAM[name][at] for name in ("beta2", "decay"))
         hyper = t.AdamHypers(ADAM["lr"][at], decay, 0, beta2, 1, 1 - beta2 ** (at + 1), 1e-10, 0.95, (step + 1) // 2)
         new, part = p[rows], {key: x[rows] for key, x in state.items()}
-        t.row_adam_update([new], [g], [part], [torch.tensor(hyper, dtype=dtype)], [True])
+        t.row_adam_update([(new, g, part, torch.tensor(hyper, dtype=dtype), True)])
         p[rows] = new
         for key in state:
             state[key][rows] = part[key]
@@ -116,19 +116,20 @@ def test_rows_in_slots_equal_a_dense_table(base):
     float64, over gaps and both rates; after the last update nothing is applied."""
     hp = dataclasses.replace(base, seed=3)
     run, generator = t.Run(hp, ONE), torch.Generator().manual_seed(0)
+    cycle = run.optimizer.cycle
     run.model.ngram_embed.data.normal_(generator=generator)
     exact = run.model.ngram_embed.detach().double()
     signs, second, summed, seen, events = run.model.signs.double(), torch.zeros(512).double(), 0.0, set(), 0
     for step, (batches, touched) in enumerate(t.train_batches(hp, ONE, range(hp.num_steps))):
-        run.optimizer.cycle.read(touched)
+        cycle.read(touched)
         for batch in batches:
             grad = torch.randn(len(batch.tokens), 48, generator=generator)
             rows = batch.bigram_ids.flatten()
             summed = summed + torch.zeros(512, 48).double().index_add_(
                 0, rows, (grad.double() * signs[batch.sign_ids]).flatten(0, 1))
-            run.optimizer.cycle.add(batch, grad)
+            t.add_ngrams(cycle.sums, batch.slots, cycle.signs, batch.sign_ids, grad)
             seen |= set(rows.tolist())
-        assert len(seen) == run.optimizer.cycle.filled and seen == set(run.optimizer.cycle.ids[: len(seen)].tolist())
+        assert len(seen) == cycle.filled and seen == set(cycle.ids[: len(seen)].tolist())
         now = t.plan(step, hp)
         run.optimizer.step(now, touched)
         if t.due(ROW, step, hp):
@@ -139,7 +140,7 @@ def test_rows_in_slots_equal_a_dense_table(base):
             update = lr * (1 - beta2**events) ** 0.5 * summed / (second.sqrt() + 1e-10)[:, None]
             exact -= update + torch.where(update * exact > 0, 5 * n * 0.005 * lr**2 * exact, 0.0)
             summed, seen = 0.0, set()
-            assert not run.optimizer.cycle.sums.any() and run.optimizer.cycle.filled == 0
+            assert not cycle.sums.any() and cycle.filled == 0
         assert (run.model.ngram_embed.double() - exact).abs().max() < 2e-5
     assert events == 5 and seen
 

@@ -287,7 +287,7 @@ def test_bf16_weights_follow_the_fp32_update():
         lr, decay = hypers[0].double() * state["rate"], hypers[1].double()
         step = lr * decay * torch.where(x * exact >= 0, exact, 0.0) + lr * x
         before = t.join_bits(p, low).double()
-        t.normuon_update([p], [g], [state], [hypers], [True])
+        t.normuon_update([(p, g, state, hypers, True)])
         exact = exact - step
         after = t.join_bits(p, low)
         assert ((after.double() - before + step).abs() <= 2**-23 * before.abs() + 2**-22 * step.abs()).all()
@@ -307,7 +307,7 @@ def test_normuon_zero_gradient():
     state = t.normuon_state(p) | {"rate": torch.ones(2, 1, 1)}
     g = torch.zeros(2, 8, 6).bfloat16()
     g[1] = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
-    t.normuon_update([p], [g], [state], [torch.tensor([0.02, 0.03, 0.9, 0.9])], [True])
+    t.normuon_update([(p, g, state, torch.tensor([0.02, 0.03, 0.9, 0.9]), True)])
     assert not p[0].any() and not state["low"][0].any() and p[1].all() and p.isfinite().all()
 
 

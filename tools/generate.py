@@ -47,7 +47,7 @@ def load_model(path: str) -> tuple[t.GPT, t.Windows]:
 
 def pack(model: t.GPT, tokens: list[int], ends: list[int]) -> t.Batch:
     """Tokens [T] and the ends of their documents as a batch; the last target is 0."""
-    return t.to_device(t.pack(model.hp, [(np.array([*tokens, 0], np.uint16), np.array(ends))]), model.cos.device)
+    return t.send(t.pack(model.hp, [(np.array([*tokens, 0], np.uint16), np.array(ends))]), model.cos.device)
 
 
 def next_logits(model: t.GPT, windows: t.Windows, tokens: list[int]) -> torch.Tensor:
