@@ -79,7 +79,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.library import custom_op
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -549,6 +549,20 @@ class AttentionWeights(NamedTuple):
     value_gate: Tensor | None  # [H, G], of the value embedding, if it has one
 
 
+class Fp8Weight(NamedTuple):
+    """FP8 copies of a matrix or of a bank [K, m, n], made once for all micro-steps of a step; and scales."""
+
+    bits: Tensor  # [m, n] e4m3
+    turned: Tensor  # [n, m], the transpose
+    forward: Tensor | float  # of products with it; 0-dim fp32, of a bank [K]
+    backward: Tensor | float  # of gradients' products with it
+    unit: float  # of gradients: what is stored as 1
+
+    def part(self, first: int, count: int = 1) -> Fp8Weight:  # so many matrices of a bank, one above the other
+        bits, turned, *scales = (x[first : first + count] for x in self[:4])
+        return Fp8Weight(bits.flatten(0, 1), turned.transpose(0, 1).flatten(1), *(x[0] for x in scales), self.unit)
+
+
 class Stream(NamedTuple):
     """The residual stream from one operation to the next; only a set of Ops looks inside."""
 
@@ -567,8 +581,8 @@ class Injection(NamedTuple):
 
 
 class Ops(NamedTuple):
-    """What the model computes with: PLAIN says it in PyTorch, HOPPER does it in fused kernels. fp8: None; or the loss
-    scale, of which gradients are, where products are in FP8."""
+    """What the model computes with: PLAIN says it in PyTorch, HOPPER does it in fused kernels. fp8: None; or copies of
+    w, of qkv, or of up and down, with which products are in FP8; gradients are the weights'."""
 
     stream: Callable  # x [T, D] -> Stream
     normed: Callable  # Stream -> Stream: each row over its rms
@@ -578,7 +592,7 @@ class Ops(NamedTuple):
     injections: Callable  # x0, bigram [T, D], their lambdas [A] -> A of Injection
     linear_sum: Callable  # y, o, x, resid [T], Injection -> Stream: y o^T + resid x + injected
     mlp: Callable  # x, up, down, resid [T], fp8 -> Stream: relu(norm(x) up^T)^2 down + resid x
-    head_loss: Callable  # x [T, D], w [D, V], candidates, targets [T, k], weights, cap, fp8, loss_scale -> loss
+    head_loss: Callable  # x [T, D], w [D, V], candidates, targets [T, k], weights, cap, fp8 -> loss
     add_rows: Callable  # rows [T, D], ids [T], table, order -> None: table[ids] += rows
 
 
@@ -1047,14 +1061,16 @@ class GPT(nn.Module):
             self.register_parameter(row.name, nn.Parameter(torch.zeros(rows, *rest, dtype=dtype)))
         longest = max(hp.val_chunk, max(stage.batch for stage in hp.stages) * hp.batch_unit // SEGMENTS)
         shape = 2 * longest, hp.head_dim // 4  # row p is position p; paired heads use two for each token
-        self.cos, self.sin = (nn.Buffer(torch.empty(shape, dtype=torch.bfloat16)) for _ in range(2))
+        buffer = partial(nn.Buffer, persistent=False)
+        self.cos, self.sin = (buffer(torch.empty(shape, dtype=torch.bfloat16)) for _ in range(2))
         signs = torch.randint(2, (SIGN_ROWS if hp.ngram_rows else 0, hp.model_dim), device="cpu", dtype=torch.int8,
                               generator=torch.Generator().manual_seed(0))
-        self.signs = nn.Buffer((2 * signs - 1).to(self.cos.device, getattr(torch, hp.dtype)))
-        self.dense = nn.Buffer(torch.tensor([[bool(layer.dense)] for layer in hp.layers]))
-        self.attn_layers = nn.Buffer(torch.tensor(hp.attn_layers))
+        self.signs = buffer((2 * signs - 1).to(self.cos.device, getattr(torch, hp.dtype)))
+        self.dense = buffer(torch.tensor([[bool(layer.dense)] for layer in hp.layers]))
+        self.attn_layers = buffer(torch.tensor(hp.attn_layers))
         mlp_layers = [i for i, layer in enumerate(hp.layers) for _ in range(layer.mlps)]
-        self.mlp_layers = nn.Buffer(torch.tensor(mlp_layers, dtype=torch.int64))
+        self.mlp_layers = buffer(torch.tensor(mlp_layers, dtype=torch.int64))
+        self.fp8 = {}  # fp8_weights, where a run needs them
 
     @torch.no_grad()
     def initialize(self, hp: Recipe) -> None:
@@ -1092,10 +1108,9 @@ class GPT(nn.Module):
         gate = self.smear_lambda[0] * torch.sigmoid(F.linear(e[:, 1:, :GATE_INPUTS], self.smear_gate))
         return torch.cat([e[:, :1], e[:, 1:] + gate * e[:, :-1]], dim=1)
 
-    def matrices(self) -> tuple[list[Tensor | None], ...]:
-        """What products multiply with: a matrix a layer with attention, qkv [3D, D] and o [D, D]; a matrix a layer, up
-        and down [F, D], those of MLPs side by side one above the other. The lambdas multiply these, as they are smaller
-        than activations."""
+    def matrices(self) -> tuple[Tensor, ...]:
+        """What products multiply with: qkv [A, 3D, D], o [A, D, D], up and down [P, F, D]. The lambdas multiply these,
+        as they are smaller than activations."""
         P, A, H, D = (self.sizes[letter] for letter in "PAHD")
         post_attn, post_mlp = self.post_lambdas.bfloat16().float().masked_fill(self.dense, 1.0).unbind(1)
         qkv_lambda, o_lambda = self.attn_lambdas.unbind()
@@ -1107,9 +1122,24 @@ class GPT(nn.Module):
         up, down = self.mlp_bank[: 2 * P].view(P, 2, self.sizes["F"], D).unbind(1)
         qkv, o, down = ((scale[:, None, None] * bank).to(bank.dtype) for scale, bank in (
             (qkv_lambda, torch.cat([qk, v], dim=1)), (o_lambda, o), (post_mlp[self.mlp_layers], down)))
-        # split once: the backward of a split is one concatenation, that of each indexing a pass over the bank
-        mlps = [layer.mlps for layer in self.hp.layers]
-        return qkv.unbind(), o.unbind(), *([part.flatten(0, 1) for part in x.split(mlps)] for x in (up, down))
+        return qkv, o, up, down
+
+    @torch.no_grad()
+    def fp8_weights(self) -> dict[str, Fp8Weight | list[Fp8Weight]]:
+        """FP8 copies of lm_head and of the banks qkv, up and down, as far as training multiplies with them in FP8."""
+        (qkv, _, up, down), unit, copies = self.matrices(), GRADIENT_SCALE * self.loss_scale, {}
+        if self.hp.fp8_head:
+            copies["head"] = fp8_weight(self.lm_head, X_SCALE, GRAD_SCALE * self.loss_scale, W_SCALE)
+        if any(layer.fp8_qkv for layer in self.hp.layers):
+            copies["qkv"] = fp8_weight(qkv, NORMED_SCALE, unit)
+        if any(layer.fp8_mlp and layer.mlps for layer in self.hp.layers):
+            copies["mlp"] = [fp8_weight(up, NORMED_SCALE, unit, layers=self.mlp_layers),
+                             fp8_weight(down, HIDDEN_SCALE, unit, layers=self.mlp_layers)]
+        return copies
+
+    def copy_weights(self) -> None:
+        """Fill self.fp8 before the micro-steps of a step, in place, as graphs of these are replayed."""
+        tree_map(lambda old, new: old.copy_(new) if isinstance(old, Tensor) else old, self.fp8, self.fp8_weights())
 
     def attend(
         self,
@@ -1129,7 +1159,7 @@ class GPT(nn.Module):
         weights = AttentionWeights(qkv=qkv, gate=self.attn_gate_bank[j],
                                    value_gate=self.ve_gate_bank[layer.value_table] if gated else None)
         cos, sin = (table[: n * (windows.segment or T)] for table in (self.cos, self.sin))
-        fp8 = self.loss_scale if layer.fp8_qkv else None
+        fp8 = self.fp8["qkv"].part(j) if layer.fp8_qkv else None
         q, k, v, gate = self.ops.attention_inputs(h, weights, ve, cos, sin, layer, fp8)  # [T, H, d], gate [T, H]
 
         # a paired token becomes two: the same memory seen as [2T, H/2, d]
@@ -1149,7 +1179,7 @@ class GPT(nn.Module):
         return (DENSE_SCALE * (F.linear(hidden, self.dense_out[j]).float() + bias.float())).split(1, dim=1)
 
     def dense_layer(self, x: Stream, first: Tensor, middle: Tensor, bigram: Tensor, ve: Tensor, attend: Callable,
-                    o: Tensor, up: Tensor, down: Tensor, fp8: float | None) -> Stream:
+                    o: Tensor, up: Tensor, down: Tensor, fp8: list[Fp8Weight] | None) -> Stream:
         """The last layer, if its connections are dense: each token weighs what makes V, the stream and the result.
         first, middle, bigram, ve [T, D]: the stream before the layers, the one that attention reads, and rows; attend:
         ve -> gated attention before O."""
@@ -1165,7 +1195,9 @@ class GPT(nn.Module):
     def trunk(self, batch: Batch, rows: Embeddings, windows: Windows, layers: tuple[Layer, ...]) -> Tensor:
         """From tokens to the normalised last hidden state [T, D]."""
         ops = self.ops
-        qkv, o, up, down = self.matrices()
+        (qkv, o, up, down), mlps = self.matrices(), [layer.mlps for layer in layers]
+        # by layer at once: the backward of each indexing would be a pass over the bank. MLPs side by side are joined
+        qkv, o, up, down = qkv.unbind(), o.unbind(), *([x.flatten(0, 1) for x in w.split(mlps)] for w in (up, down))
         resid, x0_lambdas, bigram_lambdas = (
             p.bfloat16().float() for p in (self.resid_lambdas, self.x0_lambdas, self.bigram_lambdas))
         # repeated for each token, so that gradients are summed at once for all
@@ -1183,7 +1215,7 @@ class GPT(nn.Module):
         # Layers; after: the stream after each layer; normed: its norm, which several layers read
         after, normed = {-1: x}, {-1: ops.normed(x)}
         for i, layer in enumerate(layers):
-            fp8 = self.loss_scale if layer.fp8_mlp else None
+            fp8 = [w.part(sum(mlps[:i]), mlps[i]) for w in self.fp8["mlp"]] if layer.fp8_mlp and mlps[i] else None
             if layer.skip_from is not None:
                 gate = 2 * torch.sigmoid(F.linear(gate_in, self.skip_gate))
                 gate = torch.sigmoid(self.skip_lambda[0]) * gate
@@ -1219,7 +1251,7 @@ class GPT(nn.Module):
         targets = next_targets(targets, len(weights) - batch.prefixes.size(1))
         targets = torch.cat([targets, batch.prefixes], dim=1)
         return self.ops.head_loss(x, self.lm_head, batch.candidates, targets, self.loss_scale * weights, self.cap,
-                                  self.hp.fp8_head, self.loss_scale)
+                                  self.fp8["head"] if self.hp.fp8_head else None)
 
     def val_losses(self, batch: Batch, rows: Embeddings, windows: Windows) -> Tensor:
         """The loss of each position [T], without FP8."""
@@ -1705,6 +1737,8 @@ class Run:
         self.optimizer = NorMuonAdam(self.model, hp, ranks)
         self.loss_of = maybe_compiled(self.model.train_loss, hp)
         self.val_losses_of = maybe_compiled(self.model.val_losses, hp)
+        self.model.fp8 = self.model.fp8_weights()
+        self.copy_weights = maybe_compiled(self.model.copy_weights, hp)
         self.micro_step = Replay(self.add_gradients, with_graphs(hp) and ranks.device.type == "cuda")
         self.ready = False
 
@@ -1720,6 +1754,7 @@ class Run:
     def train_step(self, batches: list[Batch], touched: TouchedRows | None, now: Plan) -> StepLoss:
         """One optimizer step on this rank's batches."""
         self.model.set_stage(now.index)
+        self.copy_weights()
         weights = send(torch.tensor(now.mtp_weights + now.prefix_weights), self.ranks.device)
         if self.optimizer.cycle:
             self.optimizer.cycle.read(touched)
@@ -2381,21 +2416,23 @@ def fp8_operations(fast: bool) -> tuple[Callable, Callable]:
     return (quantized, product) if fast else (quantized_reference, product_reference)
 
 
-def fp8_weight(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A matrix as e4m3, that transposed, and its scale, with which the largest number is the format's."""
-    scale = w.abs().amax().float().clamp_min(1e-12) / FP8_MAX
-    w8 = to_fp8(w.float() / scale, E4M3)
-    return w8, w8.mT.contiguous(), scale
+def fp8_weight(w: Tensor, x_scale: float, unit: float, scale: float = 0.0, layers: Tensor | None = None) -> Fp8Weight:
+    """FP8 copies of a matrix or of a bank [K, m, n], for products with numbers of x_scale. With scale 0 the largest
+    number of a matrix, or of all of one layer if a bank's `layers` [K] are given, is the format's."""
+    if scale == 0:
+        largest = w.abs().amax((-2, -1)).float().clamp_min(1e-12)
+        scale = (largest if layers is None else torch.where(layers[:, None] == layers, largest, 0).amax(1)) / FP8_MAX
+    bits = to_fp8(w.float() / (scale[..., None, None] if isinstance(scale, Tensor) else scale), E4M3)
+    return Fp8Weight(bits, bits.mT.contiguous(), x_scale * scale, unit * scale, unit)
 
 
-def fp8_linear(x: Tensor, r: Tensor | None, w: Tensor, fast: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+def fp8_linear(x: Tensor, r: Tensor | None, w: Fp8Weight, fast: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(r x) w^T for x [T, D], whose rows are normalised by r [T] if given, w [n, D]; and what its gradients need.
     fast: by kernels."""
     quantize, multiply = fp8_operations(fast)
     x8, x8_turned = quantize(x, r, NORMED_SCALE, E4M3)
-    w8, w8_turned, scale = fp8_weight(w)
-    y, _, _ = multiply("scaled8", x8, w8.mT, [NORMED_SCALE * scale], x.dtype)
-    return y, (x8_turned, w8_turned, scale)
+    y, _, _ = multiply("scaled8", x8, w.bits.mT, [w.forward], x.dtype)
+    return y, (x8_turned, w.turned, w.backward)
 
 
 def fp8_linear_gradients(dy8: Tensor, dy8_turned: Tensor, r: Tensor | None, kept: list[Tensor], unit: float,
@@ -2404,7 +2441,7 @@ def fp8_linear_gradients(dy8: Tensor, dy8_turned: Tensor, r: Tensor | None, kept
     x8_turned, w8_turned, scale = kept
     _, multiply = fp8_operations(fast)
     kind, operands = ("scaled8", []) if r is None else ("rows8", [r])
-    dx, _, _ = multiply(kind, dy8, w8_turned.mT, [*operands, unit * scale], dtype)
+    dx, _, _ = multiply(kind, dy8, w8_turned.mT, [*operands, scale], dtype)
     return dx, fp8_product(dy8_turned, x8_turned.mT, unit * NORMED_SCALE, dtype)
 
 
@@ -2412,46 +2449,43 @@ class Fp8Linear(torch.autograd.Function):
     """F.linear(x, w) in FP8, in PyTorch; x [T, D] is normalised."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, loss_scale: float) -> Tensor:
-        y, kept = fp8_linear(x, None, w, False)
+    def forward(ctx, x: Tensor, w: Tensor, fp8: Fp8Weight) -> Tensor:
+        y, kept = fp8_linear(x, None, fp8, False)
         ctx.save_for_backward(*kept)
-        ctx.loss_scale = loss_scale
+        ctx.unit = fp8.unit
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        unit = GRADIENT_SCALE * ctx.loss_scale
-        dy8 = quantized_reference(dy, None, unit, E5M2)
-        return *fp8_linear_gradients(*dy8, None, ctx.saved_tensors, unit, dy.dtype, False), None
+        dy8 = quantized_reference(dy, None, ctx.unit, E5M2)
+        return *fp8_linear_gradients(*dy8, None, ctx.saved_tensors, ctx.unit, dy.dtype, False), None
 
 
 class Fp8MLP(torch.autograd.Function):
     """ReluSquareMLP in FP8. fast: by kernels."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, r: Tensor, up: Tensor, down: Tensor, scale: Tensor, loss_scale: float,
+    def forward(ctx, x: Tensor, r: Tensor, up: Tensor, down: Tensor, scale: Tensor, fp8: list[Fp8Weight],
                 fast: bool) -> tuple[Tensor, Tensor]:
-        quantize, multiply = fp8_operations(fast)
+        (quantize, multiply), (up8, down8) = fp8_operations(fast), fp8
         x8, x8_turned = quantize(x, r, NORMED_SCALE, E4M3)
-        up8, up8_turned, up_scale = fp8_weight(up)
-        down8, down8_turned, down_scale = fp8_weight(down)
-        h8, _, h8_turned = multiply("relu_square8", x8, up8.mT, [NORMED_SCALE * up_scale], E4M3)  # [T, F]
-        y, squares, _ = multiply("sum8", h8, down8_turned.mT, [x, scale[0], HIDDEN_SCALE * down_scale], x.dtype)
+        h8, _, h8_turned = multiply("relu_square8", x8, up8.bits.mT, [up8.forward], E4M3)  # [T, F]
+        y, squares, _ = multiply("sum8", h8, down8.turned.mT, [x, scale[0], down8.forward], x.dtype)
         new_r = inverse_rms(squares, y.size(1))
         ctx.mark_non_differentiable(new_r)
-        ctx.save_for_backward(x, r, scale, x8_turned, h8, h8_turned, up8_turned, up_scale, down8, down_scale)
-        ctx.loss_scale, ctx.fast = loss_scale, fast
+        weights = up8.turned, up8.backward, down8.bits, down8.forward
+        ctx.save_for_backward(x, r, scale, x8_turned, h8, h8_turned, *weights)
+        ctx.unit, ctx.fast = up8.unit, fast
         return y, new_r
 
     @staticmethod
     def backward(ctx, dy: Tensor, _):
         x, r, scale, x8_turned, h8, h8_turned, up8_turned, up_scale, down8, down_scale = ctx.saved_tensors
-        (quantize, multiply), unit = fp8_operations(ctx.fast), GRADIENT_SCALE * ctx.loss_scale
+        (quantize, multiply), unit = fp8_operations(ctx.fast), ctx.unit
         dy8, dy8_turned = quantize(dy, None, unit, E5M2)
         dpre8, sums, dpre8_turned = multiply("root8", dy8, down8.mT, [h8, down_scale], E5M2)  # [T, F], in units
         factor = -unit / x.size(1) * r.square() * sums.sum(1)  # as in ReluSquareMLP
-        dx, d_scale, _ = multiply("norm_grad8", dpre8, up8_turned.mT, [dy, x, scale[0], r, factor, unit * up_scale],
-                                  x.dtype)
+        dx, d_scale, _ = multiply("norm_grad8", dpre8, up8_turned.mT, [dy, x, scale[0], r, factor, up_scale], x.dtype)
         d_up = fp8_product(dpre8_turned, x8_turned.mT, unit * NORMED_SCALE, x.dtype)
         d_down = fp8_product(h8_turned, dy8_turned.mT, unit * HIDDEN_SCALE, x.dtype)
         return dx, None, d_up, d_down, d_scale.sum(1), None, None
@@ -2635,25 +2669,24 @@ class AttentionInputs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, r: Tensor, w: Tensor, w_gate: Tensor, w_value: Tensor | None, ve: Tensor | None,
                 cos: Tensor, sin: Tensor, paired: bool, key_offset: bool, gated_by_ve: bool,
-                fp8: float | None) -> tuple[Tensor, ...]:
+                fp8: Fp8Weight | None) -> tuple[Tensor, ...]:
         first = ve[:, : GATE_INPUTS // 2] if gated_by_ve else None
         gate, value_gate = gates(x[:, :GATE_INPUTS], r, first, w_gate, w_value)
-        qkv, kept = fp8_linear(x, r, w, True) if fp8 else (product("none", x, w.mT, [], x.dtype)[0], ())
+        qkv, kept = fp8_linear(x, r, fp8, True) if fp8 else (product("none", x, w.mT, [], x.dtype)[0], ())
         qkv = qkv.view(len(x), 3, -1, 4 * cos.size(1))
         mix = torch.ones_like(gate) if w_value is None else value_gate
         q, k, v = attention_inputs(qkv, None if fp8 else r, ve, mix, cos, sin, paired, key_offset)
         ctx.save_for_backward(x, r, w, w_gate, w_value, ve, cos, sin, qkv, gate, mix, *kept)
-        ctx.options = paired, key_offset, gated_by_ve, fp8
+        ctx.options = paired, key_offset, gated_by_ve, fp8.unit if fp8 else 0.0
         return q, k, v, gate
 
     @staticmethod
     def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor, dgate: Tensor):
         x, r, w, w_gate, w_value, ve, cos, sin, qkv, gate, mix, *kept = ctx.saved_tensors
-        paired, key_offset, gated_by_ve, fp8 = ctx.options
-        unit = GRADIENT_SCALE * fp8 if fp8 else 0.0
+        paired, key_offset, gated_by_ve, unit = ctx.options
         du, du_turned, dve, dmix = attention_inputs_backward(
-            qkv, None if fp8 else r, ve, mix, cos, sin, dq, dk, dv, paired, key_offset, unit)
-        if fp8:
+            qkv, None if unit else r, ve, mix, cos, sin, dq, dk, dv, paired, key_offset, unit)
+        if unit:
             dx, dw = fp8_linear_gradients(du, du_turned, r, kept, unit, x.dtype, True)
         else:
             dw = weight_grad(du, x)  # first: cuBLAS gives autograd's thread the CUDA context that tensor maps need
@@ -2848,28 +2881,29 @@ X_SCALE, W_SCALE, GRAD_SCALE = 100 / FP8_MAX, 1.6 / FP8_MAX, 0.75 / FP8_MAX  # t
 PLAIN_HEAD_ROWS = 4096  # tokens whose logits the plain head holds at a time: 0.8 GB for each fp32 copy
 
 
-def head_gradients(x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, fp8: bool, loss_scale: float, fast: bool,
-                   cap: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of HeadLoss over all columns of w, and its gradients of x and w."""
+def head_gradients(x: Tensor, w: Tensor, columns: Tensor | None, targets: Tensor, weights: Tensor,
+                   cap: tuple[float, ...], fp8: Fp8Weight | None, fast: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of HeadLoss over these columns of w, or all, and its gradients of x and of the columns."""
     loss_of = softcapped_mtp_loss if fast else softcapped_mtp_loss_reference
+    turn = transposed if fast else lambda y: y.T.contiguous()
     rows = len(x) if fast else PLAIN_HEAD_ROWS
-    if fp8:
-        w8 = to_fp8(w.float() / W_SCALE, E4M3)
-        w8_columns = w8.T.contiguous().T
-        turn = transposed if fast else lambda y: y.T.contiguous()
-        grad_scale = GRAD_SCALE * loss_scale
-        logits_scale = x.new_full((), X_SCALE * W_SCALE, dtype=torch.float32)
+    if fp8 and columns is not None:
+        gathered = fp8.turned[columns]  # whole rows
+        fp8 = fp8._replace(bits=turn(gathered), turned=gathered)
+    elif columns is not None:
+        w = w[:, columns]
 
     total, dx, dw = 0.0, [], None
     for chunk, ahead in zip(x.split(rows), targets.split(rows)):
         if fp8:
             x8 = (chunk / X_SCALE).to(E4M3)
+            scale = x.new_full((), fp8.forward, dtype=torch.float32)
             # stored while the next tile is computed: 3.29 ms, where cuBLAS takes 3.66 (H200). Plain, no fp32 logits
-            logits = (product("scaled8", x8, w8_columns, [logits_scale], torch.bfloat16)[0] if fast else
-                      fp8_product(x8, w8_columns, logits_scale, torch.bfloat16))  # [rows, V]
-            loss, grad = loss_of(logits, ahead, weights, E5M2, grad_scale, *cap)
-            dx.append(fp8_product(grad, w8.T, grad_scale * W_SCALE, x.dtype))
-            part = fp8_product(turn(x8), turn(grad).T, grad_scale * X_SCALE, w.dtype)
+            logits = (product("scaled8", x8, fp8.turned.mT, [scale], torch.bfloat16)[0] if fast else
+                      fp8_product(x8, fp8.turned.mT, scale, torch.bfloat16))  # [rows, V]
+            loss, grad = loss_of(logits, ahead, weights, E5M2, fp8.unit, *cap)
+            dx.append(fp8_product(grad, fp8.bits.mT, fp8.backward, x.dtype))
+            part = fp8_product(turn(x8), turn(grad).T, fp8.unit * X_SCALE, w.dtype)
         else:
             loss, grad = loss_of(chunk @ w, ahead, weights, x.dtype, 1.0, *cap)
             dx.append(grad @ w.T)
@@ -2884,22 +2918,21 @@ class HeadLoss(torch.autograd.Function):
     kept.
 
     x [T, D], w [D, V], candidates [n, classes], targets [T, k], weights [k] -> 0-dim fp32. The softmax of each of n
-    segments is over its candidates, or over all columns of w if there are none. With fp8, the products run as e4m3 x
-    e4m3 forward and e4m3 x e5m2 backward with fixed scales; loss_scale, which the weights hold, is the gradients'.
-    fast: by kernels.
+    segments is over its candidates, or over all columns of w if there are none. With fp8, the copies of w, the products
+    run as e4m3 x e4m3 forward and e4m3 x e5m2 backward with fixed scales. fast: by kernels.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, candidates: Tensor, targets: Tensor, weights: Tensor, fp8: bool,
-                loss_scale: float, fast: bool, *cap: float):
-        more = weights, fp8, loss_scale, fast, cap
+    def forward(ctx, x: Tensor, w: Tensor, candidates: Tensor, targets: Tensor, weights: Tensor,
+                cap: tuple[float, ...], fp8: Fp8Weight | None, fast: bool):
+        more = weights, cap, fp8, fast
         if candidates.size(1) == 0:
-            total, dx, dw = head_gradients(x, w, targets, *more)
+            total, dx, dw = head_gradients(x, w, None, targets, *more)
         else:
             total, dx, dw = 0.0, [], torch.zeros_like(w, dtype=torch.float32)
             n = len(candidates)
             for part, columns, ahead in zip(x.chunk(n), candidates, targets.chunk(n)):
-                loss, dx_part, dw_part = head_gradients(part, w[:, columns], ahead, *more)
+                loss, dx_part, dw_part = head_gradients(part, w, columns, ahead, *more)
                 total = total + loss
                 dx.append(dx_part)
                 dw.index_add_(1, columns, dw_part.float())
@@ -2910,7 +2943,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor):
         dx, dw = ctx.saved_tensors
-        return grad_loss * dx, grad_loss * dw, *[None] * 9
+        return grad_loss * dx, grad_loss * dw, *[None] * 6
 
 
 # --- Gradients of embedding tables
@@ -3213,10 +3246,12 @@ def memory_needed(hp: Recipe) -> float:
     numbers = sum(math.prod(param_shape(row, hp)) for row in hp.params if row.reduce != "rows")
     table = hp.ngram_rows / world * (number * hp.model_dim + 8)  # of two moments
     table += cycle_slots(hp, world) * hp.model_dim * (4 + number * (world > 1))
+    D, F, V = map(hp.sizes.get, "DFV")
+    copies = V * D * hp.fp8_head + sum(3 * D * D * x.fp8_qkv + 2 * F * D * x.mlps * x.fp8_mlp for x in hp.layers)
     averages = sum(math.prod(param_shape(row, hp)) for x in hp.averages if hp.tail_average * x.blend
                    for row in hp.params if row.name in x.params.split())
     validation = VAL_BYTES * hp.model_dim * hp.val_chunk * with_graphs(hp)
-    return PARAMETER_BYTES * numbers + table + 4 * averages / world + step + validation
+    return PARAMETER_BYTES * numbers + 2 * copies + table + 4 * averages / world + step + validation
 
 
 def usable_memory(device: torch.device) -> float:
@@ -3304,7 +3339,7 @@ def value_gate_sees_ve(layer: Layer, w: AttentionWeights) -> bool:
 
 
 def plain_attention_inputs(h: Stream, w: AttentionWeights, ve: Tensor | None, cos: Tensor, sin: Tensor, layer: Layer,
-                           fp8: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                           fp8: Fp8Weight | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     qkv = Fp8Linear.apply(h.x, w.qkv, fp8) if fp8 else F.linear(h.x, w.qkv)
     qkv = qkv.view(len(h.x), 3, -1, 4 * cos.size(1))
     first = ve[:, : GATE_INPUTS // 2] if value_gate_sees_ve(layer, w) else None
@@ -3313,7 +3348,7 @@ def plain_attention_inputs(h: Stream, w: AttentionWeights, ve: Tensor | None, co
     return *attention_inputs_reference(qkv, None, ve, value_gate, cos, sin, layer.paired, layer.key_offset), gate
 
 
-def plain_mlp(x: Stream, up: Tensor, down: Tensor, resid: Tensor, fp8: float | None) -> Stream:
+def plain_mlp(x: Stream, up: Tensor, down: Tensor, resid: Tensor, fp8: list[Fp8Weight] | None) -> Stream:
     if fp8:
         r = inverse_rms(x.x.detach().float().square(), x.x.size(1))
         return Stream(Fp8MLP.apply(x.x, r, up, down, resid, fp8, False)[0])
@@ -3336,8 +3371,7 @@ PLAIN = Ops(
     linear_sum=lambda y, o, x, resid, inject: Stream(
         F.linear(y, o) + (resid[:, None] * x.x).to(x.x.dtype) + inject.total),
     mlp=plain_mlp,
-    head_loss=lambda x, w, candidates, targets, weights, cap, fp8, loss_scale: HeadLoss.apply(
-        x, w, candidates, targets, weights, fp8, loss_scale, False, *cap),
+    head_loss=lambda *inputs: HeadLoss.apply(*inputs, False),
     add_rows=scatter_add_rows_reference,
 )
 
@@ -3355,8 +3389,7 @@ HOPPER = Ops(
     linear_sum=lambda y, o, x, resid, inject: Stream(*LinearSum.apply(y, o, x.x, resid, *inject)),
     mlp=lambda x, up, down, resid, fp8: Stream(
         *(Fp8MLP.apply(*x, up, down, resid, fp8, True) if fp8 else ReluSquareMLP.apply(*x, up, down, resid))),
-    head_loss=lambda x, w, candidates, targets, weights, cap, fp8, loss_scale: HeadLoss.apply(
-        x, w, candidates, targets, weights, fp8, loss_scale, True, *cap),
+    head_loss=lambda *inputs: HeadLoss.apply(*inputs, True),
     add_rows=scatter_add_rows,
 )
 
@@ -3371,12 +3404,12 @@ class Case(NamedTuple):
     shapes: str  # of the tensors, in the letters of this file
 
 
-def run_attention_inputs(layer: Layer, fp8: float | None, ops: Ops, *tensors: Tensor) -> tuple[Tensor, ...]:
+def run_attention_inputs(layer: Layer, unit: float | None, ops: Ops, *tensors: Tensor) -> tuple[Tensor, ...]:
     x, qkv, gate, value_gate, ve, angles = tensors
     d = x.size(1) // len(gate)
     angles = angles[: (1 + layer.paired) * len(x) // 2, : d // 4].float()  # two segments
     with_values = (value_gate, ve) if layer.value_table is not None else (None, None)
-    weights = AttentionWeights(qkv, gate, with_values[0])
+    weights, fp8 = AttentionWeights(qkv, gate, with_values[0]), unit and fp8_weight(qkv.detach(), NORMED_SCALE, unit)
     tables = (f(angles.detach()).bfloat16().to(x.dtype) for f in (torch.cos, torch.sin))
     return ops.attention_inputs(ops.normed(ops.stream(x)), weights, with_values[1], *tables, layer, fp8)
 
@@ -3395,7 +3428,8 @@ def run_linear_sum(ops: Ops, y: Tensor, o: Tensor, x: Tensor, x0: Tensor, bigram
     return ops.normed(stream).x if stream.rstd is None else stream.rstd[:, None] * ops.normed(stream).x
 
 
-def run_mlp(fp8: float | None, ops: Ops, x: Tensor, up: Tensor, down: Tensor, lambdas: Tensor) -> Tensor:
+def run_mlp(unit: float | None, ops: Ops, x: Tensor, up: Tensor, down: Tensor, lambdas: Tensor) -> Tensor:
+    fp8 = unit and [fp8_weight(w.detach(), s, unit) for w, s in ((up, NORMED_SCALE), (down, HIDDEN_SCALE))]
     return ops.mlp(ops.stream(x), up, down, lambdas[0].expand(len(x)), fp8).x
 
 
@@ -3404,7 +3438,8 @@ def run_head_loss(fp8: bool, sampled: bool, ops: Ops, x: Tensor, w: Tensor) -> T
     candidates = torch.arange(V * sampled, device=x.device).view(-1, 2).T  # of two segments: even ones, odd ones
     targets = torch.arange(2 * len(x), device=x.device).view(-1, 2) * 7 % min(50, V // 2)
     weights = torch.tensor([0.125, 0.0625], device=x.device)
-    return ops.head_loss(norm(x), w, candidates, targets, weights, (23.0, 5.0, 7.5), fp8, 0.125)
+    copies = fp8_weight(w.detach(), X_SCALE, GRAD_SCALE * 0.125, W_SCALE) if fp8 else None
+    return ops.head_loss(norm(x), w, candidates, targets, weights, (23.0, 5.0, 7.5), copies)
 
 
 def run_add_rows(ops: Ops, rows: Tensor) -> Tensor:
@@ -3422,11 +3457,11 @@ CASES = {
        for name, layer, fp8 in (
            ("", Layer("short"), None), (", paired", Layer("short", paired=True, value_table=0), None),
            (", key offset", Layer("long", key_offset=True, value_table=0), None),
-           (" in FP8", Layer("short", value_table=0), 1.0))},
+           (" in FP8", Layer("short", value_table=0), GRADIENT_SCALE))},
     "attention": Case("attention", run_attention, "T H d, T H d, T H d, T H"),
     "linear sum": Case("linear_sum", run_linear_sum, "T D, D D, T D, T D, T D, 2 L"),
     "MLP": Case("mlp", partial(run_mlp, None), "T D, F D, F D, 1"),
-    "MLP in FP8": Case("mlp", partial(run_mlp, 1.0), "T D, F D, F D, 1"),
+    "MLP in FP8": Case("mlp", partial(run_mlp, GRADIENT_SCALE), "T D, F D, F D, 1"),
     "head": Case("head_loss", partial(run_head_loss, False, False), "T D, D V"),
     "head in FP8": Case("head_loss", partial(run_head_loss, True, False), "T D, D V"),
     "head over candidates": Case("head_loss", partial(run_head_loss, False, True), "T D, D V"),

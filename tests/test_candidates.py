@@ -93,7 +93,8 @@ def test_loss_and_gradients(fp8, bound, n=2, S=32, D=64, V=256, P=128):
     for dtype in (torch.float32, torch.float64):
         a, b = (y.to(dtype, copy=True).requires_grad_() for y in (x, w))
         if dtype == torch.float32:
-            loss = t.PLAIN.head_loss(a, b, candidates, targets, weights, CAP, fp8, 1.0)
+            copies = t.fp8_weight(w, t.X_SCALE, t.GRAD_SCALE, t.W_SCALE) if fp8 else None
+            loss = t.PLAIN.head_loss(a, b, candidates, targets, weights, CAP, copies)
         else:
             loss = 0.0
             for part, columns, ahead in zip(a.chunk(n), candidates, targets.chunk(n)):

@@ -1,6 +1,7 @@
 """Every operation and kernel against float64, in fp32 by Triton's interpreter on a CPU."""
 
 import itertools
+from functools import partial
 
 import kernel_tools as k
 import pytest
@@ -22,7 +23,9 @@ def run_ungated(ops, x, qkv, gate, ve, angles):
     return ops.attention_inputs(ops.normed(ops.stream(x)), weights, ve, *tables, layer, None)
 
 
-CASES = t.CASES | {"ungated": t.Case("attention_inputs", run_ungated, "T D, 3*D D, H G, T D, T 8")}
+CASES = t.CASES | {"ungated": t.Case("attention_inputs", run_ungated, "T D, 3*D D, H G, T D, T 8"),
+                   "head over candidates in FP8": t.CASES["head over candidates"]._replace(
+                       run=partial(t.run_head_loss, True, True))}
 
 
 def check_operation(op, args):
@@ -35,7 +38,7 @@ def test_interpreted():
     k.run_interpreted(__file__)
 
 
-@pytest.mark.parametrize("name", ["head in FP8", "MLP in FP8"])
+@pytest.mark.parametrize("name", ["head in FP8", "head over candidates in FP8", "MLP in FP8"])
 def test_fp8(name):
     """With the references of HOPPER's kernels, which the interpreter cannot run, its numbers are PLAIN's."""
     torch.manual_seed(0)

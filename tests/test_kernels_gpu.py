@@ -80,16 +80,17 @@ class TestGPU:
 
     @needs_quack
     @pytest.mark.parametrize("compiled", [False, True])
-    @pytest.mark.parametrize("name", ["head", "head in FP8"])
-    def test_head(self, name, compiled, T=512):
+    @pytest.mark.parametrize("fp8,sampled", itertools.product((False, True), repeat=2))
+    def test_head(self, fp8, sampled, compiled, T=512):
         """Loss as with the reference to the loss kernel's bound; gradients no less exact than the reference's."""
-        case, sizes = t.CASES[name], RECORD | dict(T=T)
+        plain_case, sizes = t.CASES["head over candidates" if sampled else "head"], RECORD | dict(T=T)
+        case = plain_case._replace(run=partial(t.run_head_loss, fp8, sampled))
         inputs = t.case_inputs(case, sizes, BF16, CUDA)
         ours, plain = (t.case_results(x, ops, inputs) for x, ops in (
             (in_one_graph(case) if compiled else case, t.HOPPER), (case, t.PLAIN)))
-        relative = k.rounding(CAP[0]) + (1.01 * CAP[0] / 2 * TANH_ERROR if "FP8" in name else 0)
+        relative = k.rounding(CAP[0]) + (1.01 * CAP[0] / 2 * TANH_ERROR if fp8 else 0)
         assert (ours[0] - plain[0]).abs() <= T * (0.125 + 0.0625) * relative
-        exact = t.case_results(t.CASES["head"], t.PLAIN, to(FP64, *inputs))
+        exact = t.case_results(plain_case, t.PLAIN, to(FP64, *inputs))
         as_good(ours[1:], plain[1:], exact[1:], slack=1e-4)
 
     @needs_quack

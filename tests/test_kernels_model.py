@@ -154,18 +154,17 @@ class TestInterpreted(k.Interpreted):
 
 class Fp8Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, r, w, loss_scale):
-        y, kept = t.fp8_linear(x, r, w, False)
+    def forward(ctx, x, r, w, fp8):
+        y, kept = t.fp8_linear(x, r, fp8, False)
         ctx.save_for_backward(r, *kept)
-        ctx.loss_scale = loss_scale
+        ctx.unit = fp8.unit
         return y
 
     @staticmethod
     def backward(ctx, dy):
         r, *kept = ctx.saved_tensors
-        unit = t.GRADIENT_SCALE * ctx.loss_scale
-        dy8 = t.quantized_reference(dy, None, unit, t.E5M2)
-        dx, dw = t.fp8_linear_gradients(*dy8, r, kept, unit, dy.dtype, False)
+        dy8 = t.quantized_reference(dy, None, ctx.unit, t.E5M2)
+        dx, dw = t.fp8_linear_gradients(*dy8, r, kept, ctx.unit, dy.dtype, False)
         return dx, None, dw, None
 
 

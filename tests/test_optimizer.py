@@ -358,7 +358,7 @@ def test_head_loss_gradients(weights, T, D, V, monkeypatch):
         a, b = make(x).clone().requires_grad_(), make(w).clone().requires_grad_()
         if a.dtype == torch.float32:
             found = t.next_targets(targets[None], len(weights))
-            loss = t.PLAIN.head_loss(a, b, ALL, found, torch.tensor(weights), CAP, False, 0.125)
+            loss = t.PLAIN.head_loss(a, b, ALL, found, torch.tensor(weights), CAP, None)
         else:
             loss = direct_loss(a @ b, targets, weights).sum()
         assert loss.shape == ()
@@ -366,6 +366,10 @@ def test_head_loss_gradients(weights, T, D, V, monkeypatch):
         grads.append((loss.detach() * factor, a.grad, b.grad))
     for ours, reference in zip(*grads):
         assert close(ours, -2.5 * reference, 3e-6)
+
+
+def head_copies(w, loss_scale):
+    return t.fp8_weight(w.detach(), t.X_SCALE, t.GRAD_SCALE * loss_scale, t.W_SCALE)
 
 
 @pytest.mark.parametrize("unit", [1.0, 0.125])
@@ -381,7 +385,7 @@ def test_head_loss_fp8(unit, factor, dtype):
     weights = torch.tensor([1.0, 0.5, 0.25]) * unit
     try:
         found = t.next_targets(targets[None], 3)
-        loss = t.PLAIN.head_loss(x, w, ALL, found, weights, CAP, True, unit)
+        loss = t.PLAIN.head_loss(x, w, ALL, found, weights, CAP, head_copies(w, unit))
         (factor * loss).backward()
     except (RuntimeError, NotImplementedError) as e:
         pytest.skip(f"this torch has no FP8 product on the CPU: {e}")
@@ -422,7 +426,7 @@ def test_head_loss_fp8_clamps_large_weights():
     w[3, 5], w[4, 6] = 5.0, -9.0
     clamped = w.clamp(-1.6, 1.6)
     targets, weights = torch.arange(16)[:, None], torch.ones(1)
-    a, b = (t.PLAIN.head_loss(x, weight, ALL, targets, weights, CAP, True, 1.0) for weight in (w, clamped))
+    a, b = (t.PLAIN.head_loss(x, v, ALL, targets, weights, CAP, head_copies(v, 1.0)) for v in (w, clamped))
     assert a.isfinite() and a == b
 
 
