@@ -1070,7 +1070,7 @@ class GPT(nn.Module):
         self.attn_layers = buffer(torch.tensor(hp.attn_layers))
         mlp_layers = [i for i, layer in enumerate(hp.layers) for _ in range(layer.mlps)]
         self.mlp_layers = buffer(torch.tensor(mlp_layers, dtype=torch.int64))
-        self.fp8 = {}  # fp8_weights, where a run needs them
+        self.fp8 = {}  # of fp8_weights, in a run
 
     @torch.no_grad()
     def initialize(self, hp: Recipe) -> None:
