@@ -1916,10 +1916,8 @@ def hopper_fits(hp: Recipe, device: torch.device) -> bool:
 
 def choose_ops(hp: Recipe) -> Ops:
     """The operations for hp.kernels and hp.attention as choose_backends left them."""
-    ops = HOPPER if hp.kernels == "hopper" else PLAIN
-    if hp.recompute and ops is PLAIN:
-        ops = ops._replace(mlp=recomputed_mlp)
-    return ops._replace(attention=ATTENTION_BACKENDS[hp.attention]())
+    plain = PLAIN._replace(mlp=recomputed_mlp) if hp.recompute else PLAIN
+    return (HOPPER if hp.kernels == "hopper" else plain)._replace(attention=ATTENTION_BACKENDS[hp.attention]())
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then Triton's kernels run on the CPU
@@ -1952,9 +1950,8 @@ def launch(kernel: Callable, first: Tensor, *more: object, **options: object) ->
 
 def gates_reference(gate_in: Tensor, r: Tensor | None, ve_first: Tensor | None, w: Tensor,
                     w_value: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The gates of heads, sigmoid(gate_in w^T) [T, H] for gate_in [T, G], times r [T] if given, and w [H, G]; and those
-    of the value embedding, without w_value [0, H]. The latter go up to VALUE_GATE_MAX and see ve_first [T, G/2], if
-    given, in place of the second half of gate_in."""
+    """Gates of heads, sigmoid(gate_in w^T) [T, H] for gate_in [T, G], times r [T] if given, w [H, G]; and of values,
+    [0, H] without w_value: up to VALUE_GATE_MAX, with ve_first [T, G/2], if given, as the second half of gate_in."""
     gate_in = gate_in if r is None else (r[:, None] * gate_in).to(gate_in.dtype)
     gate = torch.sigmoid(F.linear(gate_in, w))
     if w_value is None:
@@ -2170,8 +2167,7 @@ def product_reference(kind: str, a: Tensor, b: Tensor, operands: list[Tensor],
 
 @cache
 def quack_products() -> dict[str, tuple[list[str], Callable]]:
-    """The names of the operands and the kernel of each kind; quack (Guo, Dao et al., package quack-kernels) builds the
-    kernels around the epilogues."""
+    """Operands' names and the kernel of each kind, built around its epilogue by quack (Guo, Dao; quack-kernels)."""
     import cutlass.cute as cute
     from quack.epilogue.frontend import gemm_epilogue
     from quack.epilogue.ops import ColVecLoad, ColVecReduce
@@ -2212,14 +2208,6 @@ def product(kind: str, a: Tensor, b: Tensor, operands: list[Tensor],
     turned = y.new_empty(n if "turned" in results else 0, m)
     launch(quack_product, a, b, kind, operands, y, sums, turned)
     return y, sums, turned
-
-
-WEIGHT_GRAD_ROWS = 1536  # tuned (H200): cuBLAS makes 2,304 x 768 in 0.259 ms, as 1,536 + 768 rows in 0.242
-
-
-def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
-    """dy^T x [n, k] for dy [T, n], x [T, k]; compiled, each product writes its part of the result in place."""
-    return torch.cat([part.mT @ x for part in dy.split(WEIGHT_GRAD_ROWS, dim=1)])
 
 
 def inverse_rms(squares: Tensor, n: int) -> Tensor:
@@ -2497,11 +2485,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attention_inputs_reference(qkv: Tensor, r: Tensor | None, ve: Tensor | None, gate: Tensor | None, cos: Tensor,
                                sin: Tensor, paired: bool, key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v [T, H, d] from the projection qkv [T, 3, H, d], which lacks the factor r [T] if there is one. q and k are
+    """q, k, v [T, H, d] from the projection qkv [T, 3, H, d], which lacks the factor r [T] if given. q and k are
     normalised and rotated by cos, sin [S, d/4]: by position t of a segment, or on paired layers, with cos, sin
     [2S, d/4], head 2m by 2t and head 2m+1 by 2t+1. key_offset moves the un-rotated half of each key one position ahead,
-    across documents; position 0 keeps its own. v gains the value embedding ve [T, H * d], if there is one, times gate
-    [T, H] or 1."""
+    across documents; position 0 keeps its own. v gains value embedding ve [T, H d], if any, times gate [T, H] or 1."""
     (T, _, H, d), n = qkv.shape, 2 if paired else 1
     q, k, v = qkv.unbind(1)
     S = len(cos) // n
@@ -2653,9 +2640,11 @@ def attention_inputs_backward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, 
     return dqkv, turned, dve, dgate
 
 
+WEIGHT_GRAD_ROWS = 1536  # tuned (H200): cuBLAS makes 2,304 x 768 in 0.259 ms, as 1,536 + 768 rows in 0.242
+
+
 class AttentionInputs(torch.autograd.Function):
-    """What attention reads, and the gates of its heads: plain_attention_inputs of a FoldedNorm x [T, D]. gated_by_ve:
-    see value_gate_sees_ve."""
+    """plain_attention_inputs of a FoldedNorm x [T, D]. gated_by_ve: see value_gate_sees_ve."""
 
     @staticmethod
     def forward(ctx, x: Tensor, r: Tensor, w: Tensor, w_gate: Tensor, w_value: Tensor | None, ve: Tensor | None,
@@ -2680,7 +2669,8 @@ class AttentionInputs(torch.autograd.Function):
         if unit:
             dx, dw = fp8_linear_gradients(du, du_turned, r, kept, unit, x.dtype, True)
         else:
-            dw = weight_grad(du, x)  # first: cuBLAS gives autograd's thread the CUDA context that tensor maps need
+            # first: cuBLAS gives autograd's thread the CUDA context that tensor maps need. Compiled, no part is copied
+            dw = torch.cat([part.mT @ x for part in du.split(WEIGHT_GRAD_ROWS, dim=1)])
             dx, _, _ = product("none", du, w, [], x.dtype)
         first = ve[:, : GATE_INPUTS // 2] if gated_by_ve else None
         dgate_in, dve_first, dw_gates = gates_backward(
@@ -2689,8 +2679,7 @@ class AttentionInputs(torch.autograd.Function):
         if first is not None:
             add_columns(dve, dve_first)
         dw_gate, dw_value = dw_gates.sum(0).to(w_gate.dtype).split([len(w_gate), dw_gates.size(1) - len(w_gate)])
-        return (dx, None, dw, dw_gate, None if w_value is None else dw_value, None if ve is None else dve,
-                *[None] * 6)
+        return dx, None, dw, dw_gate, None if w_value is None else dw_value, None if ve is None else dve, *[None] * 6
 
 
 # --- Head: loss of logits, transposes, and product, loss and gradient at once
@@ -2700,20 +2689,15 @@ def softcapped_mtp_loss_reference(logits: Tensor, targets: Tensor, weights: Tens
     """Multi-token cross entropy [T] fp32 on logits [T, V] capped as z = cap * sigmoid((logit + shift) / width), and
     d sum(loss) / d logits / grad_scale [T, V]. A position predicts its targets [T, k], with -1 for none, with weights
     [k]. z lies in (0, cap), so the softmax needs no pass for its maximum: cap itself is subtracted."""
-    V = logits.size(1)
     u = torch.sigmoid((logits.float() + shift) / width)  # [T, V]; z = cap * u
     e = torch.exp(cap * u - cap)
     total = e.sum(dim=1)  # [T]
     lse = total.log() + cap
-    column = torch.arange(V, device=logits.device)
-    loss, hits, mass = torch.zeros_like(lse), 0.0, torch.zeros_like(lse)
-    for target, weight in zip(targets.unbind(1), weights):  # [T]; -1 matches no column
-        weight = torch.where(target >= 0, weight, 0.0)
-        z = cap * u.gather(1, target.clamp_min(0)[:, None])[:, 0]
-        loss = loss + weight * (lse - z)
-        mass = mass + weight
-        hits = hits + weight[:, None] * (column == target[:, None])
-    dz = (mass / total)[:, None] * e - hits
+    column = torch.arange(logits.size(1), device=logits.device)
+    weights = torch.where(targets >= 0, weights, 0.0)  # [T, k]; below, a target of -1 matches no column
+    loss = (weights * (lse[:, None] - cap * u.gather(1, targets.clamp_min(0)))).sum(1)
+    hits = sum(w[:, None] * (column == target[:, None]) for w, target in zip(weights.unbind(1), targets.unbind(1)))
+    dz = (weights.sum(1) / total)[:, None] * e - hits
     grad = dz * (cap / width / grad_scale) * u * (1 - u)
     return loss, grad.to(grad_dtype)
 
@@ -2976,8 +2960,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max
     document = torch.searchsorted(cu_seqlens, position.to(cu_seqlens.dtype), right=True)
     out = []
     for lo in range(0, T, REFERENCE_BLOCK):
-        query = slice(lo, min(lo + REFERENCE_BLOCK, T))
-        key = slice(max(lo - window, 0), query.stop)
+        query, key = slice(lo, lo + REFERENCE_BLOCK), slice(max(lo - window, 0), lo + REFERENCE_BLOCK)
         back = position[query, None] - position[None, key]
         seen = (back >= 0) & (back <= window) & (document[query, None] == document[None, key])
         out.append(F.scaled_dot_product_attention(q[:, :, query], k[:, :, key], v[:, :, key], seen, scale=scale))
@@ -3037,8 +3020,7 @@ def flash4_options(cu_seqlens: Tensor, max_len: int, window: Tensor, scale: floa
 @op(shapes=lambda q, k, v, *_: (torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
 def flash4(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cu_seqlens: Tensor, max_len: int, window: Tensor,
            scale: float) -> tuple[Tensor, Tensor]:
-    """Output [T, h, d], times gate [T, h], and log-sum-exp [h, T] fp32 of FlashAttention-4 (package flash-attn-4).
-    window: as of Windows.at_run_time."""
+    """Output times gate [T, h], and log-sum-exp [h, T] fp32. window: as of Windows.at_run_time."""
     from flash_attn.cute import interface
 
     options = flash4_options(cu_seqlens, max_len, window, scale)
@@ -3079,8 +3061,8 @@ def flash4_preprocess(out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor, cu_s
     """Sums [T, h] fp32 over each head of dout times the output before the gate, from out, dout [T, h, d], gate [T, h]:
     the first part of flash4's backward. It also writes for padded rows, where document i begins at block
     floor(cu_seqlens[i] / block) + i: the sums [h, rows], lse2 = log2(e) (lse - log(gate)) [h, rows] from lse [h, T],
-    and zeros into `zero` [h, rows d], where the package then sums the gradient of q. Where a document's last block goes
-    on after its end, sums are 0 and lse2 infinite."""
+    and zeros into `zero` [h, rows d], where the package then sums q's gradient. Past a document's end, in its last
+    block, sums are 0 and lse2 infinite."""
     (T, h, d), room, documents = out.shape, sums.size(1), len(cu_seqlens) - 1
     assert all(x.is_contiguous() for x in (out, dout, lse, cu_seqlens)) and zero.size(1) == room * d
     dots = lse.new_empty(T, h)
@@ -3112,8 +3094,7 @@ def flash4_backward(
 
 class Flash4(torch.autograd.Function):
     """attention_flash4. The gradients of q, k and v are linear in the softmax's weights exp(score - lse), so taking
-    log(gate) from lse multiplies them by the gate, without a pass over dy. The gate's own is what backward begins with:
-    the sums of the output before the gate times dy."""
+    log(gate) from lse multiplies them by the gate, without a pass over dy. The gate's own: flash4_preprocess's sums."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cu_seqlens: Tensor, *options) -> Tensor:
@@ -3131,7 +3112,7 @@ class Flash4(torch.autograd.Function):
 
 def attention_flash4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int | Tensor,
                      scale: float, gate: Tensor | None = None) -> Tensor:
-    """attention_reference by FlashAttention-4."""
+    """attention_reference by FlashAttention-4 (package flash-attn-4)."""
     gate = q.new_ones(q.shape[:2]) if gate is None else gate
     window = window if isinstance(window, Tensor) else torch.tensor([window, 1, 1], dtype=torch.float64, device="cpu")
     return Flash4.apply(q, k, v, gate, cu_seqlens, max_len, window, scale)
@@ -3446,8 +3427,7 @@ CASE_TOLERANCE = 2.0**-5  # two roundings to bf16 are 2^-7, FP8's a little more;
 
 
 def check_ops(ops: Ops, device: torch.device) -> None:
-    """Compare each operation once with PLAIN's, on small inputs: an edit of the mathematics that reached only one of
-    them ends the run."""
+    """Compare each operation with PLAIN's on small inputs: an edit of the mathematics of only one ends the run."""
     for name, case in CASES.items():
         if getattr(ops, case.op) is getattr(PLAIN, case.op):
             continue
@@ -3745,9 +3725,8 @@ def parse_args(argv: list[str]) -> tuple[Recipe, argparse.Namespace]:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head
         print(help_text(args.preset))
         sys.exit()
-    hp = replace(PRESETS[args.preset], **{name: getattr(args, name) for name in KEYS if name in args})
-    for text in args.set:
-        hp = set_cells(hp, text)
+    keys = {name: getattr(args, name) for name in KEYS if name in args}
+    hp = reduce(set_cells, args.set, replace(PRESETS[args.preset], **keys))
     check_recipe(hp)
     require(args.trials > 0, f"--trials={args.trials} must be positive")
     require(args.trials == 1 or not hp.resume, "--resume goes on with one run: use it without --trials")
@@ -3807,17 +3786,17 @@ def print_plan(hp: Recipe) -> None:
 
 def check_shard(path: str, bos: int, count: int = -1) -> np.ndarray:
     """read_shard, after a look at the whole file; raises UserError for anything wrong about it."""
-    again = "delete it and run data/cached_fineweb10B.py again"
+    def need(ok: object, text: str) -> None:
+        require(ok, f"{path}: {text}; delete it and run data/cached_fineweb10B.py again")
     try:
         header, size = np.fromfile(path, dtype="<i4", count=HEADER_INTS), os.path.getsize(path)
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}; download the shard again") from None
-    require(len(header) == HEADER_INTS, f"{path}: {size} bytes are too few for a header; {again}")
-    require(header[0] == MAGIC, f"{path}: magic number {header[0]}, not {MAGIC}, so this is no token shard; {again}")
-    require(header[1] == VERSION, f"{path}: version {header[1]} instead of {VERSION}; {again}")
-    expected = 4 * HEADER_INTS + 2 * int(header[2])
-    require(header[2] > 0 and size == expected,
-            f"{path}: the header says {header[2]} tokens, {expected} bytes; the file has {size}; {again}")
+    need(len(header) == HEADER_INTS, f"{size} bytes are too few for a header")
+    need(header[0] == MAGIC, f"magic number {header[0]}, not {MAGIC}, so this is no token shard")
+    need(header[1] == VERSION, f"version {header[1]} instead of {VERSION}")
+    told = 4 * HEADER_INTS + 2 * int(header[2])
+    need(header[2] > 0 and size == told, f"the header says {header[2]} tokens, {told} bytes; the file has {size}")
     tokens = read_shard(path, count)
     if len(tokens) and tokens.max() > bos:
         where = int(np.argmax(tokens > bos))
@@ -3869,7 +3848,7 @@ def check_data(hp: Recipe) -> str:
     return f"the train shards ({len(files)}) last all {len(plans)} steps; validation has its tokens"
 
 
-# --- Ranks
+# --- Ranks, trials
 
 class Ranks(NamedTuple):
     """This process among all: its number, how many there are, and its device."""
@@ -3897,13 +3876,11 @@ def setup_ranks(hp: Recipe) -> Ranks:
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor")
     rank, world, local = launched_ranks()
     cuda = hp.device != "cpu" and torch.cuda.is_available()
-    require(cuda or hp.device == "cpu",
-            "no NVIDIA GPU that PyTorch can use here (python tools/doctor.py tells why); --preset=demo trains a small "
-            "model on the CPU")
+    require(cuda or hp.device == "cpu", "no NVIDIA GPU that PyTorch can use here (python tools/doctor.py tells why); "
+            "--preset=demo trains a small model on the CPU")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    require(not cuda or here <= torch.cuda.device_count(),
-            f"{here} processes need a GPU each, but {torch.cuda.device_count()} are visible: start fewer processes, or "
-            "use --preset=demo to train on the CPU")
+    require(not cuda or here <= torch.cuda.device_count(), f"{here} processes need a GPU each, but "
+            f"{torch.cuda.device_count()} are visible: start fewer processes, or use --preset=demo to train on the CPU")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -3927,11 +3904,10 @@ def reuse_cpu_memory() -> None:
 
 def on_every_rank(f: Callable) -> object:
     """f() on every rank; if it raises a UserError on any, all ranks raise the same."""
-    result = error = None
     try:
-        result = f()
+        result, error = f(), None
     except UserError as e:
-        error = str(e)
+        result, error = None, str(e)
     errors = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     for rank, error in enumerate(errors):
@@ -3939,7 +3915,6 @@ def on_every_rank(f: Callable) -> object:
     return result
 
 
-# --- Trials
 
 def train_trials(hp: Recipe, count: int, ranks: Ranks, saved: dict | None, notes: list[str]) -> int:
     """Train hp, or so many trials of it with the next seeds, after one set-up; returns the last exit status."""
@@ -3972,8 +3947,7 @@ def train_trials(hp: Recipe, count: int, ranks: Ranks, saved: dict | None, notes
 # --- What runs beside the training: a thread that prepares batches, and graphs
 
 class Ahead(Iterator):
-    """Items that a thread prepares, up to n of them ahead; what it raises is raised here. With a device, the items'
-    tensors are moved there when they are asked for."""
+    """Items that a thread prepares, up to n ahead; what it raises is raised here. next() sends them to a device."""
 
     def __init__(self, items: Iterator, n: int, device: torch.device | None = None):
         self.items, self.device = items, device
@@ -4134,8 +4108,7 @@ class Log:
 
 
 def run_flops(hp: Recipe) -> int:
-    """Of a run's products with weights: for each weight and token 2 forward and 4 backward. Attention's are not
-    counted, and the head counts all its classes."""
+    """Of a run's products with weights, so not attention's: 2 forward, 4 backward; the head's with all its classes."""
     P, A, D, F, V = (hp.sizes[letter] for letter in "PADFV")
     tokens = sum(plan(step, hp).batch_tokens for step in range(hp.num_steps))
     return 6 * (A * 4 * D * D + P * 2 * D * F + D * V) * tokens
@@ -4358,19 +4331,13 @@ def run_identity(hp: Recipe) -> dict:
     """What the weights of a run follow from; and the free keys."""
     tables = {table: [list(row) for row in getattr(hp, table.lower())] for table in TABLES if table != "READOUT"}
     shapes = {row.name: param_shape(row, hp) for row in hp.params}  # without padding
-    data = data_fingerprint(sorted(glob.glob(hp.train_files)))
-    return {name: getattr(hp, name) for name in KEYS} | tables | {
-        "READOUT": list(hp.readout), "shapes": shapes, "the contents of --train_files": data}
-
-
-def data_fingerprint(files: list[str]) -> str:
-    """What identifies shards wherever they lie: their sizes and 256 samples of each."""
-    digest = hashlib.sha256()
-    for path in files:
+    digest = hashlib.sha256()  # of shards wherever they lie: their sizes and 256 samples of each
+    for path in sorted(glob.glob(hp.train_files)):
         data = np.memmap(path, np.uint8, "r")
         samples = (data[len(data) * i // 256 :][:4096] for i in range(256))
         digest.update(b"".join([f"{len(data)} ".encode(), *samples]))
-    return digest.hexdigest()
+    return {name: getattr(hp, name) for name in KEYS} | tables | {
+        "READOUT": list(hp.readout), "shapes": shapes, "the contents of --train_files": digest.hexdigest()}
 
 
 def recipe_of(saved: dict) -> Recipe:
@@ -4436,9 +4403,8 @@ def read_checkpoint(path: str, hp: Recipe | None = None) -> dict | None:
             for name, x in piece["tensors"].items():
                 saved["tensors"].setdefault(name, []).append(x)
             require(piece["ms"] == saved["ms"], "pieces of several checkpoints")
-        require(isinstance(saved["step"], int) and all(
-            slice_of(saved["tensors"][name], 0, x[0], "meta").shape == x for name, x in old["shapes"].items()),
-            "wrong step or shapes")
+        fit = [slice_of(saved["tensors"][name], 0, x[0], "meta").shape == x for name, x in old["shapes"].items()]
+        require(isinstance(saved["step"], int) and all(fit), "wrong step or shapes")
         saved["hp"] = hp or recipe_of(old)
     except Exception as e:  # zipfile and torch raise many kinds
         cause = " ".join(f"{type(e).__name__}: {e}".split())
