@@ -2167,7 +2167,7 @@ def product_reference(kind: str, a: Tensor, b: Tensor, operands: list[Tensor],
 
 @cache
 def quack_products() -> dict[str, tuple[list[str], Callable]]:
-    """Operands' names and the kernel of each kind, built around its epilogue by quack (Guo, Dao; quack-kernels)."""
+    """Operands' names and kernel of each kind, built around its epilogue by quack (Guo, Dao et al.; quack-kernels)."""
     import cutlass.cute as cute
     from quack.epilogue.frontend import gemm_epilogue
     from quack.epilogue.ops import ColVecLoad, ColVecReduce
@@ -3544,7 +3544,8 @@ def check_recipe(hp: Recipe) -> None:
     """Raise UserError for keys and cells with which no run can work; it names them and what is allowed."""
     for name, f in KEYS.items():
         value, kind = getattr(hp, name), TYPES[Recipe][name]
-        key, (choices, least, above) = f"--{name}={value}", map(f.metadata.get, ("choices", "least", "above"))
+        choices, least, above = (f.metadata[limit] for limit in ("choices", "least", "above"))
+        key = f"--{name}={value}"
         require(fits(value, kind), f"{key} must be {in_words(kind)}")
         require(not choices or value in choices, f"{key}: use {', '.join(choices)}")
         require(least is None or value >= least, f"{key} must not be {f'below {least}' if least else 'negative'}")
@@ -3915,7 +3916,6 @@ def on_every_rank(f: Callable) -> object:
     return result
 
 
-
 def train_trials(hp: Recipe, count: int, ranks: Ranks, saved: dict | None, notes: list[str]) -> int:
     """Train hp, or so many trials of it with the next seeds, after one set-up; returns the last exit status."""
     name = hp.run_id or time.strftime("%Y%m%d-%H%M%S")
@@ -4064,7 +4064,8 @@ class Log:
                 with contextlib.suppress(OSError):  # it tries once more to write
                     self.files.pop(path).close()
                 self.lost.append(f"warning: the log {path} is incomplete ({e.strerror})")
-                tqdm.write(f"{self.lost[-1]}; training goes on, copy what you need from the terminal", file=sys.stderr)
+                with contextlib.suppress(OSError):  # stderr may be a file on the same full disk
+                    tqdm.write(f"{self.lost[-1]}; training goes on, copy what you need from the terminal", sys.stderr)
 
     def __call__(self, text: str, show: bool = True) -> None:
         self.write(self.path, text)
@@ -4088,13 +4089,13 @@ class Log:
                 self.bar.update(step - self.bar.n)
 
     def close(self) -> None:
-        if self.bar:
-            with contextlib.suppress(OSError):
-                self.bar.close()
         for file in self.files.values():
             file.close()
-        for text in self.lost:
-            print(text, file=sys.stderr)
+        with contextlib.suppress(OSError):
+            if self.bar:
+                self.bar.close()
+            for text in self.lost:
+                print(text, file=sys.stderr)
 
     def result(self, val_loss: float, hp: Recipe, ms: float, ranks: Ranks) -> None:
         cuda = ranks.device.type == "cuda"
@@ -4108,7 +4109,7 @@ class Log:
 
 
 def run_flops(hp: Recipe) -> int:
-    """Of a run's products with weights, so not attention's: 2 forward, 4 backward; the head's with all its classes."""
+    """Of products with weights, for each and a token 2 forward and 4 backward; all of the head's, not attention's."""
     P, A, D, F, V = (hp.sizes[letter] for letter in "PADFV")
     tokens = sum(plan(step, hp).batch_tokens for step in range(hp.num_steps))
     return 6 * (A * 4 * D * D + P * 2 * D * F + D * V) * tokens
@@ -4163,9 +4164,8 @@ class Reports:
             if event:
                 event.synchronize()  # waits for no later work of the device
             loss, *each = losses.tolist()
-            ms = self.clock.ms()
-            self.log.loss("train_loss", loss, step, ms, tokens / max(ms - self.ms, 1e-3) * 1000)
-            self.ms = ms
+            before, self.ms = self.ms, self.clock.ms()
+            self.log.loss("train_loss", loss, step, self.ms, tokens / max(self.ms - before, 1e-3) * 1000)
             for rank, own in enumerate(each):
                 require_finite(own, f"training loss of step {step}", f" on rank {rank}")
 
