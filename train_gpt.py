@@ -1916,10 +1916,8 @@ def hopper_fits(hp: Recipe, device: torch.device) -> bool:
 
 def choose_ops(hp: Recipe) -> Ops:
     """The operations for hp.kernels and hp.attention as choose_backends left them."""
-    ops = HOPPER if hp.kernels == "hopper" else PLAIN
-    if hp.recompute and ops is PLAIN:
-        ops = ops._replace(mlp=recomputed_mlp)
-    return ops._replace(attention=ATTENTION_BACKENDS[hp.attention]())
+    plain = PLAIN._replace(mlp=recomputed_mlp) if hp.recompute else PLAIN
+    return (HOPPER if hp.kernels == "hopper" else plain)._replace(attention=ATTENTION_BACKENDS[hp.attention]())
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then Triton's kernels run on the CPU
@@ -1952,12 +1950,8 @@ def launch(kernel: Callable, first: Tensor, *more: object, **options: object) ->
 
 def gates_reference(gate_in: Tensor, r: Tensor | None, ve_first: Tensor | None, w: Tensor,
                     w_value: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The gates of heads, sigmoid(gate_in w^T) [T, H] for gate_in [T, G], w [H, G]; and those of the value embedding,
-    without w_value [0, H].
-
-    If r [T] is given, gate_in is multiplied by it first. The second gates go up to VALUE_GATE_MAX and see ve_first
-    [T, G/2], if given, in place of the second half of gate_in.
-    """
+    """Gates of heads, sigmoid(gate_in w^T) [T, H] for gate_in [T, G], times r [T] if given, w [H, G]; and of values,
+    [0, H] without w_value: up to VALUE_GATE_MAX, with ve_first [T, G/2], if given, as the second half of gate_in."""
     gate_in = gate_in if r is None else (r[:, None] * gate_in).to(gate_in.dtype)
     gate = torch.sigmoid(F.linear(gate_in, w))
     if w_value is None:
@@ -2085,9 +2079,8 @@ def add_columns(y: Tensor, c: Tensor) -> None:
 
 
 class FirstColumns(torch.autograd.Function):
-    """x [T, n] and its first k columns, whose gradient is added in place to the one that comes for x.
-
-    That one must be x's alone: a single reader may not be an addition x + b, whose gradient is one tensor for both."""
+    """x [T, n] and its first k columns, whose gradient is added in place to the one that comes for x. That one must be
+    x's alone: a single reader may not be an addition x + b, whose gradient is one tensor for both."""
 
     @staticmethod
     def forward(ctx, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -2174,8 +2167,7 @@ def product_reference(kind: str, a: Tensor, b: Tensor, operands: list[Tensor],
 
 @cache
 def quack_products() -> dict[str, tuple[list[str], Callable]]:
-    """The names of the operands and the kernel of each kind; quack (Guo, Dao et al., package quack-kernels) builds the
-    kernels around the epilogues."""
+    """Operands' names and kernel of each kind, built around its epilogue by quack (Guo, Dao et al.; quack-kernels)."""
     import cutlass.cute as cute
     from quack.epilogue.frontend import gemm_epilogue
     from quack.epilogue.ops import ColVecLoad, ColVecReduce
@@ -2216,14 +2208,6 @@ def product(kind: str, a: Tensor, b: Tensor, operands: list[Tensor],
     turned = y.new_empty(n if "turned" in results else 0, m)
     launch(quack_product, a, b, kind, operands, y, sums, turned)
     return y, sums, turned
-
-
-WEIGHT_GRAD_ROWS = 1536  # tuned (H200): cuBLAS makes 2,304 x 768 in 0.259 ms, as 1,536 + 768 rows in 0.242
-
-
-def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
-    """dy^T x [n, k] for dy [T, n], x [T, k]; compiled, each product writes its part of the result in place."""
-    return torch.cat([part.mT @ x for part in dy.split(WEIGHT_GRAD_ROWS, dim=1)])
 
 
 def inverse_rms(squares: Tensor, n: int) -> Tensor:
@@ -2299,9 +2283,8 @@ def injections_backward(x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor,
 
 
 class Injections(torch.autograd.Function):
-    """A stand-in, x0, for each sum s0[i] x0 + s1[i] bigram, which LinearSum adds in its product.
-
-    So all gradients come last, in one kernel that reads x0 and bigram once and not in each layer."""
+    """A stand-in, x0, for each sum s0[i] x0 + s1[i] bigram, which LinearSum adds in its product: so all gradients come
+    last, in one kernel that reads x0 and bigram once and not in each layer."""
 
     @staticmethod
     def forward(ctx, x0: Tensor, bigram: Tensor, s0: Tensor, s1: Tensor) -> tuple[Tensor, ...]:
@@ -2502,20 +2485,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attention_inputs_reference(qkv: Tensor, r: Tensor | None, ve: Tensor | None, gate: Tensor | None, cos: Tensor,
                                sin: Tensor, paired: bool, key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v [T, H, d] from the projection qkv [T, 3, H, d], which lacks the factor r [T] if there is one.
-
-    q and k are normalised and rotated by cos, sin [S, d/4]: by position t of a segment, or on paired layers, with
-    cos, sin [2S, d/4], head 2m by 2t and head 2m+1 by 2t+1. key_offset moves the un-rotated half of each key one
-    position ahead, across documents; position 0 keeps its own. v gains the value embedding ve [T, H * d], if there is
-    one, times gate [T, H] or 1.
-    """
-    T, _, H, d = qkv.shape
+    """q, k, v [T, H, d] from the projection qkv [T, 3, H, d], which lacks the factor r [T] if given. q and k are
+    normalised and rotated by cos, sin [S, d/4]: by position t of a segment, or on paired layers, with cos, sin
+    [2S, d/4], head 2m by 2t and head 2m+1 by 2t+1. key_offset moves the un-rotated half of each key one position ahead,
+    across documents; position 0 keeps its own. v gains value embedding ve [T, H d], if any, times gate [T, H] or 1."""
+    (T, _, H, d), n = qkv.shape, 2 if paired else 1
     q, k, v = qkv.unbind(1)
-    q, k = norm(q), norm(k)
-    n = 2 if paired else 1
     S = len(cos) // n
     cos, sin = (table.view(S, 1, n, d // 4) for table in (cos, sin))
-    q, k = (rotate(x.reshape(T // S, S, H // n, n, d), cos, sin).view(T, H, d) for x in (q, k))
+    q, k = (rotate(norm(x).reshape(T // S, S, H // n, n, d), cos, sin).view(T, H, d) for x in (q, k))
     if key_offset:
         still = k[..., d // 2 :].view(T // S, S, H, d // 2)
         k = torch.cat([k[..., : d // 2], torch.cat([still[:, :1], still[:, :-1]], dim=1).view(T, H, d // 2)], dim=-1)
@@ -2634,8 +2612,8 @@ ATTENTION_INPUT_ROWS = 16  # tokens of one program; 32 where it stores columns, 
 
 
 @op(attention_inputs_reference)
-def attention_inputs(qkv: Tensor, r: Tensor | None, ve: Tensor | None, gate: Tensor | None, cos: Tensor,
-                             sin: Tensor, paired: bool, key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
+def attention_inputs(qkv: Tensor, r: Tensor | None, ve: Tensor | None, gate: Tensor | None, cos: Tensor, sin: Tensor,
+                     paired: bool, key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
     T, _, H, d = qkv.shape
     q, k, v = (qkv.new_empty(T, H, d) for _ in range(3))
     launch(attention_inputs_kernel[(H, triton.cdiv(T, ATTENTION_INPUT_ROWS))], qkv, r, ve, gate, cos, sin, q, k, v, T,
@@ -2662,9 +2640,11 @@ def attention_inputs_backward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, 
     return dqkv, turned, dve, dgate
 
 
+WEIGHT_GRAD_ROWS = 1536  # tuned (H200): cuBLAS makes 2,304 x 768 in 0.259 ms, as 1,536 + 768 rows in 0.242
+
+
 class AttentionInputs(torch.autograd.Function):
-    """What attention reads, and the gates of its heads: plain_attention_inputs of a FoldedNorm x [T, D]. gated_by_ve:
-    see value_gate_sees_ve."""
+    """plain_attention_inputs of a FoldedNorm x [T, D]. gated_by_ve: see value_gate_sees_ve."""
 
     @staticmethod
     def forward(ctx, x: Tensor, r: Tensor, w: Tensor, w_gate: Tensor, w_value: Tensor | None, ve: Tensor | None,
@@ -2689,7 +2669,8 @@ class AttentionInputs(torch.autograd.Function):
         if unit:
             dx, dw = fp8_linear_gradients(du, du_turned, r, kept, unit, x.dtype, True)
         else:
-            dw = weight_grad(du, x)  # first: cuBLAS gives autograd's thread the CUDA context that tensor maps need
+            # first: cuBLAS gives autograd's thread the CUDA context that tensor maps need. Compiled, no part is copied
+            dw = torch.cat([part.mT @ x for part in du.split(WEIGHT_GRAD_ROWS, dim=1)])
             dx, _, _ = product("none", du, w, [], x.dtype)
         first = ve[:, : GATE_INPUTS // 2] if gated_by_ve else None
         dgate_in, dve_first, dw_gates = gates_backward(
@@ -2698,42 +2679,25 @@ class AttentionInputs(torch.autograd.Function):
         if first is not None:
             add_columns(dve, dve_first)
         dw_gate, dw_value = dw_gates.sum(0).to(w_gate.dtype).split([len(w_gate), dw_gates.size(1) - len(w_gate)])
-        return (dx, None, dw, dw_gate, None if w_value is None else dw_value, None if ve is None else dve,
-                *[None] * 6)
+        return dx, None, dw, dw_gate, None if w_value is None else dw_value, None if ve is None else dve, *[None] * 6
 
 
-# --- Loss of the head
+# --- Head: loss of logits, transposes, and product, loss and gradient at once
 
-def softcapped_mtp_loss_reference(
-    logits: Tensor,  # [T, V]
-    targets: Tensor,  # [T, k], -1: none
-    weights: Tensor,  # [k] fp32
-    grad_dtype: torch.dtype,
-    grad_scale: float,
-    cap: float,  # z = cap * sigmoid((logit + shift) / width)
-    shift: float,
-    width: float,
-) -> tuple[Tensor, Tensor]:
-    """Multi-token cross entropy on soft-capped logits [T] fp32, and d sum(loss) / d logits / grad_scale [T, V].
-
-    A position predicts its targets with these weights, as far as it has them. Capped logits lie in (0, cap), so the
-    softmax needs no pass for its maximum: cap itself is the shift.
-    """
-    V = logits.size(1)
+def softcapped_mtp_loss_reference(logits: Tensor, targets: Tensor, weights: Tensor, grad_dtype: torch.dtype,
+                                  grad_scale: float, cap: float, shift: float, width: float) -> tuple[Tensor, Tensor]:
+    """Multi-token cross entropy [T] fp32 on logits [T, V] capped as z = cap * sigmoid((logit + shift) / width), and
+    d sum(loss) / d logits / grad_scale [T, V]. A position predicts its targets [T, k], with -1 for none, with weights
+    [k]. z lies in (0, cap), so the softmax needs no pass for its maximum: cap itself is subtracted."""
     u = torch.sigmoid((logits.float() + shift) / width)  # [T, V]; z = cap * u
     e = torch.exp(cap * u - cap)
     total = e.sum(dim=1)  # [T]
     lse = total.log() + cap
-    column = torch.arange(V, device=logits.device)
-    loss, hits, mass = torch.zeros_like(lse), 0.0, torch.zeros_like(lse)
-    for k in range(len(weights)):
-        target = targets[:, k]  # [T]; -1 matches no column
-        weight = torch.where(target >= 0, weights[k], 0.0)
-        z = cap * u.gather(1, target.clamp_min(0)[:, None])[:, 0]
-        loss = loss + weight * (lse - z)
-        mass = mass + weight
-        hits = hits + weight[:, None] * (column == target[:, None])
-    dz = (mass / total)[:, None] * e - hits
+    column = torch.arange(logits.size(1), device=logits.device)
+    weights = torch.where(targets >= 0, weights, 0.0)  # [T, k]; below, a target of -1 matches no column
+    loss = (weights * (lse[:, None] - cap * u.gather(1, targets.clamp_min(0)))).sum(1)
+    hits = sum(w[:, None] * (column == target[:, None]) for w, target in zip(weights.unbind(1), targets.unbind(1)))
+    dz = (weights.sum(1) / total)[:, None] * e - hits
     grad = dz * (cap / width / grad_scale) * u * (1 - u)
     return loss, grad.to(grad_dtype)
 
@@ -2851,7 +2815,6 @@ def softcapped_mtp_loss(logits: Tensor, targets: Tensor, weights: Tensor, grad_d
            shift, width, K, rows, num_warps=2)
     return loss, grad
 
-# --- Transposes
 
 @jit
 def transpose_kernel(src, dst, m, n, BLOCK: tl.constexpr):
@@ -2873,11 +2836,7 @@ def transposed(src: Tensor) -> Tensor:
     return dst
 
 
-# --- Head: product, loss and gradient
-
 X_SCALE, W_SCALE, GRAD_SCALE = 100 / FP8_MAX, 1.6 / FP8_MAX, 0.75 / FP8_MAX  # tuned: a step of the format's grid
-
-
 PLAIN_HEAD_ROWS = 4096  # tokens whose logits the plain head holds at a time: 0.8 GB for each fp32 copy
 
 
@@ -2949,10 +2908,8 @@ class HeadLoss(torch.autograd.Function):
 # --- Gradients of embedding tables
 
 def scatter_add_rows_reference(rows: Tensor, ids: Tensor, out: Tensor, order: Tensor | None = None) -> None:
-    """out[ids[i]] += rows[i] for rows [T, D], ids [T] int32, out [table rows, D] fp32, in place.
-
-    order [T] int32, a permutation that makes equal ids neighbours, changes the speed only.
-    """
+    """out[ids[i]] += rows[i] for rows [T, D], ids [T] int32, out [table rows, D] fp32, in place. order [T] int32, a
+    permutation that makes equal ids neighbours, changes the speed only."""
     out.index_add_(0, ids, rows.to(out.dtype))
 
 
@@ -2977,8 +2934,8 @@ def scatter_add_kernel(rows, ids, order, out, T, D, COUNT: tl.constexpr, BLOCK: 
 def scatter_add_rows(rows: Tensor, ids: Tensor, out: Tensor, order: Tensor | None = None) -> None:
     assert rows.is_contiguous() and out.is_contiguous() and out.dtype == torch.float32
     (T, D), count = rows.shape, 16
-    scatter_add_kernel[(triton.cdiv(T, count),)](
-        rows, ids, order, out, T, D, count, triton.next_power_of_2(D), num_warps=4)
+    blocks, columns = triton.cdiv(T, count), triton.next_power_of_2(D)
+    scatter_add_kernel[(blocks,)](rows, ids, order, out, T, D, count, columns, num_warps=4)
 
 
 # ==== 9. Attention: attention(q, k, v, cu_seqlens, max_len, window, scale, gate) with interchangeable backends ====
@@ -2994,20 +2951,16 @@ def gated(y: Tensor, gate: Tensor | None) -> Tensor:
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int, scale: float,
                         gate: Tensor | None = None) -> Tensor:
-    """Causal attention inside documents with a left window, in plain PyTorch; runs on any device.
-
-    q, k, v [T, h, d]; cu_seqlens int32, document ends from 0 to T, padded with T. A query sees itself and the `window`
-    tokens before it in its document. Returns [T, h, d], times gate [T, h] if given. max_len, the longest document, is
-    for other backends.
-    """
-    T = q.size(0)
+    """Causal attention inside documents with a left window, in plain PyTorch: a query sees itself and the `window`
+    tokens before it in its document. q, k, v, the result [T, h, d], times gate [T, h] if given; cu_seqlens int32,
+    document ends from 0 to T, padded with T. max_len, the longest document, is for other backends."""
+    T = len(q)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, h, T, d]
     position = torch.arange(T, device=q.device)
     document = torch.searchsorted(cu_seqlens, position.to(cu_seqlens.dtype), right=True)
     out = []
     for lo in range(0, T, REFERENCE_BLOCK):
-        query = slice(lo, min(lo + REFERENCE_BLOCK, T))
-        key = slice(max(lo - window, 0), query.stop)
+        query, key = slice(lo, lo + REFERENCE_BLOCK), slice(max(lo - window, 0), lo + REFERENCE_BLOCK)
         back = position[query, None] - position[None, key]
         seen = (back >= 0) & (back <= window) & (document[query, None] == document[None, key])
         out.append(F.scaled_dot_product_attention(q[:, :, query], k[:, :, key], v[:, :, key], seen, scale=scale))
@@ -3067,8 +3020,7 @@ def flash4_options(cu_seqlens: Tensor, max_len: int, window: Tensor, scale: floa
 @op(shapes=lambda q, k, v, *_: (torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
 def flash4(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cu_seqlens: Tensor, max_len: int, window: Tensor,
            scale: float) -> tuple[Tensor, Tensor]:
-    """Output [T, h, d], times gate [T, h], and log-sum-exp [h, T] fp32 of FlashAttention-4 (package flash-attn-4).
-    window: as of Windows.at_run_time."""
+    """Output times gate [T, h], and log-sum-exp [h, T] fp32. window: as of Windows.at_run_time."""
     from flash_attn.cute import interface
 
     options = flash4_options(cu_seqlens, max_len, window, scale)
@@ -3078,28 +3030,6 @@ def flash4(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cu_seqlens: Tensor, ma
             interface._flash_attn_fwd, "compile_cache", kept):
         out, lse, *_ = interface._flash_attn_fwd(q, k, v, lse=lse, return_lse=True, **options)
     return out, lse
-
-
-def flash4_preprocess_reference(out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor, cu_seqlens: Tensor, block: int,
-                                sums: Tensor, lse2: Tensor, zero: Tensor) -> Tensor:
-    """Sums [T, h] fp32 over each head of dout times the output before the gate, from out, dout [T, h, d], gate [T, h]:
-    the first part of flash4's backward.
-
-    It also writes for padded rows, where document i begins at block floor(cu_seqlens[i] / block) + i: the sums
-    [h, rows], lse2 = log2(e) (lse - log(gate)) [h, rows] from lse [h, T], and zeros into `zero` [h, rows d], where the
-    package then sums the gradient of q. Where a document's last block goes on after its end, sums are 0 and lse2
-    infinite.
-    """
-    dots = (out.float() * dout.float()).sum(-1) / gate.float().clamp_min(GATE_MIN)
-    lse = lse - gate.float().mT.log()
-    for i, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
-        at = (start // block + i) * block
-        used = at + round_up(end - start, block)
-        zero[:, at * out.size(2) : used * out.size(2)] = 0
-        sums[:, at:used], lse2[:, at:used] = 0, math.inf
-        sums[:, at : at + end - start] = dots[start:end].mT
-        lse2[:, at : at + end - start] = math.log2(math.e) * lse[:, start:end]
-    return dots
 
 
 @jit
@@ -3128,6 +3058,11 @@ def flash4_preprocess_kernel(out, dout, lse, gate, cu_seqlens, sums, lse2, zero,
 
 def flash4_preprocess(out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor, cu_seqlens: Tensor, block: int,
                       sums: Tensor, lse2: Tensor, zero: Tensor) -> Tensor:
+    """Sums [T, h] fp32 over each head of dout times the output before the gate, from out, dout [T, h, d], gate [T, h]:
+    the first part of flash4's backward. It also writes for padded rows, where document i begins at block
+    floor(cu_seqlens[i] / block) + i: the sums [h, rows], lse2 = log2(e) (lse - log(gate)) [h, rows] from lse [h, T],
+    and zeros into `zero` [h, rows d], where the package then sums q's gradient. Past a document's end, in its last
+    block, sums are 0 and lse2 infinite."""
     (T, h, d), room, documents = out.shape, sums.size(1), len(cu_seqlens) - 1
     assert all(x.is_contiguous() for x in (out, dout, lse, cu_seqlens)) and zero.size(1) == room * d
     dots = lse.new_empty(T, h)
@@ -3139,13 +3074,11 @@ def flash4_preprocess(out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor, cu_s
 
 @op(shapes=lambda q, k, v, *_: (
     torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), q.new_empty(q.shape[:2], dtype=torch.float32)))
-def flash4_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor,
-                    cu_seqlens: Tensor, max_len: int, window: Tensor,
-                    scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of flash4's q, k, v and gate (fp32) from its results and the gradient dout of out.
-
-    flash4_preprocess takes the place of the package's first kernel, which would not hand out the sums.
-    """
+def flash4_backward(
+        q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, gate: Tensor, cu_seqlens: Tensor,
+        max_len: int, window: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of flash4's q, k, v and gate (fp32) from its results and the gradient dout of out. flash4_preprocess
+    takes the place of the package's first kernel, which would not hand out the sums."""
     from flash_attn.cute import interface
 
     options = flash4_options(cu_seqlens, max_len, window, scale)
@@ -3161,8 +3094,7 @@ def flash4_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, 
 
 class Flash4(torch.autograd.Function):
     """attention_flash4. The gradients of q, k and v are linear in the softmax's weights exp(score - lse), so taking
-    log(gate) from lse multiplies them by the gate, without a pass over dy. The gate's own is what backward begins with:
-    the sums of the output before the gate times dy."""
+    log(gate) from lse multiplies them by the gate, without a pass over dy. The gate's own: flash4_preprocess's sums."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cu_seqlens: Tensor, *options) -> Tensor:
@@ -3175,12 +3107,12 @@ class Flash4(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         q, k, v, gate, cu_seqlens, out, lse = ctx.saved_tensors
         *grads, dgate = flash4_backward(q, k, v, out, dy, lse, gate, cu_seqlens, *ctx.options)
-        return *grads, dgate.to(gate.dtype), None, None, None, None
+        return *grads, dgate.to(gate.dtype), *[None] * 4
 
 
 def attention_flash4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int | Tensor,
                      scale: float, gate: Tensor | None = None) -> Tensor:
-    """attention_reference by FlashAttention-4."""
+    """attention_reference by FlashAttention-4 (package flash-attn-4)."""
     gate = q.new_ones(q.shape[:2]) if gate is None else gate
     window = window if isinstance(window, Tensor) else torch.tensor([window, 1, 1], dtype=torch.float64, device="cpu")
     return Flash4.apply(q, k, v, gate, cu_seqlens, max_len, window, scale)
@@ -3216,14 +3148,12 @@ FLASH4_DIMS = 32, 64, 128  # widths of heads that flash4_preprocess takes
 ATTENTION_BACKENDS = {"fa4": load_flash4, "fa3": load_flash3, "torch": lambda: attention_torch,
                       "reference": lambda: attention_reference}
 
-
 MEMORY_USED = 0.9  # of a GPU's; the rest is for NCCL, fragments and the context
 # Bytes, from peaks on an H100: of a parameter with its gradient and moments; of a token, a layer and a channel by
 # kernels, plain, and plain with recompute; of a logit by kernels, and of one in a plain chunk; of a token and a channel
 # in validation (H200). Counted on a CPU: what dense connections and a layer's exclusive attention keep of them
 PARAMETER_BYTES, KERNEL_BYTES, PLAIN_BYTES, RECOMPUTE_BYTES, LOGIT_BYTES, CHUNK_BYTES = 14, 27, 45, 29, 3, 12
-VAL_BYTES = 93
-DENSE_BYTES, EXCLUSIVE_BYTES = 14, 6
+VAL_BYTES, DENSE_BYTES, EXCLUSIVE_BYTES = 93, 14, 6
 
 
 def with_graphs(hp: Recipe) -> bool:
@@ -3278,8 +3208,7 @@ def choose_backends(hp: Recipe, device: torch.device) -> Recipe:
     fits = hopper_fits(hp, device)
     require(fits or hp.kernels != "hopper", "--kernels=hopper needs a Hopper GPU, Triton, the package quack-kernels, "
             "bfloat16 and a --head_dim that is a power of 2; use --kernels=auto")
-    kernels = ("hopper" if fits else "plain") if hp.kernels == "auto" else hp.kernels
-    hp = replace(hp, kernels=kernels)
+    hp = replace(hp, kernels=("hopper" if fits else "plain") if hp.kernels == "auto" else hp.kernels)
     hp = fit_memory(hp, device) if hp.micro_tokens == "auto" else hp
     if hp.ngram_rows and device.type == "cuda":
         rows = range(2 * SEGMENTS, hp.ngram_rows + 1, 2 * SEGMENTS)
@@ -3340,8 +3269,7 @@ def value_gate_sees_ve(layer: Layer, w: AttentionWeights) -> bool:
 
 def plain_attention_inputs(h: Stream, w: AttentionWeights, ve: Tensor | None, cos: Tensor, sin: Tensor, layer: Layer,
                            fp8: Fp8Weight | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    qkv = Fp8Linear.apply(h.x, w.qkv, fp8) if fp8 else F.linear(h.x, w.qkv)
-    qkv = qkv.view(len(h.x), 3, -1, 4 * cos.size(1))
+    qkv = (Fp8Linear.apply(h.x, w.qkv, fp8) if fp8 else F.linear(h.x, w.qkv)).view(len(h.x), 3, -1, 4 * cos.size(1))
     first = ve[:, : GATE_INPUTS // 2] if value_gate_sees_ve(layer, w) else None
     gate, value_gate = gates_reference(h.x[:, :GATE_INPUTS], None, first, w.gate, w.value_gate)
     value_gate = None if w.value_gate is None else value_gate
@@ -3374,7 +3302,6 @@ PLAIN = Ops(
     head_loss=lambda *inputs: HeadLoss.apply(*inputs, False),
     add_rows=scatter_add_rows_reference,
 )
-
 
 HOPPER = Ops(
     stream=lambda x: Stream(x, inverse_rms(x.detach().float().square(), x.size(1))),
@@ -3479,8 +3406,7 @@ def case_inputs(case: Case, sizes: dict[str, int], dtype: torch.dtype, device: t
         if text in ("2 L", "1"):
             x, kind = 0.5 + torch.rand(shape, generator=generator), torch.promote_types(dtype, torch.float32)
         else:
-            scale = 1.0 if "T" in text else shape[-1] ** -0.5
-            x, kind = scale * torch.randn(shape, generator=generator), dtype
+            x, kind = (1.0 if "T" in text else shape[-1] ** -0.5) * torch.randn(shape, generator=generator), dtype
         inputs.append(x.to(device, kind))
     return inputs
 
@@ -3501,8 +3427,7 @@ CASE_TOLERANCE = 2.0**-5  # two roundings to bf16 are 2^-7, FP8's a little more;
 
 
 def check_ops(ops: Ops, device: torch.device) -> None:
-    """Compare each operation once with PLAIN's, on small inputs: an edit of the mathematics that reached only one of
-    them ends the run."""
+    """Compare each operation with PLAIN's on small inputs: an edit of the mathematics of only one ends the run."""
     for name, case in CASES.items():
         if getattr(ops, case.op) is getattr(PLAIN, case.op):
             continue
@@ -3605,12 +3530,10 @@ def fits(value: object, kind: object) -> bool:
     return any(map(fits_one, options(kind)))
 
 
-def require_cell(place: str, row: NamedTuple, column: str, ok: object, text: str) -> None:
-    require(ok, f"{place}.{column}={getattr(row, column)!r}: {text}")
-
-
 def rows_of(hp: Recipe, table: str) -> Iterator[tuple[Callable, NamedTuple]]:
-    """Each row of a table after require_cell for it."""
+    """Each row of a table, after a function (column, ok, text) which requires that a cell of it is ok."""
+    def require_cell(place: str, row: NamedTuple, column: str, ok: object, text: str) -> None:
+        require(ok, f"{place}.{column}={getattr(row, column)!r}: {text}")
     found = getattr(hp, table.lower())
     for i, row in enumerate([found] if table == "READOUT" else found):
         place = {"READOUT": table, "PARAMS": f"PARAMS.{row[0]}"}.get(table, f"{table}.{i}")
@@ -3622,12 +3545,12 @@ def check_recipe(hp: Recipe) -> None:
     for name, f in KEYS.items():
         value, kind = getattr(hp, name), TYPES[Recipe][name]
         choices, least, above = (f.metadata[limit] for limit in ("choices", "least", "above"))
-        require(fits(value, kind), f"--{name}={value} must be {in_words(kind)}")
-        require(not choices or value in choices, f"--{name}={value}: use {', '.join(choices)}")
-        require(least is None or value >= least,
-                f"--{name}={value} must not be {f'below {least}' if least else 'negative'}")
+        key = f"--{name}={value}"
+        require(fits(value, kind), f"{key} must be {in_words(kind)}")
+        require(not choices or value in choices, f"{key}: use {', '.join(choices)}")
+        require(least is None or value >= least, f"{key} must not be {f'below {least}' if least else 'negative'}")
         require(above is None or value == "auto" or value > above,
-                f"--{name}={value} must be {f'above {above}' if above else 'positive'}")
+                f"{key} must be {f'above {above}' if above else 'positive'}")
     for table, columns in TABLES.items():
         for need, row in rows_of(hp, table):
             for column, kind in TYPES[columns].items():
@@ -3674,8 +3597,7 @@ def check_layers(hp: Recipe) -> None:
         need("dense", layer.dense is None or (last and layer.reads and layer.value_table is not None and layer.mlps),
              "use none, but in the last layer, with reads, value_table and mlps")
         for column in ("paired", "key_offset", "exclusive", "value_table", "reads", "fp8_qkv", "dense"):
-            value = getattr(layer, column)
-            need(column, layer.window or value is None or value is False,  # a table 0 is neither
+            need(column, layer.window or any(getattr(layer, column) is x for x in (None, False)),  # 0 is a table
                  "a layer without attention (window=none) takes none or false")
     require(hp.attn_layers, "LAYERS.*.window: use short or long in one layer at least")
     (need, readout), = rows_of(hp, "READOUT")
@@ -3804,9 +3726,8 @@ def parse_args(argv: list[str]) -> tuple[Recipe, argparse.Namespace]:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head
         print(help_text(args.preset))
         sys.exit()
-    hp = replace(PRESETS[args.preset], **{name: getattr(args, name) for name in KEYS if name in args})
-    for text in args.set:
-        hp = set_cells(hp, text)
+    keys = {name: getattr(args, name) for name in KEYS if name in args}
+    hp = reduce(set_cells, args.set, replace(PRESETS[args.preset], **keys))
     check_recipe(hp)
     require(args.trials > 0, f"--trials={args.trials} must be positive")
     require(args.trials == 1 or not hp.resume, "--resume goes on with one run: use it without --trials")
@@ -3866,18 +3787,17 @@ def print_plan(hp: Recipe) -> None:
 
 def check_shard(path: str, bos: int, count: int = -1) -> np.ndarray:
     """read_shard, after a look at the whole file; raises UserError for anything wrong about it."""
-    again = "delete it and run data/cached_fineweb10B.py again"
+    def need(ok: object, text: str) -> None:
+        require(ok, f"{path}: {text}; delete it and run data/cached_fineweb10B.py again")
     try:
-        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
-        size = os.path.getsize(path)
+        header, size = np.fromfile(path, dtype="<i4", count=HEADER_INTS), os.path.getsize(path)
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}; download the shard again") from None
-    require(len(header) == HEADER_INTS, f"{path}: {size} bytes are too few for a header; {again}")
-    require(header[0] == MAGIC, f"{path}: magic number {header[0]}, not {MAGIC}, so this is no token shard; {again}")
-    require(header[1] == VERSION, f"{path}: version {header[1]} instead of {VERSION}; {again}")
-    expected = 4 * HEADER_INTS + 2 * int(header[2])
-    require(header[2] > 0 and size == expected,
-            f"{path}: the header says {header[2]} tokens, {expected} bytes; the file has {size}; {again}")
+    need(len(header) == HEADER_INTS, f"{size} bytes are too few for a header")
+    need(header[0] == MAGIC, f"magic number {header[0]}, not {MAGIC}, so this is no token shard")
+    need(header[1] == VERSION, f"version {header[1]} instead of {VERSION}")
+    told = 4 * HEADER_INTS + 2 * int(header[2])
+    need(header[2] > 0 and size == told, f"the header says {header[2]} tokens, {told} bytes; the file has {size}")
     tokens = read_shard(path, count)
     if len(tokens) and tokens.max() > bos:
         where = int(np.argmax(tokens > bos))
@@ -3902,7 +3822,7 @@ def check_files(hp: Recipe) -> list[str]:
 
 def check_data(hp: Recipe) -> str:
     """Walk the whole schedule over the shards without training, and say so; UserError for what would stop a run."""
-    files = check_files(hp)
+    files, train = check_files(hp), f"--train_files={hp.train_files}"
     plans = [plan(step, hp) for step in range(hp.num_steps)]
     done = 0
     for (documents, segments), now in zip(walk(files, hp.bos, plans, partial(check_shard, bos=hp.bos)), plans):
@@ -3914,23 +3834,22 @@ def check_data(hp: Recipe) -> str:
     if done < len(plans):
         shards = (read_shard(path) for path in files)
         lengths = np.concatenate([np.diff([*np.flatnonzero(x == hp.bos), len(x)]) for x in shards])
-        require(len(lengths), f"--train_files={hp.train_files}: no document begins in them, as no token is {hp.bos}; "
-                "use the --vocab_size that they were made for, or make them again")
+        require(len(lengths), f"{train}: no document begins in them, as no token is {hp.bos}; use the --vocab_size "
+                "that they were made for, or make them again")
         cut = max(now.windows.max_doc for now in plans)
         require(2 * np.minimum(lengths, cut).sum() >= lengths.sum(),
-                f"--train_files={hp.train_files}: documents are cut to {cut} tokens ({(lengths > cut).sum()} of "
-                f"{len(lengths)}) and the rest is skipped, so the shards last {done} of {len(plans)} steps; make them "
-                "again with shorter ones (data/fineweb.py --max_chars), or raise max_doc in STAGES")
+                f"{train}: documents are cut to {cut} tokens ({(lengths > cut).sum()} of {len(lengths)}) and the rest "
+                f"is skipped, so the shards last {done} of {len(plans)} steps; make them again with shorter ones "
+                "(data/fineweb.py --max_chars), or raise max_doc in STAGES")
         used, missing = (sum(now.batch_tokens for now in part) for part in (plans[:done], plans[done:]))
         # what a shard yields after cuts, or all of it if none lasted a step
         shards = math.ceil(missing / ((used or sum(map(os.path.getsize, files)) // 2) / len(files)))
-        raise UserError(f"--train_files={hp.train_files}: the shards ({len(files)}) last {done} of "
-                        f"{len(plans)} steps; add about {shards} more of this size, or lower "
-                        "--num_scheduled_iterations")
+        raise UserError(f"{train}: the shards ({len(files)}) last {done} of {len(plans)} steps; add about {shards} "
+                        "more of this size, or lower --num_scheduled_iterations")
     return f"the train shards ({len(files)}) last all {len(plans)} steps; validation has its tokens"
 
 
-# --- Ranks
+# --- Ranks, trials
 
 class Ranks(NamedTuple):
     """This process among all: its number, how many there are, and its device."""
@@ -3958,20 +3877,17 @@ def setup_ranks(hp: Recipe) -> Ranks:
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor")
     rank, world, local = launched_ranks()
     cuda = hp.device != "cpu" and torch.cuda.is_available()
-    require(cuda or hp.device == "cpu",
-            "no NVIDIA GPU that PyTorch can use here (python tools/doctor.py tells why); --preset=demo trains a small "
-            "model on the CPU")
+    require(cuda or hp.device == "cpu", "no NVIDIA GPU that PyTorch can use here (python tools/doctor.py tells why); "
+            "--preset=demo trains a small model on the CPU")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    require(not cuda or here <= torch.cuda.device_count(),
-            f"{here} processes need a GPU each, but {torch.cuda.device_count()} are visible: start fewer processes, or "
-            "use --preset=demo to train on the CPU")
+    require(not cuda or here <= torch.cuda.device_count(), f"{here} processes need a GPU each, but "
+            f"{torch.cuda.device_count()} are visible: start fewer processes, or use --preset=demo to train on the CPU")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     else:
         reuse_cpu_memory()
-    # gloo carries Python objects and errors, NCCL the tensors of a GPU run
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # gloo carries Python objects and errors, NCCL a GPU's tensors
     if os.environ.get("RANK"):
         dist.init_process_group(backend, device_id=device if cuda else None)
     else:
@@ -3989,19 +3905,16 @@ def reuse_cpu_memory() -> None:
 
 def on_every_rank(f: Callable) -> object:
     """f() on every rank; if it raises a UserError on any, all ranks raise the same."""
-    result = error = None
     try:
-        result = f()
+        result, error = f(), None
     except UserError as e:
-        error = str(e)
+        result, error = None, str(e)
     errors = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     for rank, error in enumerate(errors):
         require(error is None, error if rank == 0 else f"{error} (on rank {rank})")
     return result
 
-
-# --- Trials
 
 def train_trials(hp: Recipe, count: int, ranks: Ranks, saved: dict | None, notes: list[str]) -> int:
     """Train hp, or so many trials of it with the next seeds, after one set-up; returns the last exit status."""
@@ -4033,17 +3946,13 @@ def train_trials(hp: Recipe, count: int, ranks: Ranks, saved: dict | None, notes
 
 # --- What runs beside the training: a thread that prepares batches, and graphs
 
-class Ahead:
-    """Iterates over items that a thread prepares, up to n of them ahead; what it raises is raised here. With a device,
-    the items' tensors are moved there when they are asked for."""
+class Ahead(Iterator):
+    """Items that a thread prepares, up to n ahead; what it raises is raised here. next() sends them to a device."""
 
     def __init__(self, items: Iterator, n: int, device: torch.device | None = None):
         self.items, self.device = items, device
         self.thread = ThreadPoolExecutor(1)
         self.waiting = deque(self.thread.submit(next, items) for _ in range(n + 1))  # one of them in work
-
-    def __iter__(self) -> Ahead:
-        return self
 
     def __next__(self) -> object:
         self.waiting.append(self.thread.submit(next, self.items))
@@ -4155,7 +4064,8 @@ class Log:
                 with contextlib.suppress(OSError):  # it tries once more to write
                     self.files.pop(path).close()
                 self.lost.append(f"warning: the log {path} is incomplete ({e.strerror})")
-                tqdm.write(f"{self.lost[-1]}; training goes on, copy what you need from the terminal", file=sys.stderr)
+                with contextlib.suppress(OSError):  # stderr may be a file on the same full disk
+                    tqdm.write(f"{self.lost[-1]}; training goes on, copy what you need from the terminal", sys.stderr)
 
     def __call__(self, text: str, show: bool = True) -> None:
         self.write(self.path, text)
@@ -4179,13 +4089,13 @@ class Log:
                 self.bar.update(step - self.bar.n)
 
     def close(self) -> None:
-        if self.bar:
-            with contextlib.suppress(OSError):
-                self.bar.close()
         for file in self.files.values():
             file.close()
-        for text in self.lost:
-            print(text, file=sys.stderr)
+        with contextlib.suppress(OSError):
+            if self.bar:
+                self.bar.close()
+            for text in self.lost:
+                print(text, file=sys.stderr)
 
     def result(self, val_loss: float, hp: Recipe, ms: float, ranks: Ranks) -> None:
         cuda = ranks.device.type == "cuda"
@@ -4199,8 +4109,7 @@ class Log:
 
 
 def run_flops(hp: Recipe) -> int:
-    """Of a run's products with weights: for each weight and token 2 forward and 4 backward. Attention's are not
-    counted, and the head counts all its classes."""
+    """Of products with weights, for each and a token 2 forward and 4 backward; all of the head's, not attention's."""
     P, A, D, F, V = (hp.sizes[letter] for letter in "PADFV")
     tokens = sum(plan(step, hp).batch_tokens for step in range(hp.num_steps))
     return 6 * (A * 4 * D * D + P * 2 * D * F + D * V) * tokens
@@ -4255,9 +4164,8 @@ class Reports:
             if event:
                 event.synchronize()  # waits for no later work of the device
             loss, *each = losses.tolist()
-            ms = self.clock.ms()
-            self.log.loss("train_loss", loss, step, ms, tokens / max(ms - self.ms, 1e-3) * 1000)
-            self.ms = ms
+            before, self.ms = self.ms, self.clock.ms()
+            self.log.loss("train_loss", loss, step, self.ms, tokens / max(self.ms - before, 1e-3) * 1000)
             for rank, own in enumerate(each):
                 require_finite(own, f"training loss of step {step}", f" on rank {rank}")
 
@@ -4423,20 +4331,13 @@ def run_identity(hp: Recipe) -> dict:
     """What the weights of a run follow from; and the free keys."""
     tables = {table: [list(row) for row in getattr(hp, table.lower())] for table in TABLES if table != "READOUT"}
     shapes = {row.name: param_shape(row, hp) for row in hp.params}  # without padding
-    data = data_fingerprint(sorted(glob.glob(hp.train_files)))
-    return {name: getattr(hp, name) for name in KEYS} | tables | {
-        "READOUT": list(hp.readout), "shapes": shapes, "the contents of --train_files": data}
-
-
-def data_fingerprint(files: list[str]) -> str:
-    """What identifies shards wherever they lie: their sizes and 256 samples of each."""
-    digest = hashlib.sha256()
-    for path in files:
+    digest = hashlib.sha256()  # of shards wherever they lie: their sizes and 256 samples of each
+    for path in sorted(glob.glob(hp.train_files)):
         data = np.memmap(path, np.uint8, "r")
-        digest.update(f"{len(data)} ".encode())
-        for i in range(256):
-            digest.update(data[len(data) * i // 256 :][:4096])
-    return digest.hexdigest()
+        samples = (data[len(data) * i // 256 :][:4096] for i in range(256))
+        digest.update(b"".join([f"{len(data)} ".encode(), *samples]))
+    return {name: getattr(hp, name) for name in KEYS} | tables | {
+        "READOUT": list(hp.readout), "shapes": shapes, "the contents of --train_files": digest.hexdigest()}
 
 
 def recipe_of(saved: dict) -> Recipe:
@@ -4502,9 +4403,8 @@ def read_checkpoint(path: str, hp: Recipe | None = None) -> dict | None:
             for name, x in piece["tensors"].items():
                 saved["tensors"].setdefault(name, []).append(x)
             require(piece["ms"] == saved["ms"], "pieces of several checkpoints")
-        require(isinstance(saved["step"], int) and all(
-            slice_of(saved["tensors"][name], 0, x[0], "meta").shape == x for name, x in old["shapes"].items()),
-            "wrong step or shapes")
+        fit = [slice_of(saved["tensors"][name], 0, x[0], "meta").shape == x for name, x in old["shapes"].items()]
+        require(isinstance(saved["step"], int) and all(fit), "wrong step or shapes")
         saved["hp"] = hp or recipe_of(old)
     except Exception as e:  # zipfile and torch raise many kinds
         cause = " ".join(f"{type(e).__name__}: {e}".split())

@@ -350,6 +350,17 @@ def test_lost_terminal(base, tmp_path, monkeypatch):
     assert (tmp_path / "run.csv").read_text().endswith("\n1,2,,3,4\n")
 
 
+def test_lost_log_and_terminal(base, tmp_path, monkeypatch):
+    """Nor does a log that is lost end the run where stderr takes no warning, as with both on one full disk."""
+    log = t.Log(dataclasses.replace(base, log_dir=str(tmp_path), run_id="run"), ONE)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, open("/dev/full", "w", buffering=1))
+    (tmp_path / "run.txt").unlink()
+    log.loss("train_loss", 2.0, 1, 3.0, 4.0)
+    log.close()
+    assert (tmp_path / "run.csv").read_text().endswith("\n1,2,,3,4\n")
+
+
 @pytest.mark.parametrize("before", [0, 60])
 def test_time_left(base, tmp_path, monkeypatch, before):
     """The bar's first estimate counts neither set-up nor the steps before a resumption."""
