@@ -1139,7 +1139,8 @@ class GPT(nn.Module):
 
     def copy_weights(self) -> None:
         """Fill self.fp8 before the micro-steps of a step, in place, as graphs of these are replayed."""
-        tree_map(lambda old, new: old.copy_(new) if isinstance(old, Tensor) else old, self.fp8, self.fp8_weights())
+        if self.fp8:
+            tree_map(lambda old, new: old.copy_(new) if isinstance(old, Tensor) else old, self.fp8, self.fp8_weights())
 
     def attend(
         self,
@@ -1802,25 +1803,24 @@ class Run:
 
         The first two steps of each stage have every shape of training, and every update. All first ones come first, as
         graphs are then captured in the memory that these have given back."""
-        stages = [*itertools.pairwise(stage_bounds(self.hp))]
+        bounds = stage_bounds(self.hp)
         # to draw them again takes 2.4 s (H100); the n-gram table, too large to keep, begins with zeros
         weights = {row.name: getattr(self.model, row.name).detach().to("cpu", copy=True)
                    for row in self.hp.params if row.reduce != "rows"}
         started = time.perf_counter()
-        for steps in ([first for first, _ in stages], [first + 1 for first, end in stages if first + 1 < end]):
+        for steps in (bounds[:-1], [first + 1 for first, end in itertools.pairwise(bounds) if first + 1 < end]):
             with contextlib.closing(load_batches(self.hp, self.ranks, steps)) as loader:
                 for step in steps:
                     now = plan(step, self.hp)
                     self.train_step(*next(loader), now)
-                    if not self.micro_step.capturing:
+                    if step in bounds:
                         self.evaluate(validation, now, chunks=1)
                     log(f"warm-up: step {step} after {time.perf_counter() - started:.0f} s")
             self.micro_step.capture_all()
-            self.optimizer.reset()
+            self.optimizer.reset()  # the next batches' cycles are their own
         self.evaluate(validation, now, last=True, chunks=1)
         for name, p in self.optimizer.params.items():
             p.data.copy_(weights.get(name, torch.zeros(1)))
-        self.optimizer.reset()
 
 
 def train(run: Run, log: Log, watch: Watch, saved: dict | None) -> int:
@@ -2346,7 +2346,8 @@ class ReluSquareMLP(torch.autograd.Function):
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FP8_MAX = 448.0  # largest e4m3 number
 # Of the numbers that are stored as 1; all but weights' are known beforehand. Rows after a norm are at most sqrt(D), 28;
-# relu^2 is cut at 448, and below 2^-6 loses precision; gradients, as e5m2, lie between 2^-29 and 7 times the loss scale
+# relu^2 is cut at 448, below 2^-6 loses precision, and has the unit 1, as root8 takes the root of what is stored;
+# gradients, as e5m2, lie between 2^-29 and 7 times the loss scale
 NORMED_SCALE, HIDDEN_SCALE, GRADIENT_SCALE = 2.0**-4, 1.0, 2.0**-13
 
 
@@ -2851,12 +2852,12 @@ def head_gradients(x: Tensor, w: Tensor, columns: Tensor | None, targets: Tensor
         fp8 = fp8._replace(bits=turn(gathered), turned=gathered)
     elif columns is not None:
         w = w[:, columns]
+    scale = x.new_full((), fp8.forward, dtype=torch.float32) if fp8 else None
 
     total, dx, dw = 0.0, [], None
     for chunk, ahead in zip(x.split(rows), targets.split(rows)):
         if fp8:
             x8 = (chunk / X_SCALE).to(E4M3)
-            scale = x.new_full((), fp8.forward, dtype=torch.float32)
             # stored while the next tile is computed: 3.29 ms, where cuBLAS takes 3.66 (H200). Plain, no fp32 logits
             logits = (product("scaled8", x8, fp8.turned.mT, [scale], torch.bfloat16)[0] if fast else
                       fp8_product(x8, fp8.turned.mT, scale, torch.bfloat16))  # [rows, V]
