@@ -366,33 +366,45 @@ def small(recipe: Recipe) -> Recipe:
     return replace(
         without_fp8(recipe), train_files=f"{sample}/fineweb_train_*.bin", val_files=f"{sample}/fineweb_val_*.bin",
         val_tokens=8192, val_chunk=1024, num_scheduled_iterations=60, num_extension_iterations=4, val_every=20,
-        batch_unit=512, micro_tokens=512, block=16, model_dim=96, head_dim=16, bigram_ratio=1, muon_momentum_warmup=30,
-        muon_momentum_cooldown=8, ngram_rows=min(recipe.ngram_rows, 4096), dtype="float32", compile=False,
-        device="cpu")
+        batch_unit=recipe.batch_unit // 256, micro_tokens=512, block=16, model_dim=96, head_dim=16, bigram_ratio=1,
+        muon_momentum_warmup=30, muon_momentum_cooldown=8, ngram_rows=min(recipe.ngram_rows, 4096), dtype="float32",
+        compile=False, device="cpu")
 
 
 def mini(recipe: Recipe) -> Recipe:
     """The same recipe at a size for one GPU of 12 GB: two thirds of the width, a quarter of the batch."""
-    return replace(recipe, model_dim=512, num_heads=4, batch_unit=32_768, val_chunk=65_536, bigram_ratio=1)
+    return replace(recipe, model_dim=512, num_heads=4, batch_unit=recipe.batch_unit // 4, val_chunk=65_536,
+                   bigram_ratio=1)
 
 
-def frontier(recipe: Recipe) -> Recipe:
-    """The recipe plus parts of record #92: --set 'STAGES.*.classes=0' takes all classes; #92 has 10,240 in stages 0 and
-    1, 14,336 in 2 (0.95 of the time, +2 mnat). --set 'LAYERS.*.fp8_mlp=false' multiplies in bf16, --ngram_rows=0 has
-    the bigram table, --tail_average=0 the last weights, for which record80's --cooldown_floor and --cooldown_start are
-    better."""
-    layers = tuple(layer._replace(fp8_qkv=layer.window is not None, fp8_mlp=True) for layer in recipe.layers)
-    *stages, last, extension = [stage._replace(classes=24_576) for stage in recipe.stages]
-    for share, classes in ((0.48, 24_576), (0.36, 24_576), (0.16, 0)):  # as #92's changes lie in its third stage
-        stages += [last._replace(length=share * last.length, classes=classes)]
-    stages += [extension._replace(classes=0, fp8=False)]
-    return replace(recipe, layers=layers, stages=tuple(stages), ngram_rows=10_575_360, tail_average=1.0,
-                   cooldown_start=0.2, cooldown_floor=0.3)
-
-
+# Record #80 with what records #81 to #92 found: README says which cell switches each part off, records/ its worth
+FOUND = dict(fp8_qkv=True, fp8_mlp=True, value_gate_mixed=True)
+FRONTIER_LAYERS = (
+    Layer("short", paired=True, **FOUND),
+    Layer("short", value_table=0, **FOUND),
+    Layer("short", value_table=1, paired=True, **FOUND),
+    Layer("long", "early", key_offset=True, **FOUND),
+    Layer(None, fp8_mlp=True),
+    Layer("short", paired=True, **FOUND),
+    Layer(None, skip_from="early", fp8_mlp=True),
+    Layer("short", "middle", **FOUND),
+    Layer("short", value_table=2, reads="middle", **FOUND),
+    Layer(None, fp8_mlp=True),
+    Layer("long", value_table=3, reads="middle", key_offset=True, dense="early", **FOUND),
+)
+FRONTIER_STAGES = (
+    Stage(1 / 3, 2, 7, 1, 3, 1.00, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), classes=10_240, tied=True, prefix=(0.25, 0.25)),
+    Stage(1 / 3, 4, 16, 3, 7, 1.52, (1.0, 0.5), (1.0, 0.0), classes=10_240, tied=True, prefix=(0.25, 0.0)),
+    Stage(0.16, 6, 16, 5, 11, 1.73, (1.0,), (1.0,), classes=14_336),
+    Stage(0.12, 6, 16, 5, 11, 1.73, (1.0,), (1.0,), classes=24_576),
+    Stage(0.16 / 3, 5, 16, 5, 11, 1.58, (1.0,), (1.0,)),  # 1.73 times sqrt(5 / 6)
+    Stage(None, 3, 16, 6, 13, 1.73, (1.0,), (1.0,), fp8=False),
+)
 RECORD80 = Recipe()
-PRESETS = {"record80": RECORD80, "frontier": frontier(RECORD80), "mini": mini(RECORD80), "demo": small(RECORD80),
-           "frontier_demo": small(frontier(RECORD80))}
+FRONTIER = replace(RECORD80, layers=FRONTIER_LAYERS, stages=FRONTIER_STAGES, batch_unit=65_536, cooldown_start=0.2,
+                   cooldown_floor=0.3, num_scheduled_iterations=1248, ngram_rows=10_575_360, tail_average=1.0)
+PRESETS = {"record80": RECORD80, "frontier": FRONTIER, "mini": mini(RECORD80), "demo": small(RECORD80),
+           "frontier_demo": small(FRONTIER)}
 
 
 class Windows(NamedTuple):

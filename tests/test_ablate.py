@@ -71,7 +71,7 @@ def table():
 @pytest.mark.parametrize("edit", ablate.EDITS, ids=lambda edit: edit.name)
 def test_each_edit_is_another_recipe(edit):
     """train_gpt.py takes its arguments and finds another recipe, of record80 or frontier; its patch is found once."""
-    if ablate.recipe(edit, []) == t.PRESETS["record80"] and not edit.patch:
+    if edit.preset or (ablate.recipe(edit, []) == t.PRESETS["record80"] and not edit.patch):
         assert ablate.recipe(edit, ["--preset=frontier"]) != t.PRESETS["frontier"]
     source = Path(t.__file__).read_text()
     changed = ablate.patched(source, edit)
@@ -265,3 +265,11 @@ def test_demo(tmp_path, byte_files, monkeypatch):
     source = Path(t.__file__).read_text()
     logs = {name: ab.finished_log(Path("out") / name / "0") for name in ("control", "Newton_Schulz")}
     assert logs["control"].source.startswith(source) and not logs["Newton_Schulz"].source.startswith(source)
+
+
+def test_edit_of_one_recipe(capsys, tmp_path):
+    """What only frontier has cannot be left out of another recipe; asked for, it is one line."""
+    asked = [f"--out={tmp_path}", "--controls=1", "--only", "attention in 4", "--", "--preset=demo"]
+    assert ablate.main(asked) == 2
+    assert capsys.readouterr().err == (
+        "error: attention in 4: an edit of one recipe; add --preset=frontier behind --\n")

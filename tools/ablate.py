@@ -51,6 +51,7 @@ class Edit(NamedTuple):
     since: str  # numbers of the public records that brought the idea, as far as records/history.csv names it
     change: str  # cells, and keys with --, as in a shell
     patch: tuple[tuple[str, str], ...] = ()  # texts of the script and what replaces each, where no cell does
+    preset: str = ""  # the one recipe that it is an edit of; empty: any
 
     @property
     def arguments(self) -> list[str]:
@@ -63,6 +64,7 @@ def off(row: str) -> str:
     return f"PARAMS.{row}.init=0 PARAMS.{row}.lr=0"
 
 
+FRONTIER = "frontier"
 EDITS = (
     Edit("no smear", "34", off("smear_lambda")),
     Edit("no bigram table", "62", f"{off('bigram_lambdas')} --bigram_ratio=1"),  # the table that stays is the smallest
@@ -77,7 +79,7 @@ EDITS = (
     Edit("no residual decay", "", "PARAMS.resid_lambdas.init=1 PARAMS.resid_lambdas.lr=0"),
     Edit("MTP off", "53", "STAGES.*.mtp_start=1 STAGES.*.mtp_end=1"),
     # the same tokens in the scheduled steps, at the rate of the stage that has this batch
-    Edit("one batch size", "46", "STAGES.*.batch=2 STAGES.*.lr=1.52"),
+    Edit("one batch size", "46", "--batch_unit=262144 STAGES.*.batch=1 STAGES.*.lr=1.52"),
     Edit("one document cut", "72", "STAGES.*.max_doc=16"),
     Edit("one window", "13", "STAGES.*.short=6 STAGES.*.long=13"),  # the last stage's
     Edit("no YaRN", "31", "STAGES.*.yarn=false"),
@@ -103,6 +105,17 @@ EDITS = (
     Edit("bf16 MLP", "84, 89, 90", "LAYERS.*.fp8_mlp=false"),
     Edit("bf16 QKV", "90", "LAYERS.*.fp8_qkv=false"),
     Edit("bigram table for n-grams", "92", "--ngram_rows=0"),
+    Edit("FP8 in the extension, too", "", "STAGES.*.fp8=true"),
+    Edit("24,576 classes", "", "STAGES.0.classes=24576 STAGES.1.classes=24576 STAGES.2.classes=24576", preset=FRONTIER),
+    Edit("no dense connections", "81", "LAYERS.*.dense=none LAYERS.*.value_gate_mixed=false"),
+    Edit("no prefix term", "88", "STAGES.*.prefix=0,0"),
+    Edit("attention in 4", "92", "LAYERS.4.window=short LAYERS.4.fp8_qkv=true LAYERS.4.value_gate_mixed=true",
+         preset=FRONTIER),
+    Edit("attention in 9", "92", "LAYERS.9.window=short LAYERS.9.paired=true LAYERS.9.reads=middle "
+         "LAYERS.9.value_table=3 LAYERS.10.value_table=4 LAYERS.9.fp8_qkv=true LAYERS.9.value_gate_mixed=true",
+         preset=FRONTIER),
+    Edit("last steps as large", "92", "STAGES.5.batch=6", preset=FRONTIER),
+    Edit("no taper", "92", "STAGES.4.batch=6 STAGES.4.lr=1.73", preset=FRONTIER),
     Edit("no averages", "92", "--tail_average=0"),
     Edit("no averages, cooldown of #80", "92", "--tail_average=0 --cooldown_start=0.4 --cooldown_floor=0.15"),
 )
@@ -346,6 +359,10 @@ def ablate(args: argparse.Namespace) -> int:
         raise LogError(f"no script {args.script}; choose another --script")
     args.script = args.script.resolve()
     edits = [edit for edit in EDITS if not args.only or edit.name in args.only]
+    other = [edit for edit in edits if edit.preset and f"--preset={edit.preset}" not in args.both]
+    if args.only and other:
+        raise LogError(f"{other[0].name}: an edit of one recipe; add --preset={other[0].preset} behind --")
+    edits = [edit for edit in edits if edit not in other]
     whole = recipe(CONTROL, args.both)
     if idle := [edit.name for edit in edits if recipe(edit, args.both) == whole and not edit.patch]:
         print(f"left out, as this recipe is the same with them: {', '.join(idle)}")
