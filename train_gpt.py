@@ -17,7 +17,7 @@ Letters, in shape comments and in PARAMS' shapes:
     F width of an MLP           G channels gates see     K matrices of a bank   P MLPs in all
     V vocabulary, padded        B bigram rows            M n-gram rows      E tables of value embeddings
     L layers                    A layers with attention  R ranks (GPUs)     N steps
-    X rows of strengths of exclusive attention: A or 0           C mixers of dense connections: 2 or 0
+    C mixers of dense connections: 2 or 0
 and in code: x the residual stream, q k v, p a parameter, hp the Recipe of the run.
 
 Map. The algorithm, as a token meets it:
@@ -106,7 +106,6 @@ class Layer(NamedTuple):
     paired: bool = False  # a token enters attention as two, heads 0..H/2-1 and then the rest
     key_offset: bool = False  # half of each key moves one position ahead
     gate: bool = True  # each head's output is gated
-    exclusive: bool = False  # and loses a learned part of what lies along the token's own value (record #82)
     value_table: int | None = None  # which table of value embeddings is mixed into V
     value_gate: bool = True  # it is gated
     value_gate_mixed: bool = False  # on a paired layer, too, half of what the gate sees is the value embedding
@@ -221,7 +220,6 @@ PARAMS = (  # in the order in which gradient reductions launch
     Param("post_lambdas", "L 2", "1", **LAMBDA),  # times the output of attention, of the MLP
     Param("x0_lambdas", "L", "0", **LAMBDA),
     Param("bigram_lambdas", "L", "0.05", **LAMBDA),
-    Param("exclusive_alpha", "X H", "0", **LAMBDA),
     Param("resid_lambdas", "L 2", f"{math.sqrt(1.1)!r}", lr=5, **LAMBDA),  # of attention, of the MLP
     Param("value_embeds", "E*V D", "normal 0.01", reduce="shard", **TABLE),
     Param("embed", "V D", "lm_head", **HEAD),
@@ -351,7 +349,6 @@ class Recipe:
             L=len(self.layers), A=len(self.attn_layers), E=E, V=V, B=0 if self.ngram_rows else self.bigram_ratio * V,
             M=self.ngram_rows, D=self.model_dim, H=self.num_heads, d=self.head_dim, G=GATE_INPUTS,
             F=self.mlp_dim or 4 * self.model_dim, P=sum(layer.mlps for layer in self.layers),
-            X=len(self.attn_layers) * any(layer.exclusive for layer in self.layers),
             C=2 * any(layer.dense for layer in self.layers))
 
 
@@ -962,13 +959,6 @@ def softcap(logits: Tensor, cap: float, shift: float, width: float) -> Tensor:
     return cap * torch.sigmoid((logits.float() + shift) / width)
 
 
-def exclusive(y: Tensor, v: Tensor, alpha: Tensor) -> Tensor:
-    """What attention gives, y [T, H, d], less tanh(alpha [H]) of its part along v [T, H, d] (arXiv 2603.09078)."""
-    y32, v32 = y.float(), v.float()
-    along = (y32 * v32).sum(-1) / v32.square().sum(-1).clamp_min(1e-8)
-    return (y32 - (alpha.tanh() * along)[..., None] * v32).to(y.dtype)
-
-
 def mixed(weights: Iterable[Tensor | float], streams: list[Tensor]) -> Tensor:
     """The sum of streams [T, D] times weights, [T, 1] or [T, D] fp32 or numbers, rounded once."""
     return sum(w * x for w, x in zip(weights, streams)).to(streams[0].dtype)
@@ -1168,10 +1158,7 @@ class GPT(nn.Module):
         gate = gate.view(n * T, H // n) if layer.gate else None
         window = windows.short if layer.window == "short" else windows.long
         documents = batch.cu_seqlens * n, windows.max_doc * n
-        y = self.ops.attention(q, k, v, *documents, window, windows.scale, gate)
-        if layer.exclusive:  # linear in y, so it may follow the gate, one number a head, which a kernel multiplies by
-            y = exclusive(y, v, self.exclusive_alpha[j])
-        return y.reshape(T, H * d)
+        return self.ops.attention(q, k, v, *documents, window, windows.scale, gate).reshape(T, H * d)
 
     def dense_weights(self, x: Tensor, j: int) -> tuple[Tensor, ...]:
         """How much each token of the stream x [T, D] takes of others, 14 times [T, 1] fp32 (MUDD, arXiv 2502.12170)."""
@@ -3152,9 +3139,9 @@ ATTENTION_BACKENDS = {"fa4": load_flash4, "fa3": load_flash3, "torch": lambda: a
 MEMORY_USED = 0.9  # of a GPU's; the rest is for NCCL, fragments and the context
 # Bytes, from peaks on an H100: of a parameter with its gradient and moments; of a token, a layer and a channel by
 # kernels, plain, and plain with recompute; of a logit by kernels, and of one in a plain chunk; of a token and a channel
-# in validation (H200). Counted on a CPU: what dense connections and a layer's exclusive attention keep of them
+# in validation (H200). Counted on a CPU: what dense connections keep of them
 PARAMETER_BYTES, KERNEL_BYTES, PLAIN_BYTES, RECOMPUTE_BYTES, LOGIT_BYTES, CHUNK_BYTES = 14, 27, 45, 29, 3, 12
-VAL_BYTES, DENSE_BYTES, EXCLUSIVE_BYTES = 93, 14, 6
+VAL_BYTES, DENSE_BYTES = 93, 14
 
 
 def with_graphs(hp: Recipe) -> bool:
@@ -3167,7 +3154,7 @@ def memory_needed(hp: Recipe) -> float:
     plain = hp.kernels == "plain"
     world, number = launched_ranks()[1], getattr(torch, hp.dtype).itemsize
     channel = RECOMPUTE_BYTES if hp.recompute else PLAIN_BYTES if plain else KERNEL_BYTES
-    channel = sum(channel + DENSE_BYTES * bool(layer.dense) + EXCLUSIVE_BYTES * layer.exclusive for layer in hp.layers)
+    channel = sum(channel + DENSE_BYTES * bool(layer.dense) for layer in hp.layers)
     step = 0
     for stage in hp.stages:
         S = stage.batch * hp.batch_unit // SEGMENTS
@@ -3592,12 +3579,10 @@ def check_layers(hp: Recipe) -> None:
         for column in ("reads", "skip_from", "dense"):
             need(column, getattr(layer, column) in (None, *earlier),
                  f"use {' or '.join(['none', *earlier])}, a name of an earlier layer")
-        need("exclusive", not (layer.exclusive and layer.paired),
-             "use false, as a paired token attends as two; or paired=false")
         last = i + 1 == len(hp.layers)
         need("dense", layer.dense is None or (last and layer.reads and layer.value_table is not None and layer.mlps),
              "use none, but in the last layer, with reads, value_table and mlps")
-        for column in ("paired", "key_offset", "exclusive", "value_table", "reads", "fp8_qkv", "dense"):
+        for column in ("paired", "key_offset", "value_table", "reads", "fp8_qkv", "dense"):
             need(column, layer.window or any(getattr(layer, column) is x for x in (None, False)),  # 0 is a table
                  "a layer without attention (window=none) takes none or false")
     require(hp.attn_layers, "LAYERS.*.window: use short or long in one layer at least")
