@@ -308,7 +308,7 @@ class Recipe:
                                               "holds, if need be without graphs and with recompute", above=0, free=True)
     recompute: bool = key(False, "compute MLPs again backward instead of keeping them; plain kernels only", free=True)
     ngram_slots: int = key(1_966_080, "n-gram rows that a rank may read between two updates", above=0, free=True)
-    attention: str = key("auto", "backend", choices=("auto", "fa4", "fa3", "torch", "reference"), free=True)
+    attention: str = key("auto", "backend", choices=("auto", "fa4", "torch", "reference"), free=True)
     kernels: str = key("auto", "operations", choices=("auto", "hopper", "plain"), free=True)
     device: str = key("auto", "where to run", choices=("auto", "cuda", "cpu"), free=True)
     log_dir: str = key("logs", "folder of the log and of checkpoints", free=True)
@@ -3112,29 +3112,9 @@ def load_flash4() -> Callable:
     return attention_flash4
 
 
-def attention_flash3(varlen: Callable, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int,
-                     scale: float, gate: Tensor | None = None) -> Tensor:
-    """attention_reference by FlashAttention-3's function `varlen` (Hopper)."""
-    out = varlen(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, softmax_scale=scale, causal=True,
-                 window_size=(window, 0))
-    return gated(out[0] if isinstance(out, tuple) else out, gate)  # some versions add the log-sum-exp
-
-
-def load_flash3() -> Callable:
-    """FlashAttention-3 as installed, or the build that the package kernels downloads from the hub."""
-    try:
-        import flash_attn_interface as flash3
-    except ImportError:
-        from kernels import get_kernel
-
-        flash3 = get_kernel("kernels-community/flash-attn3")
-    return partial(attention_flash3, flash3.flash_attn_varlen_func)
-
-
 FLASH4_DIMS = 32, 64, 128  # widths of heads that flash4_preprocess takes
-# How to get each; the fastest first: fa4 takes 0.6 of torch's time at 49,152 tokens (H200); fa3 has not been measured
-ATTENTION_BACKENDS = {"fa4": load_flash4, "fa3": load_flash3, "torch": lambda: attention_torch,
-                      "reference": lambda: attention_reference}
+# How to get each; the fastest first: fa4 takes 0.6 of torch's time at 49,152 tokens (H200)
+ATTENTION_BACKENDS = {"fa4": load_flash4, "torch": lambda: attention_torch, "reference": lambda: attention_reference}
 
 MEMORY_USED = 0.9  # of a GPU's; the rest is for NCCL, fragments and the context
 # Bytes, from peaks on an H100: of a parameter with its gradient and moments; of a token, a layer and a channel by
@@ -3206,11 +3186,11 @@ def choose_backends(hp: Recipe, device: torch.device) -> Recipe:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         hp = without_fp8(hp)
     gpu = device.type == "cuda" and hp.dtype == "bfloat16"
-    hopper = gpu and gpu_generation(device) == HOPPER_GPU  # elsewhere fa4's package has other kernels, without gates
-    fa4 = hopper and triton is not None and hp.head_dim in FLASH4_DIMS
-    usable = {"fa4": fa4, "fa3": hopper, "torch": gpu, "reference": True}
+    # on GPUs but Hopper fa4's package has other kernels, without gates
+    fa4 = gpu and gpu_generation(device) == HOPPER_GPU and triton is not None and hp.head_dim in FLASH4_DIMS
+    usable = {"fa4": fa4, "torch": gpu, "reference": True}
     for name in ATTENTION_BACKENDS if hp.attention == "auto" else [hp.attention]:
-        reason = "it needs bfloat16 on a GPU, fa4 and fa3 a Hopper one, fa4 Triton and a --head_dim of 32, 64 or 128"
+        reason = "it needs bfloat16 on a GPU, fa4 a Hopper one, Triton and a --head_dim of 32, 64 or 128"
         if usable[name]:
             try:
                 ATTENTION_BACKENDS[name]()
