@@ -2359,6 +2359,7 @@ def quantized_reference(x: Tensor, r: Tensor | None, scale: float, dtype: torch.
 
 @jit
 def quantized_kernel(x, r, y, turned, m, n, factor, MAX: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: a tile. Without y, x is FP8 already and only turned."""
     tiles_m = tl.cdiv(m, BLOCK)
     rows = (tl.program_id(0) % tiles_m * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     columns = (tl.program_id(0) // tiles_m * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
@@ -2366,9 +2367,10 @@ def quantized_kernel(x, r, y, turned, m, n, factor, MAX: tl.constexpr, DTYPE: tl
     v = tl.load(x + rows[:, None] * n + columns[None, :], mask=inside, other=0.0)
     if r is not None:
         v = (v.to(tl.float32) * tl.load(r + rows, mask=rows < m, other=0.0)[:, None]).to(v.dtype)
-    v = tl.clamp(v.to(tl.float32) * factor, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
-    v = v.to(DTYPE).to(tl.int8, bitcast=True)
-    tl.store(y + rows[:, None] * n + columns[None, :], v, mask=inside)
+    if y is not None:
+        v = tl.clamp(v.to(tl.float32) * factor, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
+        v = v.to(DTYPE).to(tl.int8, bitcast=True)
+        tl.store(y + rows[:, None] * n + columns[None, :], v, mask=inside)
     tl.store(turned + columns[:, None] * m + rows[None, :], tl.trans(v), mask=tl.trans(inside))
 
 
@@ -2804,23 +2806,14 @@ def softcapped_mtp_loss(logits: Tensor, targets: Tensor, weights: Tensor, grad_d
     return loss, grad
 
 
-@jit
-def transpose_kernel(src, dst, m, n, BLOCK: tl.constexpr):
-    tiles_m = tl.cdiv(m, BLOCK)
-    rows = (tl.program_id(0) % tiles_m * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    columns = (tl.program_id(0) // tiles_m * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    inside = (rows < m)[:, None] & (columns < n)[None, :]
-    x = tl.load(src + rows[:, None] * n + columns[None, :], mask=inside)
-    tl.store(dst + columns[:, None] * m + rows[None, :], tl.trans(x), mask=tl.trans(inside))
-
-
 @op(lambda src: src.mT.contiguous())
 def transposed(src: Tensor) -> Tensor:
     """src^T for FP8 src [m, n], contiguous [n, m]."""
     (m, n), block = src.shape, 128  # of a sweep on H200, with 8 warps
     dst = src.new_empty(n, m)
-    numbers = src.view(torch.int8), dst.view(torch.int8)  # Triton need not know the type
-    launch(transpose_kernel[(triton.cdiv(m, block) * triton.cdiv(n, block),)], *numbers, m, n, block, num_warps=8)
+    src8, dst8 = src.view(torch.int8), dst.view(torch.int8)  # Triton need not know the type
+    launch(quantized_kernel[(triton.cdiv(m, block) * triton.cdiv(n, block),)], src8, None, None, dst8, m, n, 1.0,
+           MAX=None, DTYPE=None, BLOCK=block, num_warps=8)
     return dst
 
 
