@@ -299,7 +299,7 @@ class Recipe:
     adam_eps: float = key(1e-10, "its epsilon", above=0)
     tail_average: float = key(0.0, "the last weights are averaged by AVERAGES, times this; 0: they are not", least=0)
     # how it runs
-    seed: int = key(0, "draws the initial weights", least=-(2**63))
+    seed: int = key(0, "draws the initial weights")
     dtype: str = key("bfloat16", "of weights and activations", choices=("bfloat16", "float32"))
     fp8_head: bool = key(True, "the training head's products in FP8")
     compile: bool = key(True, "torch.compile; plain eager PyTorch if false", free=True)
@@ -3526,7 +3526,6 @@ def check_sizes(hp: Recipe) -> None:
     """Keys that depend on each other."""
     _, world, _ = launched_ranks()
     require(world > 0 and SEGMENTS % world == 0, f"{world} ranks cannot share {SEGMENTS} segments: use 1, 2, 4 or 8")
-    require(hp.seed < 2**64, f"--seed={hp.seed} must have at most 64 bits")
     require(hp.cooldown_start < 1, f"--cooldown_start={hp.cooldown_start} must be below 1")
     require(hp.batch_unit % SEGMENTS == 0 and hp.batch_unit // SEGMENTS >= MTP_MAX,
             f"--batch_unit={hp.batch_unit} must be a multiple of {SEGMENTS}, and at least {MTP_MAX * SEGMENTS}")
