@@ -1952,10 +1952,8 @@ def gate_inputs(gate_in, stride, r, ve_first, ve_stride, rows, columns, inside, 
     """What gates of heads see and what gates of values see, and the factor of the first; all fp32."""
     front = inside[:, None] & (columns < N)[None, :]
     x = tl.load(gate_in + rows[:, None] * stride + columns[None, :], mask=front, other=0.0).to(tl.float32)
-    factor = tl.full(rows.shape, 1.0, tl.float32)
-    if r is not None:
-        factor = tl.load(r + rows, mask=inside, other=0.0)
-        x *= factor[:, None]
+    factor = tl.full(rows.shape, 1.0, tl.float32) if r is None else tl.load(r + rows, mask=inside, other=0.0)
+    x *= factor[:, None]
     mixed = x
     if ve_first is not None:
         back = front & (columns >= N // 2)[None, :]
@@ -2545,11 +2543,10 @@ def attention_inputs_kernel(qkv, r, ve, gate, cos, sin, q, k, v, T, S, EPS: tl.c
 
 
 @jit
-def store_gradient(x, out, turned, rows, columns, mask, T, N: tl.constexpr, per_unit, MAX: tl.constexpr,
-                   DTYPE: tl.constexpr, FP8: tl.constexpr):
-    """x, in DTYPE, to those places of out [T, N]; with FP8 as e5m2 in units, and to turned [N, T]."""
-    x, to = x.to(DTYPE), rows[:, None] * N + columns
-    if FP8:
+def store_gradient(x, qkv, out, turned, rows, columns, T, N: tl.constexpr, per_unit, MAX: tl.constexpr = 57344.0):
+    """x, of qkv's type, to those places of out [T, N]; with turned [N, T] to both, as e5m2, up to MAX, in units."""
+    x, to, mask = x.to(qkv.dtype.element_ty), rows[:, None] * N + columns, rows < T
+    if turned is not None:
         x = tl.clamp(x.to(tl.float32) * per_unit, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
         x = x.to(tl.float8e5).to(tl.int8, bitcast=True)
         tl.store(turned + tl.trans(columns.to(tl.int64)) * T + rows[None, :], tl.trans(x), mask=mask[None, :])
@@ -2559,7 +2556,7 @@ def store_gradient(x, out, turned, rows, columns, mask, T, N: tl.constexpr, per_
 @jit
 def attention_inputs_backward_kernel(qkv, r, ve, gate, cos, sin, dq, dk, dv, dqkv, turned, dve, dgate, T, S, per_unit,
                                      EPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr,
-                                     OFFSET: tl.constexpr, FP8: tl.constexpr, MAX: tl.constexpr, ROWS: tl.constexpr):
+                                     OFFSET: tl.constexpr, ROWS: tl.constexpr):
     head, rows = tl.program_id(0), tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside, half, position = rows < T, tl.arange(0, D // 2)[None, :], rows % S
     mask = inside[:, None]
@@ -2579,18 +2576,13 @@ def attention_inputs_backward_kernel(qkv, r, ve, gate, cos, sin, dq, dk, dv, dqk
             dback = tl.load(grad + at + D // 2, mask=mask, other=0.0).to(tl.float32)
         # y = own x: dx = own (dy - y mean(dy y))
         mean = ((tl.sum(dfront * front, 1) + tl.sum(dback * back, 1)) / D)[:, None]
-        store_gradient(own * (dfront - front * mean), dqkv, turned, rows, columns, inside, T, 3 * H * D, per_unit, MAX,
-                       qkv.dtype.element_ty, FP8)
-        store_gradient(own * (dback - back * mean), dqkv, turned, rows, columns + D // 2, inside, T, 3 * H * D,
-                       per_unit, MAX, qkv.dtype.element_ty, FP8)
+        store_gradient(own * (dfront - front * mean), qkv, dqkv, turned, rows, columns, T, 3 * H * D, per_unit)
+        store_gradient(own * (dback - back * mean), qkv, dqkv, turned, rows, columns + D // 2, T, 3 * H * D, per_unit)
     wide = tl.arange(0, D)[None, :]
     at = rows[:, None] * (H * D) + head * D + wide
     dvalue = tl.load(dv + at, mask=mask, other=0.0).to(tl.float32)
-    scaled = dvalue
-    if r is not None:
-        scaled = dvalue * tl.load(r + rows, mask=inside, other=0.0)[:, None]
-    store_gradient(scaled, dqkv, turned, rows, (2 * H + head) * D + wide, inside, T, 3 * H * D, per_unit, MAX,
-                   qkv.dtype.element_ty, FP8)
+    scaled = dvalue if r is None else dvalue * tl.load(r + rows, mask=inside, other=0.0)[:, None]
+    store_gradient(scaled, qkv, dqkv, turned, rows, (2 * H + head) * D + wide, T, 3 * H * D, per_unit)
     if ve is not None:
         g = tl.load(gate + rows * H + head, mask=inside, other=0.0).to(tl.float32)[:, None]
         embedded = tl.load(ve + at, mask=mask, other=0.0).to(tl.float32)
@@ -2622,11 +2614,10 @@ def attention_inputs_backward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, 
     turned, dve = dqkv.new_empty(3 * H * d if fp8 else 0, T), qkv.new_empty(T if mix else 0, H * d)
     dgate = torch.empty_like(gate) if mix else qkv.new_empty(0, H)
     dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
-    out = (dqkv.view(torch.int8), turned.view(torch.int8)) if fp8 else (dqkv, turned)
+    out = (dqkv.view(torch.int8), turned.view(torch.int8)) if fp8 else (dqkv, None)
     rows = 32 if fp8 else ATTENTION_INPUT_ROWS
     launch(attention_inputs_backward_kernel[(H, triton.cdiv(T, rows))], qkv, r, ve, gate, cos, sin, dq, dk, dv, *out,
-           dve, dgate, T, len(cos) // (1 + paired), 1 / unit if fp8 else 1.0, FP32_EPS, H, d, paired, key_offset,
-           fp8, torch.finfo(E5M2).max, rows)
+           dve, dgate, T, len(cos) // (1 + paired), 1 / unit if fp8 else 1.0, FP32_EPS, H, d, paired, key_offset, rows)
     return dqkv, turned, dve, dgate
 
 
