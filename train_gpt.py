@@ -3140,13 +3140,10 @@ def fit_memory(hp: Recipe, device: torch.device) -> Recipe:
     """The recipe with the largest micro-batches, graphs and no recompute, as far as the memory holds them."""
     if device.type == "cpu":
         return replace(hp, micro_tokens=16_384)
-    ways = [*itertools.product((65_536, 32_768, 16_384), (hp.graphs, False), (hp.recompute,))]
-    ways += [(16_384, False, True)] * (hp.kernels == "plain")
-    for tokens, graphs, recompute in ways:
-        found = replace(hp, graphs=graphs, micro_tokens=tokens, recompute=recompute)
-        if memory_needed(found) <= usable_memory(device):
-            break
-    return found
+    ways = [replace(hp, micro_tokens=tokens, graphs=graphs)
+            for tokens, graphs in itertools.product((65_536, 32_768, 16_384), (hp.graphs, False))]
+    ways += [replace(ways[-1], recompute=True)] * (hp.kernels == "plain")
+    return next((way for way in ways if memory_needed(way) <= usable_memory(device)), ways[-1])
 
 
 def choose_backends(hp: Recipe, device: torch.device) -> Recipe:
@@ -3930,14 +3927,13 @@ class Replay:
         self.pool = torch.cuda.graph_pool_handle() if graphs else None  # graphs run one at a time: one memory
         self.first: dict[tuple, tuple] = {}  # by kind: the arguments of its first call
         self.captured: dict[tuple, tuple] = {}  # by kind: graph, its inputs and its result
-        self.capturing = False
         self.compiling = False  # in the first call of a kind, which takes long: kernels compile even without hp.compile
 
     def __call__(self, batch: Batch, windows: Windows, weights: Tensor) -> Tensor:
         kind = windows, *(x.shape for x in (*batch, weights))
         self.compiling = kind not in self.first
         self.first.setdefault(kind, (batch, windows, weights))
-        if self.pool is None or self.compiling or not self.capturing:
+        if self.compiling or not self.captured:
             return self.f(batch, windows, weights)
         if kind not in self.captured:
             self.captured[kind] = self.capture(batch, windows, weights)
@@ -3950,7 +3946,6 @@ class Replay:
     def capture_all(self) -> None:
         """Graphs of all kinds so far, in the memory that their calls gave back, so that it counts once. The last kind,
         which is the largest, comes first, as its blocks serve the others."""
-        self.capturing = True
         if self.pool is not None:
             torch.cuda.empty_cache()
             for kind in [*self.first][::-1]:
