@@ -17,7 +17,7 @@ Letters, in shape comments and in PARAMS' shapes:
     F width of an MLP           G channels gates see     K matrices of a bank   P MLPs in all
     V vocabulary, padded        B bigram rows            M n-gram rows      E tables of value embeddings
     L layers                    A layers with attention  R ranks (GPUs)     N steps
-    X rows of strengths of exclusive attention: A or 0           C mixers of dense connections: 2 or 0
+    C mixers of dense connections: 2 or 0
 and in code: x the residual stream, q k v, p a parameter, hp the Recipe of the run.
 
 Map. The algorithm, as a token meets it:
@@ -106,7 +106,6 @@ class Layer(NamedTuple):
     paired: bool = False  # a token enters attention as two, heads 0..H/2-1 and then the rest
     key_offset: bool = False  # half of each key moves one position ahead
     gate: bool = True  # each head's output is gated
-    exclusive: bool = False  # and loses a learned part of what lies along the token's own value (record #82)
     value_table: int | None = None  # which table of value embeddings is mixed into V
     value_gate: bool = True  # it is gated
     value_gate_mixed: bool = False  # on a paired layer, too, half of what the gate sees is the value embedding
@@ -221,7 +220,6 @@ PARAMS = (  # in the order in which gradient reductions launch
     Param("post_lambdas", "L 2", "1", **LAMBDA),  # times the output of attention, of the MLP
     Param("x0_lambdas", "L", "0", **LAMBDA),
     Param("bigram_lambdas", "L", "0.05", **LAMBDA),
-    Param("exclusive_alpha", "X H", "0", **LAMBDA),
     Param("resid_lambdas", "L 2", f"{math.sqrt(1.1)!r}", lr=5, **LAMBDA),  # of attention, of the MLP
     Param("value_embeds", "E*V D", "normal 0.01", reduce="shard", **TABLE),
     Param("embed", "V D", "lm_head", **HEAD),
@@ -301,7 +299,7 @@ class Recipe:
     adam_eps: float = key(1e-10, "its epsilon", above=0)
     tail_average: float = key(0.0, "the last weights are averaged by AVERAGES, times this; 0: they are not", least=0)
     # how it runs
-    seed: int = key(0, "draws the initial weights", least=-(2**63))
+    seed: int = key(0, "draws the initial weights")
     dtype: str = key("bfloat16", "of weights and activations", choices=("bfloat16", "float32"))
     fp8_head: bool = key(True, "the training head's products in FP8")
     compile: bool = key(True, "torch.compile; plain eager PyTorch if false", free=True)
@@ -310,7 +308,7 @@ class Recipe:
                                               "holds, if need be without graphs and with recompute", above=0, free=True)
     recompute: bool = key(False, "compute MLPs again backward instead of keeping them; plain kernels only", free=True)
     ngram_slots: int = key(1_966_080, "n-gram rows that a rank may read between two updates", above=0, free=True)
-    attention: str = key("auto", "backend", choices=("auto", "fa4", "fa3", "torch", "reference"), free=True)
+    attention: str = key("auto", "backend", choices=("auto", "fa4", "torch", "reference"), free=True)
     kernels: str = key("auto", "operations", choices=("auto", "hopper", "plain"), free=True)
     device: str = key("auto", "where to run", choices=("auto", "cuda", "cpu"), free=True)
     log_dir: str = key("logs", "folder of the log and of checkpoints", free=True)
@@ -351,7 +349,6 @@ class Recipe:
             L=len(self.layers), A=len(self.attn_layers), E=E, V=V, B=0 if self.ngram_rows else self.bigram_ratio * V,
             M=self.ngram_rows, D=self.model_dim, H=self.num_heads, d=self.head_dim, G=GATE_INPUTS,
             F=self.mlp_dim or 4 * self.model_dim, P=sum(layer.mlps for layer in self.layers),
-            X=len(self.attn_layers) * any(layer.exclusive for layer in self.layers),
             C=2 * any(layer.dense for layer in self.layers))
 
 
@@ -974,13 +971,6 @@ def softcap(logits: Tensor, cap: float, shift: float, width: float) -> Tensor:
     return cap * torch.sigmoid((logits.float() + shift) / width)
 
 
-def exclusive(y: Tensor, v: Tensor, alpha: Tensor) -> Tensor:
-    """What attention gives, y [T, H, d], less tanh(alpha [H]) of its part along v [T, H, d] (arXiv 2603.09078)."""
-    y32, v32 = y.float(), v.float()
-    along = (y32 * v32).sum(-1) / v32.square().sum(-1).clamp_min(1e-8)
-    return (y32 - (alpha.tanh() * along)[..., None] * v32).to(y.dtype)
-
-
 def mixed(weights: Iterable[Tensor | float], streams: list[Tensor]) -> Tensor:
     """The sum of streams [T, D] times weights, [T, 1] or [T, D] fp32 or numbers, rounded once."""
     return sum(w * x for w, x in zip(weights, streams)).to(streams[0].dtype)
@@ -1180,10 +1170,7 @@ class GPT(nn.Module):
         gate = gate.view(n * T, H // n) if layer.gate else None
         window = windows.short if layer.window == "short" else windows.long
         documents = batch.cu_seqlens * n, windows.max_doc * n
-        y = self.ops.attention(q, k, v, *documents, window, windows.scale, gate)
-        if layer.exclusive:  # linear in y, so it may follow the gate, one number a head, which a kernel multiplies by
-            y = exclusive(y, v, self.exclusive_alpha[j])
-        return y.reshape(T, H * d)
+        return self.ops.attention(q, k, v, *documents, window, windows.scale, gate).reshape(T, H * d)
 
     def dense_weights(self, x: Tensor, j: int) -> tuple[Tensor, ...]:
         """How much each token of the stream x [T, D] takes of others, 14 times [T, 1] fp32 (MUDD, arXiv 2502.12170)."""
@@ -1977,10 +1964,8 @@ def gate_inputs(gate_in, stride, r, ve_first, ve_stride, rows, columns, inside, 
     """What gates of heads see and what gates of values see, and the factor of the first; all fp32."""
     front = inside[:, None] & (columns < N)[None, :]
     x = tl.load(gate_in + rows[:, None] * stride + columns[None, :], mask=front, other=0.0).to(tl.float32)
-    factor = tl.full(rows.shape, 1.0, tl.float32)
-    if r is not None:
-        factor = tl.load(r + rows, mask=inside, other=0.0)
-        x *= factor[:, None]
+    factor = tl.full(rows.shape, 1.0, tl.float32) if r is None else tl.load(r + rows, mask=inside, other=0.0)
+    x *= factor[:, None]
     mixed = x
     if ve_first is not None:
         back = front & (columns >= N // 2)[None, :]
@@ -2108,11 +2093,9 @@ class FirstColumns(torch.autograd.Function):
 # An RMSNorm before a product costs no pass of its own: norm(x) = r x with r = 1 / rms(x) of each row, and r multiplies
 # what the product makes of x. r is no variable of differentiation: the classes below put its share into x's gradient.
 
-PRODUCT_ROWS = 128  # of a tile; tuned, as its columns (H200)
-
-
 def product_columns(kind: str) -> int:
-    """Of a tile. root8, which stores most, takes 0.33 ms for 49,152 tokens with 128, and 0.47 with 192 (H200)."""
+    """Of a tile of 128 rows; both are tuned. root8, which stores most, takes 0.33 ms for 49,152 tokens with 128, and
+    0.47 with 192 (H200)."""
     return 128 if kind == "root8" else 192
 
 
@@ -2198,17 +2181,9 @@ def quack_products() -> dict[str, tuple[list[str], Callable]]:
             outputs=("turned",) * ("turned" in results), ops={x: ColVecLoad(x) for x in "rf" if x in names},
             reduces={"sums": ColVecReduce("sums", scaled=True)} if "sums" in results else None)(f)
         kernels[name] = names, partial(
-            kind.gemm, tile_M=PRODUCT_ROWS, tile_N=product_columns(name), pingpong=True, cluster_M=2, b_kn=True,
+            kind.gemm, tile_M=128, tile_N=product_columns(name), pingpong=True, cluster_M=2, b_kn=True,
             post_init_attrs=(("fp8_slow_accum", False),))  # FP8's sums stay in the tensor cores
     return kernels
-
-
-def quack_product(a: Tensor, b: Tensor, kind: str, operands: list[Tensor], y: Tensor, sums: Tensor,
-                  turned: Tensor) -> None:
-    names, kernel = quack_products()[kind]
-    more = {name: x[None] if x.dim() == 1 else x for name, x in zip(names, operands, strict=True)}
-    more |= {name: x for name, x in dict(sums=sums, turned=turned.mT).items() if name in epilogue_results(kind)}
-    kernel(a, b, y, more.pop("c", None), epi_args=more)
 
 
 @op(product_reference, cpu=False)
@@ -2218,7 +2193,11 @@ def product(kind: str, a: Tensor, b: Tensor, operands: list[Tensor],
     y = a.new_empty(m, n, dtype=dtype)
     sums = a.new_empty(m if "sums" in results else 0, -(-n // product_columns(kind)), dtype=torch.float32)
     turned = y.new_empty(n if "turned" in results else 0, m)
-    launch(quack_product, a, b, kind, operands, y, sums, turned)
+    if not isinstance(a, FakeTensor):
+        names, kernel = quack_products()[kind]
+        more = {name: x[None] if x.dim() == 1 else x for name, x in zip(names, operands, strict=True)}
+        more |= {name: x for name, x in dict(sums=sums, turned=turned.mT).items() if name in results}
+        kernel(a, b, y, more.pop("c", None), epi_args=more)
     return y, sums, turned
 
 
@@ -2384,6 +2363,7 @@ def quantized_reference(x: Tensor, r: Tensor | None, scale: float, dtype: torch.
 
 @jit
 def quantized_kernel(x, r, y, turned, m, n, factor, MAX: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: a tile. Without y, x is FP8 already and only turned."""
     tiles_m = tl.cdiv(m, BLOCK)
     rows = (tl.program_id(0) % tiles_m * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     columns = (tl.program_id(0) // tiles_m * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
@@ -2391,9 +2371,10 @@ def quantized_kernel(x, r, y, turned, m, n, factor, MAX: tl.constexpr, DTYPE: tl
     v = tl.load(x + rows[:, None] * n + columns[None, :], mask=inside, other=0.0)
     if r is not None:
         v = (v.to(tl.float32) * tl.load(r + rows, mask=rows < m, other=0.0)[:, None]).to(v.dtype)
-    v = tl.clamp(v.to(tl.float32) * factor, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
-    v = v.to(DTYPE).to(tl.int8, bitcast=True)
-    tl.store(y + rows[:, None] * n + columns[None, :], v, mask=inside)
+    if y is not None:
+        v = tl.clamp(v.to(tl.float32) * factor, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
+        v = v.to(DTYPE).to(tl.int8, bitcast=True)
+        tl.store(y + rows[:, None] * n + columns[None, :], v, mask=inside)
     tl.store(turned + columns[:, None] * m + rows[None, :], tl.trans(v), mask=tl.trans(inside))
 
 
@@ -2568,11 +2549,10 @@ def attention_inputs_kernel(qkv, r, ve, gate, cos, sin, q, k, v, T, S, EPS: tl.c
 
 
 @jit
-def store_gradient(x, out, turned, rows, columns, mask, T, N: tl.constexpr, per_unit, MAX: tl.constexpr,
-                   DTYPE: tl.constexpr, FP8: tl.constexpr):
-    """x, in DTYPE, to those places of out [T, N]; with FP8 as e5m2 in units, and to turned [N, T]."""
-    x, to = x.to(DTYPE), rows[:, None] * N + columns
-    if FP8:
+def store_gradient(x, qkv, out, turned, rows, columns, T, N: tl.constexpr, per_unit, MAX: tl.constexpr = 57344.0):
+    """x, of qkv's type, to those places of out [T, N]; with turned [N, T] to both, as e5m2, up to MAX, in units."""
+    x, to, mask = x.to(qkv.dtype.element_ty), rows[:, None] * N + columns, rows < T
+    if turned is not None:
         x = tl.clamp(x.to(tl.float32) * per_unit, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
         x = x.to(tl.float8e5).to(tl.int8, bitcast=True)
         tl.store(turned + tl.trans(columns.to(tl.int64)) * T + rows[None, :], tl.trans(x), mask=mask[None, :])
@@ -2582,7 +2562,7 @@ def store_gradient(x, out, turned, rows, columns, mask, T, N: tl.constexpr, per_
 @jit
 def attention_inputs_backward_kernel(qkv, r, ve, gate, cos, sin, dq, dk, dv, dqkv, turned, dve, dgate, T, S, per_unit,
                                      EPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAIRED: tl.constexpr,
-                                     OFFSET: tl.constexpr, FP8: tl.constexpr, MAX: tl.constexpr, ROWS: tl.constexpr):
+                                     OFFSET: tl.constexpr, ROWS: tl.constexpr):
     head, rows = tl.program_id(0), tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside, half, position = rows < T, tl.arange(0, D // 2)[None, :], rows % S
     mask = inside[:, None]
@@ -2602,18 +2582,13 @@ def attention_inputs_backward_kernel(qkv, r, ve, gate, cos, sin, dq, dk, dv, dqk
             dback = tl.load(grad + at + D // 2, mask=mask, other=0.0).to(tl.float32)
         # y = own x: dx = own (dy - y mean(dy y))
         mean = ((tl.sum(dfront * front, 1) + tl.sum(dback * back, 1)) / D)[:, None]
-        store_gradient(own * (dfront - front * mean), dqkv, turned, rows, columns, inside, T, 3 * H * D, per_unit, MAX,
-                       qkv.dtype.element_ty, FP8)
-        store_gradient(own * (dback - back * mean), dqkv, turned, rows, columns + D // 2, inside, T, 3 * H * D,
-                       per_unit, MAX, qkv.dtype.element_ty, FP8)
+        store_gradient(own * (dfront - front * mean), qkv, dqkv, turned, rows, columns, T, 3 * H * D, per_unit)
+        store_gradient(own * (dback - back * mean), qkv, dqkv, turned, rows, columns + D // 2, T, 3 * H * D, per_unit)
     wide = tl.arange(0, D)[None, :]
     at = rows[:, None] * (H * D) + head * D + wide
     dvalue = tl.load(dv + at, mask=mask, other=0.0).to(tl.float32)
-    scaled = dvalue
-    if r is not None:
-        scaled = dvalue * tl.load(r + rows, mask=inside, other=0.0)[:, None]
-    store_gradient(scaled, dqkv, turned, rows, (2 * H + head) * D + wide, inside, T, 3 * H * D, per_unit, MAX,
-                   qkv.dtype.element_ty, FP8)
+    scaled = dvalue if r is None else dvalue * tl.load(r + rows, mask=inside, other=0.0)[:, None]
+    store_gradient(scaled, qkv, dqkv, turned, rows, (2 * H + head) * D + wide, T, 3 * H * D, per_unit)
     if ve is not None:
         g = tl.load(gate + rows * H + head, mask=inside, other=0.0).to(tl.float32)[:, None]
         embedded = tl.load(ve + at, mask=mask, other=0.0).to(tl.float32)
@@ -2645,11 +2620,10 @@ def attention_inputs_backward(qkv: Tensor, r: Tensor | None, ve: Tensor | None, 
     turned, dve = dqkv.new_empty(3 * H * d if fp8 else 0, T), qkv.new_empty(T if mix else 0, H * d)
     dgate = torch.empty_like(gate) if mix else qkv.new_empty(0, H)
     dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
-    out = (dqkv.view(torch.int8), turned.view(torch.int8)) if fp8 else (dqkv, turned)
+    out = (dqkv.view(torch.int8), turned.view(torch.int8)) if fp8 else (dqkv, None)
     rows = 32 if fp8 else ATTENTION_INPUT_ROWS
     launch(attention_inputs_backward_kernel[(H, triton.cdiv(T, rows))], qkv, r, ve, gate, cos, sin, dq, dk, dv, *out,
-           dve, dgate, T, len(cos) // (1 + paired), 1 / unit if fp8 else 1.0, FP32_EPS, H, d, paired, key_offset,
-           fp8, torch.finfo(E5M2).max, rows)
+           dve, dgate, T, len(cos) // (1 + paired), 1 / unit if fp8 else 1.0, FP32_EPS, H, d, paired, key_offset, rows)
     return dqkv, turned, dve, dgate
 
 
@@ -2829,23 +2803,14 @@ def softcapped_mtp_loss(logits: Tensor, targets: Tensor, weights: Tensor, grad_d
     return loss, grad
 
 
-@jit
-def transpose_kernel(src, dst, m, n, BLOCK: tl.constexpr):
-    tiles_m = tl.cdiv(m, BLOCK)
-    rows = (tl.program_id(0) % tiles_m * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    columns = (tl.program_id(0) // tiles_m * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    inside = (rows < m)[:, None] & (columns < n)[None, :]
-    x = tl.load(src + rows[:, None] * n + columns[None, :], mask=inside)
-    tl.store(dst + columns[:, None] * m + rows[None, :], tl.trans(x), mask=tl.trans(inside))
-
-
 @op(lambda src: src.mT.contiguous())
 def transposed(src: Tensor) -> Tensor:
     """src^T for FP8 src [m, n], contiguous [n, m]."""
     (m, n), block = src.shape, 128  # of a sweep on H200, with 8 warps
     dst = src.new_empty(n, m)
-    numbers = src.view(torch.int8), dst.view(torch.int8)  # Triton need not know the type
-    launch(transpose_kernel[(triton.cdiv(m, block) * triton.cdiv(n, block),)], *numbers, m, n, block, num_warps=8)
+    src8, dst8 = src.view(torch.int8), dst.view(torch.int8)  # Triton need not know the type
+    launch(quantized_kernel[(triton.cdiv(m, block) * triton.cdiv(n, block),)], src8, None, None, dst8, m, n, 1.0,
+           MAX=None, DTYPE=None, BLOCK=block, num_warps=8)
     return dst
 
 
@@ -3137,36 +3102,16 @@ def load_flash4() -> Callable:
     return attention_flash4
 
 
-def attention_flash3(varlen: Callable, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int,
-                     scale: float, gate: Tensor | None = None) -> Tensor:
-    """attention_reference by FlashAttention-3's function `varlen` (Hopper)."""
-    out = varlen(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, softmax_scale=scale, causal=True,
-                 window_size=(window, 0))
-    return gated(out[0] if isinstance(out, tuple) else out, gate)  # some versions add the log-sum-exp
-
-
-def load_flash3() -> Callable:
-    """FlashAttention-3 as installed, or the build that the package kernels downloads from the hub."""
-    try:
-        import flash_attn_interface as flash3
-    except ImportError:
-        from kernels import get_kernel
-
-        flash3 = get_kernel("kernels-community/flash-attn3")
-    return partial(attention_flash3, flash3.flash_attn_varlen_func)
-
-
 FLASH4_DIMS = 32, 64, 128  # widths of heads that flash4_preprocess takes
-# How to get each; the fastest first: fa4 takes 0.6 of torch's time at 49,152 tokens (H200); fa3 has not been measured
-ATTENTION_BACKENDS = {"fa4": load_flash4, "fa3": load_flash3, "torch": lambda: attention_torch,
-                      "reference": lambda: attention_reference}
+# How to get each; the fastest first: fa4 takes 0.6 of torch's time at 49,152 tokens (H200)
+ATTENTION_BACKENDS = {"fa4": load_flash4, "torch": lambda: attention_torch, "reference": lambda: attention_reference}
 
 MEMORY_USED = 0.9  # of a GPU's; the rest is for NCCL, fragments and the context
 # Bytes, from peaks on an H100: of a parameter with its gradient and moments; of a token, a layer and a channel by
 # kernels, plain, and plain with recompute; of a logit by kernels, and of one in a plain chunk; of a token and a channel
-# in validation (H200). Counted on a CPU: what dense connections and a layer's exclusive attention keep of them
+# in validation (H200). Counted on a CPU: what dense connections keep of them
 PARAMETER_BYTES, KERNEL_BYTES, PLAIN_BYTES, RECOMPUTE_BYTES, LOGIT_BYTES, CHUNK_BYTES = 14, 27, 45, 29, 3, 12
-VAL_BYTES, DENSE_BYTES, EXCLUSIVE_BYTES = 93, 14, 6
+VAL_BYTES, DENSE_BYTES = 93, 14
 
 
 def with_graphs(hp: Recipe) -> bool:
@@ -3179,7 +3124,7 @@ def memory_needed(hp: Recipe) -> float:
     plain = hp.kernels == "plain"
     world, number = launched_ranks()[1], getattr(torch, hp.dtype).itemsize
     channel = RECOMPUTE_BYTES if hp.recompute else PLAIN_BYTES if plain else KERNEL_BYTES
-    channel = sum(channel + DENSE_BYTES * bool(layer.dense) + EXCLUSIVE_BYTES * layer.exclusive for layer in hp.layers)
+    channel = sum(channel + DENSE_BYTES * bool(layer.dense) for layer in hp.layers)
     step = 0
     for stage in hp.stages:
         S = stage.batch * hp.batch_unit // SEGMENTS
@@ -3207,13 +3152,10 @@ def fit_memory(hp: Recipe, device: torch.device) -> Recipe:
     """The recipe with the largest micro-batches, graphs and no recompute, as far as the memory holds them."""
     if device.type == "cpu":
         return replace(hp, micro_tokens=16_384)
-    ways = [*itertools.product((65_536, 32_768, 16_384), (hp.graphs, False), (hp.recompute,))]
-    ways += [(16_384, False, True)] * (hp.kernels == "plain")
-    for tokens, graphs, recompute in ways:
-        found = replace(hp, graphs=graphs, micro_tokens=tokens, recompute=recompute)
-        if memory_needed(found) <= usable_memory(device):
-            break
-    return found
+    ways = [replace(hp, micro_tokens=tokens, graphs=graphs)
+            for tokens, graphs in itertools.product((65_536, 32_768, 16_384), (hp.graphs, False))]
+    ways += [replace(ways[-1], recompute=True)] * (hp.kernels == "plain")
+    return next((way for way in ways if memory_needed(way) <= usable_memory(device)), ways[-1])
 
 
 def choose_backends(hp: Recipe, device: torch.device) -> Recipe:
@@ -3231,11 +3173,11 @@ def choose_backends(hp: Recipe, device: torch.device) -> Recipe:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         hp = without_fp8(hp)
     gpu = device.type == "cuda" and hp.dtype == "bfloat16"
-    hopper = gpu and gpu_generation(device) == HOPPER_GPU  # elsewhere fa4's package has other kernels, without gates
-    fa4 = hopper and triton is not None and hp.head_dim in FLASH4_DIMS
-    usable = {"fa4": fa4, "fa3": hopper, "torch": gpu, "reference": True}
+    # on GPUs but Hopper fa4's package has other kernels, without gates
+    fa4 = gpu and gpu_generation(device) == HOPPER_GPU and triton is not None and hp.head_dim in FLASH4_DIMS
+    usable = {"fa4": fa4, "torch": gpu, "reference": True}
     for name in ATTENTION_BACKENDS if hp.attention == "auto" else [hp.attention]:
-        reason = "it needs bfloat16 on a GPU, fa4 and fa3 a Hopper one, fa4 Triton and a --head_dim of 32, 64 or 128"
+        reason = "it needs bfloat16 on a GPU, fa4 a Hopper one, Triton and a --head_dim of 32, 64 or 128"
         if usable[name]:
             try:
                 ATTENTION_BACKENDS[name]()
@@ -3578,7 +3520,6 @@ def check_sizes(hp: Recipe) -> None:
     """Keys that depend on each other."""
     _, world, _ = launched_ranks()
     require(world > 0 and SEGMENTS % world == 0, f"{world} ranks cannot share {SEGMENTS} segments: use 1, 2, 4 or 8")
-    require(hp.seed < 2**64, f"--seed={hp.seed} must have at most 64 bits")
     require(hp.cooldown_start < 1, f"--cooldown_start={hp.cooldown_start} must be below 1")
     require(hp.batch_unit % SEGMENTS == 0 and hp.batch_unit // SEGMENTS >= MTP_MAX,
             f"--batch_unit={hp.batch_unit} must be a multiple of {SEGMENTS}, and at least {MTP_MAX * SEGMENTS}")
@@ -3604,12 +3545,10 @@ def check_layers(hp: Recipe) -> None:
         for column in ("reads", "skip_from", "dense"):
             need(column, getattr(layer, column) in (None, *earlier),
                  f"use {' or '.join(['none', *earlier])}, a name of an earlier layer")
-        need("exclusive", not (layer.exclusive and layer.paired),
-             "use false, as a paired token attends as two; or paired=false")
         last = i + 1 == len(hp.layers)
         need("dense", layer.dense is None or (last and layer.reads and layer.value_table is not None and layer.mlps),
              "use none, but in the last layer, with reads, value_table and mlps")
-        for column in ("paired", "key_offset", "exclusive", "value_table", "reads", "fp8_qkv", "dense"):
+        for column in ("paired", "key_offset", "value_table", "reads", "fp8_qkv", "dense"):
             need(column, layer.window or any(getattr(layer, column) is x for x in (None, False)),  # 0 is a table
                  "a layer without attention (window=none) takes none or false")
     require(hp.attn_layers, "LAYERS.*.window: use short or long in one layer at least")
@@ -4000,14 +3939,13 @@ class Replay:
         self.pool = torch.cuda.graph_pool_handle() if graphs else None  # graphs run one at a time: one memory
         self.first: dict[tuple, tuple] = {}  # by kind: the arguments of its first call
         self.captured: dict[tuple, tuple] = {}  # by kind: graph, its inputs and its result
-        self.capturing = False
         self.compiling = False  # in the first call of a kind, which takes long: kernels compile even without hp.compile
 
     def __call__(self, batch: Batch, windows: Windows, weights: Tensor) -> Tensor:
         kind = windows, *(x.shape for x in (*batch, weights))
         self.compiling = kind not in self.first
         self.first.setdefault(kind, (batch, windows, weights))
-        if self.pool is None or self.compiling or not self.capturing:
+        if self.compiling or not self.captured:
             return self.f(batch, windows, weights)
         if kind not in self.captured:
             self.captured[kind] = self.capture(batch, windows, weights)
@@ -4020,7 +3958,6 @@ class Replay:
     def capture_all(self) -> None:
         """Graphs of all kinds so far, in the memory that their calls gave back, so that it counts once. The last kind,
         which is the largest, comes first, as its blocks serve the others."""
-        self.capturing = True
         if self.pool is not None:
             torch.cuda.empty_cache()
             for kind in [*self.first][::-1]:

@@ -1,5 +1,4 @@
-"""Dense connections of the last layer, exclusive attention and the prefix term: golden numbers, gradients, causality,
-ranks; and off is as before."""
+"""Dense connections of the last layer and the prefix term: golden numbers, gradients, causality, ranks."""
 
 import dataclasses
 import re
@@ -20,9 +19,8 @@ R89, PREFIXES = np.load(GOLDEN / "model89.npz"), np.load(GOLDEN / "prefix_table.
 R92, LOSS = (np.load(GOLDEN / f"r92_{name}.npz") for name in ("candidates", "loss"))
 ONE = t.Ranks(0, 1, torch.device("cpu"))
 DENSE = ["LAYERS.10.dense=early", "LAYERS.*.value_gate_mixed=true"]
-EXCLUSIVE = [f"LAYERS.{i}.exclusive=true" for i in (1, 3, 4, 7, 8, 10)]
 PREFIX = ["STAGES.0.prefix=0.25,0.25", "STAGES.1.prefix=0.25,0"]
-PARTS = {"dense": DENSE, "exclusive": EXCLUSIVE, "prefix": PREFIX, "all": DENSE + EXCLUSIVE + PREFIX}
+PARTS = {"dense": DENSE, "prefix": PREFIX, "all": DENSE + PREFIX}
 
 
 def with_cells(hp, texts):
@@ -42,8 +40,8 @@ def gate_bias():
 
 
 class Record89(t.GPT):
-    """The forward pass of record #89, of whose parts this script has dense_layer, dense_weights, mixed and exclusive;
-    the others, gates by token and the composition of heads, are here."""
+    """The forward pass of record #89, of whose parts this script has dense_layer, dense_weights and mixed; the others,
+    gates by token, exclusive attention and the composition of heads, are here."""
 
     def weights_by_token(self, x, j, n):
         hidden = F.gelu(F.linear(x, self.gate_w1[j]))
@@ -71,7 +69,8 @@ class Record89(t.GPT):
             m1 = F.rms_norm(self.m1, (6,), eps=1e-6)
             y = y + self.m2[..., None] * torch.einsum("ih,hij,jgd->igd", m1, p, v)
         if i in self.strengths:
-            y = t.exclusive(y, v, self.strengths[i])
+            along = (y * v).sum(-1) / v.square().sum(-1).clamp_min(1e-8)  # v's share of y
+            y = y - (self.strengths[i].tanh() * along)[..., None] * v
         if i in self.head_gates:
             y = self.head_gates[i][..., None] * y
         return y.reshape(T, 96)
@@ -122,7 +121,7 @@ class Record89(t.GPT):
 
 
 def test_golden_record89():
-    """The last layer, its mixers, the readout and exclusive attention, inside the rest of record #89."""
+    """The last layer, its mixers and the readout, inside the rest of record #89."""
     rng = np.random.default_rng(20260717)
 
     def draw(*shape):
@@ -186,26 +185,6 @@ def results(f, tensors, dtype):
     tensors = [x.detach().to(dtype, copy=True).requires_grad_() for x in tensors]
     y = f(*tensors)
     return [y.detach(), *torch.autograd.grad(y, tensors, torch.arange(y.numel()).cos().view(y.shape).to(dtype))]
-
-
-def test_exclusive(T=50, H=3, d=16):
-    """Result and gradients against the formula in float64, also for tiny values; the gate may come before."""
-    generator = torch.Generator().manual_seed(0)
-    y, v = torch.randn(2, T, H, d, generator=generator)
-    v[:5] *= 1e-6
-    alpha, gate = torch.randn(H, generator=generator), torch.rand(T, H, generator=generator)
-
-    def exact(y, v, alpha, gate):
-        unit = v / v.norm(dim=-1, keepdim=True).clamp_min(1e-4)
-        y = y - alpha.tanh()[:, None] * (y * unit).sum(-1, keepdim=True) * unit
-        return gate[..., None] * y
-
-    def ours(y, v, alpha, gate):
-        return t.exclusive(t.gated(y, gate), v, alpha)
-
-    inputs = y, v, alpha, gate
-    close(results(ours, inputs, torch.float32), results(exact, inputs, torch.float64))
-    assert torch.equal(t.exclusive(y, v, torch.zeros(H)), y)  # as a run begins
 
 
 def test_last_layer(T=20, D=96):
@@ -335,17 +314,10 @@ def test_batches_have_prefixes(base):
 
 
 def test_off_is_record80():
-    """Off in record80: no numbers, no columns; exclusive attention whose strengths stay 0 trains the same bits."""
+    """Off in record80: no numbers, no columns."""
     for hp in (t.PRESETS[name] for name in ("record80", "mini", "demo")):
-        assert hp.sizes["X"] == hp.sizes["C"] == 0
+        assert hp.sizes["C"] == 0
         assert all(t.plan(step, hp).prefix_weights == () for step in range(0, hp.num_steps, 7))
-    losses = []
-    for texts in ([], [*EXCLUSIVE, "PARAMS.exclusive_alpha.lr=0"]):
-        hp = with_cells(dataclasses.replace(t.PRESETS["demo"], model_dim=48, head_dim=8, batch_unit=64), texts)
-        run = t.Run(hp, ONE)
-        steps = t.train_batches(hp, ONE, range(6))
-        losses.append([run.train_step(*item, t.plan(step, hp)).mean.item() for step, item in enumerate(steps)])
-    assert losses[0] == losses[1]
 
 
 def log_of(hp, texts, world, folder):
@@ -372,8 +344,8 @@ def test_all_is_trained(base, part):
     """Losses are finite, and every new parameter moves."""
     hp = with_cells(base, PARTS[part])
     run = t.Run(hp, ONE)
-    names = [name for name, p in run.model.named_parameters() if p.numel() and name.startswith(("dense", "exclusive"))]
-    assert len(names) == {"dense": 3, "exclusive": 1, "prefix": 0, "all": 4}[part]
+    names = [name for name, p in run.model.named_parameters() if p.numel() and name.startswith("dense")]
+    assert len(names) == {"dense": 3, "prefix": 0, "all": 3}[part]
     before = {name: getattr(run.model, name).detach().clone() for name in names}
     steps = t.train_batches(hp, ONE, range(4))
     losses = [run.train_step(*item, t.plan(step, hp)).mean.item() for step, item in enumerate(steps)]
@@ -388,9 +360,7 @@ def test_later_tokens_change_no_earlier_loss(base, position):
 
 
 @pytest.mark.parametrize("cell,said", [
-    ("LAYERS.0.exclusive=true", "LAYERS.0.exclusive=True: use false, as a paired token attends as two"),
-    ("LAYERS.6.exclusive=true", "LAYERS.6.exclusive=True: a layer without attention"),
-    ("LAYERS.10.exclusive=some", "LAYERS.10.exclusive='some': use true or false"),
+    ("LAYERS.10.value_gate_mixed=some", "LAYERS.10.value_gate_mixed='some': use true or false"),
     ("LAYERS.8.dense=early", "LAYERS.8.dense='early': use none, but in the last layer"),
     ("LAYERS.10.dense=true", "LAYERS.10.dense='true': use none or early or middle, a name of an earlier layer"),
     ("STAGES.0.prefix=0.25", "STAGES.0.prefix=(0.25,): use two numbers with a comma"),

@@ -48,11 +48,11 @@ MODEL_LAYERS = (
     t.Layer(None, "middle", skip_from="early"),
     t.Layer("long", key_offset=True, gate=False, value_table=1, value_gate=False, reads="early"),
 )
-# And those of dense connections and exclusive attention, with prefixes
+# And those of dense connections, with prefixes
 DENSE_LAYERS = (
     MODEL_LAYERS[0]._replace(value_gate_mixed=True),
-    t.Layer("short", "middle", exclusive=True, skip_from="early"),
-    MODEL_LAYERS[2]._replace(gate=True, exclusive=True, dense="middle"),
+    t.Layer("short", "middle", skip_from="early"),
+    MODEL_LAYERS[2]._replace(gate=True, dense="middle"),
 )
 # Compared as one vector, as they were one parameter: the sum over tokens that is one number's gradient may cancel
 SCALARS = ("attn_lambdas", "smear_lambda", "backout_lambda", "skip_lambda")
@@ -231,31 +231,16 @@ class TestCheckOps:
             t.check_ops(hopper, CPU)
 
 
-def test_flash3_is_called_right(monkeypatch):
-    """With a stand-in for its module that checks the call, inside one compiled graph."""
-    def varlen(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, causal, window_size):
-        assert cu_q is cu_k and max_q == max_k and causal and window_size == (9, 0)
-        return t.attention_reference(q, k, v, cu_q, max_q, window_size[0], softmax_scale), None
-
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_varlen_func=varlen))
-    q, k, v = torch.randn(3, 40, 2, 16)
-    options = torch.tensor([0, 17, 40], dtype=torch.int32), 23, 9, 0.1
-    attend = torch.compile(t.ATTENTION_BACKENDS["fa3"](), fullgraph=True, backend="aot_eager")
-    for gate in (None, torch.rand(40, 2)):
-        torch.testing.assert_close(attend(q, k, v, *options, gate), t.attention_reference(q, k, v, *options, gate))
-
-
 @pytest.mark.parametrize("capability,chosen", [((9, 0), "fa4"), ((10, 0), "torch")])
 def test_fa4_is_for_hopper(monkeypatch, capability, chosen):
     """On newer GPUs the package would take a kernel that knows no gates."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(t, "triton", object())
     monkeypatch.setattr(t, "gated_flash4", lambda: None)
-    monkeypatch.setitem(t.ATTENTION_BACKENDS, "fa3", lambda: 1 // 0)
     hp, device = t.parse_args(["--micro_tokens=1"])[0], torch.device("cuda")
     assert t.choose_backends(hp, device).attention == chosen
     if chosen != "fa4":
-        with pytest.raises(t.UserError, match="fa4 and fa3 a Hopper one"):
+        with pytest.raises(t.UserError, match="fa4 a Hopper one"):
             t.choose_backends(replace(hp, attention="fa4"), device)
 
 
@@ -263,12 +248,11 @@ def test_fa4_is_for_hopper(monkeypatch, capability, chosen):
     (6, 128, True, "fa4", "hopper"), (6, 128, False, "fa4", "plain"), (4, 256, True, "torch", "hopper"),
     (8, 96, True, "torch", "plain")])
 def test_choice_by_head_dim(monkeypatch, heads, head_dim, quack, attention, kernels):
-    """What is chosen on a Hopper GPU without fa3 can take that width, and what cannot says why."""
+    """What is chosen on a Hopper GPU can take that width, and what cannot says why."""
     monkeypatch.setattr(t, "triton", object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if quack else None)
     monkeypatch.setitem(t.ATTENTION_BACKENDS, "fa4", lambda: None)
-    monkeypatch.setitem(t.ATTENTION_BACKENDS, "fa3", lambda: 1 // 0)
     hp, _ = t.parse_args([f"--num_heads={heads}", f"--head_dim={head_dim}", f"--model_dim={heads * head_dim}",
                            "--micro_tokens=1"])
     device = torch.device("cuda")
@@ -295,7 +279,6 @@ def test_missing_packages(monkeypatch, there, args, generation, said):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in there else None)
     monkeypatch.setitem(t.ATTENTION_BACKENDS, "fa4", (lambda: None) if there == "flash_attn quack" else lambda: 1 // 0)
-    monkeypatch.setitem(t.ATTENTION_BACKENDS, "fa3", lambda: 1 // 0)
     hp, device = t.parse_args([*args, "--micro_tokens=1"])[0], torch.device("cuda")
     line = t.missing_packages(hp, t.choose_backends(hp, device), device)
     assert said in line if said else not line
