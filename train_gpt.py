@@ -22,9 +22,10 @@ and in code: x the residual stream, q k v, p a parameter, hp the Recipe of the r
 
 Map. The algorithm, as a token meets it:
     1 this text    2 configuration: tables, Recipe, plan()    3 what flows
-    4 data         5 model    6 optimizer    7 the run: train_step, evaluate, train, main
+    4 data         5 model    6 optimizer    7 the run: train_step, evaluate, train
 The engine room, which decides nothing about the result:
-    8 kernels, each under its reference    9 attention    10 keeping a run: errors, log, checkpoints
+    8 rows that travel between ranks    9 kernels, each under its reference    10 attention
+    11 keeping a run: errors, log, checkpoints, main
 """
 
 from __future__ import annotations
@@ -522,16 +523,6 @@ class Batch(NamedTuple):
     prefixes: Tensor  # [T, 1] int64, as targets: the longest token that each of these begins with, -1: none; or [T, 0]
 
 
-class Exchange(NamedTuple):
-    """Rows that all ranks send to each other at once. Known from the tokens, which every host can read: to ask the
-    device or other ranks would be to wait."""
-
-    sent: Tensor  # [rows] int32, by the rank that they go to
-    received: Tensor  # [rows] int32, by the rank that they come from: where they go here
-    send_counts: list[int]  # for rank 0, 1, ...
-    receive_counts: list[int]
-
-
 class TouchedRows(NamedTuple):
     """What a step has to do with the rows of the bigram or n-gram table that ranks read since its last update."""
 
@@ -714,14 +705,6 @@ def sign_ids(tokens: np.ndarray, hp: Recipe) -> np.ndarray:
     return ids & (SIGN_ROWS - 1)
 
 
-def cycle_slots(hp: Recipe, world: int) -> int:
-    """How many n-gram rows a rank may read between two updates: two a token, half as many more in a resumed run."""
-    tokens = max(stage.batch for stage in hp.stages) * hp.batch_unit // world
-    tokens *= cycle(hp.rows["ngram_embed"], hp.num_steps, hp)[0]
-    room = min(hp.ngram_rows, hp.ngram_slots, 3 * tokens)
-    return round_up(room, CHUNK_ROWS) if room > CHUNK_ROWS else room
-
-
 def max_docs(S: int) -> int:
     """Fixed length of cu_seqlens for a segment of S tokens."""
     return MAX_DOCS.get(S) or max(128, round_up(S // 300, 128))
@@ -808,83 +791,6 @@ def pack(
     order = np.argsort(inputs, kind="stable").astype(np.int32)  # fast for uint16
     arrays = inputs.astype(np.int32), targets, ids, cu_seqlens, order, np.stack(candidates), signs, slots, prefixes
     return Batch(*map(torch.from_numpy, arrays))
-
-
-class TouchLog:
-    """Which rows of the bigram or n-gram table each rank read since the table's last update: this rank all, the others
-    those of its shard. The n-gram rows that it read have slots, in the order of steps and of rows."""
-
-    def __init__(self, hp: Recipe, ranks: Ranks):
-        self.hp, self.rank, self.world = hp, ranks.rank, ranks.world
-        rows = hp.ngram_rows or hp.sizes["B"]
-        self.size = rows // self.world
-        self.touched, self.slots = np.zeros((self.world, rows), dtype=bool), np.zeros(rows, dtype=np.int32)
-        self.read: list[list[np.ndarray]] = [[] for _ in range(self.world)]  # parts by rank
-        self.begin()
-
-    def begin(self) -> None:
-        """A cycle, after an update or where steps are left out."""
-        for touched, parts in zip(self.touched, self.read):  # all rows would take 16 ms
-            for ids in parts:
-                touched[ids] = False
-            parts.clear()
-        self.filled, self.known = 0, [0] * self.world  # slots, parts that have them
-
-    def mark(self, documents: Documents, segments: list[list[tuple[int, int]]]) -> list[np.ndarray]:
-        """Note a step's rows; those of this rank's segments."""
-        own = []
-        for s, slices in enumerate(segments):
-            rank, ids = s % self.world, table_ids(documents.join(slices)[:-1], self.hp)
-            self.add(rank, ids.ravel() if rank == self.rank else self.in_shard(ids))
-            own += [ids] * (rank == self.rank)
-        return own
-
-    def in_shard(self, ids: np.ndarray) -> np.ndarray:
-        return ids[ids // self.size == self.rank]
-
-    def add(self, rank: int, ids: np.ndarray) -> None:
-        ids = distinct(ids[~self.touched[rank, ids]])
-        self.touched[rank, ids] = True
-        self.read[rank].append(ids)
-
-    def take_over(self) -> None:
-        """A checkpoint of other ranks gives each its shard's gradients, which it then sends to itself."""
-        for ids in [*itertools.chain(*self.read)]:
-            self.add(self.rank, self.in_shard(ids))
-
-    def exchange(self, first: list[int]) -> tuple[np.ndarray, np.ndarray, list[int], list[int]]:
-        """From these parts on: the rows that this rank read, those of its shard that each read, and counts by rank."""
-        read = [np.sort(np.concatenate(parts[n:])) for n, parts in zip(first, self.read)]
-        shard = [self.in_shard(ids) - self.rank * self.size for ids in read]
-        owners = np.bincount(read[self.rank] // self.size, minlength=self.world)
-        return read[self.rank], np.concatenate(shard), owners.tolist(), [*map(len, shard)]
-
-    def step(self, update: bool) -> TouchedRows:
-        """Slots for what was read since the last step, and the exchanges that are due; an update begins a cycle."""
-        first, (ids, copies, owned, gradients) = self.filled, [None] * 4
-        if self.hp.ngram_rows:
-            own, shard, owners, readers = self.exchange(self.known)
-            self.known, self.filled, room = [*map(len, self.read)], first + len(own), cycle_slots(self.hp, self.world)
-            require(self.filled <= room, f"--ngram_slots={self.hp.ngram_slots}: use more, as the steps between two "
-                    f"updates read more than {room} n-gram rows")
-            self.slots[own] = np.arange(first, self.filled)
-            ids = torch.from_numpy(own)
-            copies = Exchange(*map(torch.from_numpy, (shard, self.slots[own])), readers, owners)
-        if update and self.world > 1:
-            own, shard, owners, readers = self.exchange([0] * self.world)
-            if self.hp.ngram_rows:
-                own, rows = self.slots[own], distinct(shard)
-                shard, owned = np.searchsorted(rows, shard).astype(np.int32), torch.from_numpy(rows)
-            gradients = Exchange(*map(torch.from_numpy, (own, shard)), owners, readers)
-        if update:
-            self.begin()
-        return TouchedRows(first, ids, copies if self.world > 1 else None, owned, gradients)
-
-
-def distinct(ids: np.ndarray) -> np.ndarray:
-    """Sorted, each once; ten times as fast as np.unique."""
-    ids = np.sort(ids)
-    return ids[np.diff(ids, prepend=-1) > 0]
 
 
 def train_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int],
@@ -1436,53 +1342,6 @@ LOOKED_UP = ("embed", "bigram_embed", "ngram_embed", "value_embeds")  # tables, 
 CHUNK_ROWS = 131_072  # of the n-gram table, updated at once, so that there is one shape to compile
 
 
-class Cycle:
-    """The n-gram rows that this rank reads between two updates of the table. Each has a slot."""
-
-    def __init__(self, model: GPT, hp: Recipe, ranks: Ranks):
-        self.table, self.signs = model.ngram_embed.data, model.signs
-        self.add_ngrams = maybe_compiled(add_ngrams, hp)
-        slots, D = cycle_slots(hp, ranks.world), hp.model_dim
-        self.ids = torch.zeros(slots, dtype=torch.int32, device=ranks.device)
-        self.sums = torch.zeros(slots, D, device=ranks.device)  # of gradients
-        self.copies = self.table.new_zeros(slots, D) if ranks.world > 1 else None
-        self.chunk = min(CHUNK_ROWS, slots)
-        self.filled, self.saved = 0, None  # saved: ids and sums of a checkpoint, until they have slots
-
-    def read(self, touched: TouchedRows) -> None:
-        """Before a step: slots for the rows that it is the first to read and, of a table that ranks share, copies."""
-        self.filled = touched.first + len(touched.ids)
-        self.ids[touched.first : self.filled] = touched.ids
-        if touched.copies:
-            rows, work = exchanged(self.table, touched.copies)
-            wait(work)
-            self.copies[touched.copies.received] = rows
-        if self.saved:
-            ids, sums = self.saved
-            self.sums[torch.searchsorted(touched.ids, ids)] = sums
-            self.saved = None
-
-
-def exchanged(rows: Tensor, to: Exchange, dtype: torch.dtype | None = None) -> tuple[Tensor, dist.Work]:
-    """Where the rows will be that come for those sent, in dtype if given, and the work."""
-    sent = rows.index_select(0, to.sent).to(dtype or rows.dtype)
-    part = sent.new_empty(len(to.received), sent.size(1))
-    return part, dist.all_to_all_single(part, sent, to.receive_counts, to.send_counts, async_op=True)
-
-
-def read_anywhere(table: Tensor, batch: Batch, ranks: Ranks) -> tuple[Batch, Tensor]:
-    """Of a shared table, for validation: a copy of each n-gram row that a batch reads, and the batch with their places.
-    Each rank puts its own among zeros for all ranks: simple, if too much traffic for training."""
-    ids = batch.bigram_ids.new_empty(2 * ranks.world, len(batch.tokens))
-    dist.all_gather_into_tensor(ids, batch.bigram_ids)
-    own = (ids // len(table) == ranks.rank).flatten()
-    rows = table.new_zeros(ids.numel(), table.size(1))
-    rows[own] = table[ids.flatten()[own] % len(table)]
-    copies = table.new_empty(batch.bigram_ids.numel(), table.size(1))
-    dist.reduce_scatter_tensor(copies, rows)
-    return batch._replace(bigram_ids=torch.arange(len(copies), device=table.device).view(2, -1)), copies
-
-
 class NorMuonAdam:
     """All updates and their communication, by the rows of hp.params; a rank keeps the state of its shard only."""
 
@@ -1872,26 +1731,150 @@ def train(run: Run, log: Log, watch: Watch, saved: dict | None) -> int:
     return 0
 
 
-def main() -> None:
-    """Run the command line; a UserError costs one line and exit status 1."""
-    with one_line_errors():
-        hp, args = parse_args(sys.argv[1:])
-        if args.plan:
-            print_plan(hp)
-        elif args.check:
-            found = check_data(hp)
-            read_checkpoint(hp.resume, hp)
-            print(found)
-        else:
-            ranks = setup_ranks(hp)
-            asked, hp = hp, on_every_rank(lambda: choose_backends(hp, ranks.device))
-            on_every_rank(lambda: check_data(hp))
-            saved = on_every_rank(lambda: read_checkpoint(hp.resume, hp))
-            status = train_trials(hp, args.trials, ranks, saved, [*notices(asked, hp, ranks.device)])
-            dist.destroy_process_group()
-            sys.exit(status)
+# ==== 8. Rows that travel: of the bigram and the n-gram table, between ranks and between steps ====
 
-# ==== 8. Kernels: what PLAIN and HOPPER are made of, each kernel under its reference of the same signature ====
+class Exchange(NamedTuple):
+    """Rows that all ranks send to each other at once. Known from the tokens, which every host can read: to ask the
+    device or other ranks would be to wait."""
+
+    sent: Tensor  # [rows] int32, by the rank that they go to
+    received: Tensor  # [rows] int32, by the rank that they come from: where they go here
+    send_counts: list[int]  # for rank 0, 1, ...
+    receive_counts: list[int]
+
+
+def cycle_slots(hp: Recipe, world: int) -> int:
+    """How many n-gram rows a rank may read between two updates: two a token, half as many more in a resumed run."""
+    tokens = max(stage.batch for stage in hp.stages) * hp.batch_unit // world
+    tokens *= cycle(hp.rows["ngram_embed"], hp.num_steps, hp)[0]
+    room = min(hp.ngram_rows, hp.ngram_slots, 3 * tokens)
+    return round_up(room, CHUNK_ROWS) if room > CHUNK_ROWS else room
+
+
+class TouchLog:
+    """Which rows of the bigram or n-gram table each rank read since the table's last update: this rank all, the others
+    those of its shard. The n-gram rows that it read have slots, in the order of steps and of rows."""
+
+    def __init__(self, hp: Recipe, ranks: Ranks):
+        self.hp, self.rank, self.world = hp, ranks.rank, ranks.world
+        rows = hp.ngram_rows or hp.sizes["B"]
+        self.size = rows // self.world
+        self.touched, self.slots = np.zeros((self.world, rows), dtype=bool), np.zeros(rows, dtype=np.int32)
+        self.read: list[list[np.ndarray]] = [[] for _ in range(self.world)]  # parts by rank
+        self.begin()
+
+    def begin(self) -> None:
+        """A cycle, after an update or where steps are left out."""
+        for touched, parts in zip(self.touched, self.read):  # all rows would take 16 ms
+            for ids in parts:
+                touched[ids] = False
+            parts.clear()
+        self.filled, self.known = 0, [0] * self.world  # slots, parts that have them
+
+    def mark(self, documents: Documents, segments: list[list[tuple[int, int]]]) -> list[np.ndarray]:
+        """Note a step's rows; those of this rank's segments."""
+        own = []
+        for s, slices in enumerate(segments):
+            rank, ids = s % self.world, table_ids(documents.join(slices)[:-1], self.hp)
+            self.add(rank, ids.ravel() if rank == self.rank else self.in_shard(ids))
+            own += [ids] * (rank == self.rank)
+        return own
+
+    def in_shard(self, ids: np.ndarray) -> np.ndarray:
+        return ids[ids // self.size == self.rank]
+
+    def add(self, rank: int, ids: np.ndarray) -> None:
+        ids = distinct(ids[~self.touched[rank, ids]])
+        self.touched[rank, ids] = True
+        self.read[rank].append(ids)
+
+    def take_over(self) -> None:
+        """A checkpoint of other ranks gives each its shard's gradients, which it then sends to itself."""
+        for ids in [*itertools.chain(*self.read)]:
+            self.add(self.rank, self.in_shard(ids))
+
+    def exchange(self, first: list[int]) -> tuple[np.ndarray, np.ndarray, list[int], list[int]]:
+        """From these parts on: the rows that this rank read, those of its shard that each read, and counts by rank."""
+        read = [np.sort(np.concatenate(parts[n:])) for n, parts in zip(first, self.read)]
+        shard = [self.in_shard(ids) - self.rank * self.size for ids in read]
+        owners = np.bincount(read[self.rank] // self.size, minlength=self.world)
+        return read[self.rank], np.concatenate(shard), owners.tolist(), [*map(len, shard)]
+
+    def step(self, update: bool) -> TouchedRows:
+        """Slots for what was read since the last step, and the exchanges that are due; an update begins a cycle."""
+        first, (ids, copies, owned, gradients) = self.filled, [None] * 4
+        if self.hp.ngram_rows:
+            own, shard, owners, readers = self.exchange(self.known)
+            self.known, self.filled, room = [*map(len, self.read)], first + len(own), cycle_slots(self.hp, self.world)
+            require(self.filled <= room, f"--ngram_slots={self.hp.ngram_slots}: use more, as the steps between two "
+                    f"updates read more than {room} n-gram rows")
+            self.slots[own] = np.arange(first, self.filled)
+            ids = torch.from_numpy(own)
+            copies = Exchange(*map(torch.from_numpy, (shard, self.slots[own])), readers, owners)
+        if update and self.world > 1:
+            own, shard, owners, readers = self.exchange([0] * self.world)
+            if self.hp.ngram_rows:
+                own, rows = self.slots[own], distinct(shard)
+                shard, owned = np.searchsorted(rows, shard).astype(np.int32), torch.from_numpy(rows)
+            gradients = Exchange(*map(torch.from_numpy, (own, shard)), owners, readers)
+        if update:
+            self.begin()
+        return TouchedRows(first, ids, copies if self.world > 1 else None, owned, gradients)
+
+
+def distinct(ids: np.ndarray) -> np.ndarray:
+    """Sorted, each once; ten times as fast as np.unique."""
+    ids = np.sort(ids)
+    return ids[np.diff(ids, prepend=-1) > 0]
+
+
+class Cycle:
+    """The n-gram rows that this rank reads between two updates of the table. Each has a slot."""
+
+    def __init__(self, model: GPT, hp: Recipe, ranks: Ranks):
+        self.table, self.signs = model.ngram_embed.data, model.signs
+        self.add_ngrams = maybe_compiled(add_ngrams, hp)
+        slots, D = cycle_slots(hp, ranks.world), hp.model_dim
+        self.ids = torch.zeros(slots, dtype=torch.int32, device=ranks.device)
+        self.sums = torch.zeros(slots, D, device=ranks.device)  # of gradients
+        self.copies = self.table.new_zeros(slots, D) if ranks.world > 1 else None
+        self.chunk = min(CHUNK_ROWS, slots)
+        self.filled, self.saved = 0, None  # saved: ids and sums of a checkpoint, until they have slots
+
+    def read(self, touched: TouchedRows) -> None:
+        """Before a step: slots for the rows that it is the first to read and, of a table that ranks share, copies."""
+        self.filled = touched.first + len(touched.ids)
+        self.ids[touched.first : self.filled] = touched.ids
+        if touched.copies:
+            rows, work = exchanged(self.table, touched.copies)
+            wait(work)
+            self.copies[touched.copies.received] = rows
+        if self.saved:
+            ids, sums = self.saved
+            self.sums[torch.searchsorted(touched.ids, ids)] = sums
+            self.saved = None
+
+
+def exchanged(rows: Tensor, to: Exchange, dtype: torch.dtype | None = None) -> tuple[Tensor, dist.Work]:
+    """Where the rows will be that come for those sent, in dtype if given, and the work."""
+    sent = rows.index_select(0, to.sent).to(dtype or rows.dtype)
+    part = sent.new_empty(len(to.received), sent.size(1))
+    return part, dist.all_to_all_single(part, sent, to.receive_counts, to.send_counts, async_op=True)
+
+
+def read_anywhere(table: Tensor, batch: Batch, ranks: Ranks) -> tuple[Batch, Tensor]:
+    """Of a shared table, for validation: a copy of each n-gram row that a batch reads, and the batch with their places.
+    Each rank puts its own among zeros for all ranks: simple, if too much traffic for training."""
+    ids = batch.bigram_ids.new_empty(2 * ranks.world, len(batch.tokens))
+    dist.all_gather_into_tensor(ids, batch.bigram_ids)
+    own = (ids // len(table) == ranks.rank).flatten()
+    rows = table.new_zeros(ids.numel(), table.size(1))
+    rows[own] = table[ids.flatten()[own] % len(table)]
+    copies = table.new_empty(batch.bigram_ids.numel(), table.size(1))
+    dist.reduce_scatter_tensor(copies, rows)
+    return batch._replace(bigram_ids=torch.arange(len(copies), device=table.device).view(2, -1)), copies
+
+# ==== 9. Kernels: what PLAIN and HOPPER are made of, each kernel under its reference of the same signature ====
 
 HOPPER_GPU = 9  # generation
 FP8_CAPABILITY = (8, 9)
@@ -2916,7 +2899,7 @@ def scatter_add_rows(rows: Tensor, ids: Tensor, out: Tensor, order: Tensor | Non
     scatter_add_kernel[(blocks,)](rows, ids, order, out, T, D, count, columns, num_warps=4)
 
 
-# ==== 9. Attention: attention(q, k, v, cu_seqlens, max_len, window, scale, gate) with interchangeable backends ====
+# ==== 10. Attention: attention(q, k, v, cu_seqlens, max_len, window, scale, gate) with interchangeable backends ====
 
 REFERENCE_BLOCK = 256  # queries at a time, so that the mask stays small
 GATE_MIN = 1e-30  # what a gate counts as at least where its output is divided by it again
@@ -3420,7 +3403,7 @@ def compile_cases(attention: str, device: str, part: int) -> None:
     os._exit(0)  # not waiting for the thread
 
 
-# ==== 10. Keeping a run: errors, checks, command line, ranks, log, watch, checkpoints; no line decides a weight ====
+# ==== 11. Keeping a run: errors, checks, command line, ranks, log, watch, checkpoints; no line decides a weight ====
 
 class UserError(Exception):
     """A bad input, told in one line that names the cause and the remedy."""
@@ -4397,6 +4380,26 @@ def load_checkpoint(saved: dict, optimizer: NorMuonAdam, clock: Clock) -> int:
         optimizer.cycle.saved = ids, sums
     clock.before = saved["ms"]
     return saved["step"]
+
+
+def main() -> None:
+    """Run the command line; a UserError costs one line and exit status 1."""
+    with one_line_errors():
+        hp, args = parse_args(sys.argv[1:])
+        if args.plan:
+            print_plan(hp)
+        elif args.check:
+            found = check_data(hp)
+            read_checkpoint(hp.resume, hp)
+            print(found)
+        else:
+            ranks = setup_ranks(hp)
+            asked, hp = hp, on_every_rank(lambda: choose_backends(hp, ranks.device))
+            on_every_rank(lambda: check_data(hp))
+            saved = on_every_rank(lambda: read_checkpoint(hp.resume, hp))
+            status = train_trials(hp, args.trials, ranks, saved, [*notices(asked, hp, ranks.device)])
+            dist.destroy_process_group()
+            sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -500,6 +501,28 @@ def test_places_of_an_edit(tmp_path, small, edits, check):
                      env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert check(torch.load(tmp_path / "new_step7.pt", weights_only=True)["tensors"])
+
+
+def test_first_edit_of_the_readme(tmp_path, small):
+    """Its line differs from one of the script by the activation, and the script with it trains to other losses."""
+    readme = (SCRIPT.parent / "README.md").read_text()
+    (new,) = re.findall(r"^    return Stream\(F\.leaky_relu.*\n", readme, re.M)
+    old = re.sub(r"F\.leaky_relu\((.*), 0\.1\)\.square", r"F.relu(\1).square", new)
+    keys = SIZES | dict(num_scheduled_iterations=6, train_files=small.train_files, val_files=small.val_files)
+    losses = []
+    for run, edits in (("old", []), ("new", [(old, new)])):
+        done = forks.run(edited(tmp_path, *edits), "--preset=demo", f"--run_id={run}", f"--log_dir={tmp_path}",
+                         *(f"--{key}={value}" for key, value in keys.items()), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        losses.append(re.search(r"^final: val_loss (\S+)", done.stdout, re.M)[1])
+    assert old != new and losses[0] != losses[1]
+
+
+def test_where_the_algorithm_ends():
+    """README says how many lines a reader of it reads."""
+    readme, text = (SCRIPT.parent / "README.md").read_text(), SCRIPT.read_text()
+    lines = int(re.search(r"algorithm is its first (\S+) lines", readme)[1].replace(",", ""))
+    assert lines == len(text.partition("# ==== 8. ")[0].rstrip().splitlines()) < 1750
 
 
 def test_import_has_no_side_effects(tmp_path):
