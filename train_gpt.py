@@ -104,6 +104,7 @@ class Layer(NamedTuple):
 
     window: Literal["short", "long"] | None  # attention window; None: no attention
     name: str = ""  # for layers that others name
+    head_dim: int | None = None  # it uses so many rows of each head's Q, K, V, the first, and of O's columns; None: d
     paired: bool = False  # a token enters attention as two, heads 0..H/2-1 and then the rest
     key_offset: bool = False  # half of each key moves one position ahead
     gate: bool = True  # each head's output is gated
@@ -338,6 +339,11 @@ class Recipe:
         return [i for i, layer in enumerate(self.layers) if layer.window]
 
     @property
+    def head_dims(self) -> list[int]:
+        """The widths of these layers' heads."""
+        return [self.layers[i].head_dim or self.head_dim for i in self.attn_layers]
+
+    @property
     def rows(self) -> dict[str, Param]:
         return {row.name: row for row in self.params}
 
@@ -544,7 +550,7 @@ class Embeddings(NamedTuple):
 class AttentionWeights(NamedTuple):
     """The weights of one layer's attention, before its output."""
 
-    qkv: Tensor  # [3D, D]
+    qkv: Tensor  # [3*H*d, D], for the layer's d
     gate: Tensor  # [H, G], of the heads
     value_gate: Tensor | None  # [H, G], of the value embedding, if it has one
 
@@ -877,6 +883,11 @@ def softcap(logits: Tensor, cap: float, shift: float, width: float) -> Tensor:
     return cap * torch.sigmoid((logits.float() + shift) / width)
 
 
+def first_of_heads(x: Tensor, axis: int, heads: int, n: int) -> Tensor:
+    """The first n places of each of so many heads, which lie one after the other along an axis of x."""
+    return x.unflatten(axis, (heads, -1)).narrow(axis + 1, 0, n).flatten(axis, axis + 1)
+
+
 def mixed(weights: Iterable[Tensor | float], streams: list[Tensor]) -> Tensor:
     """The sum of streams [T, D] times weights, [T, 1] or [T, D] fp32 or numbers, rounded once."""
     return sum(w * x for w, x in zip(weights, streams)).to(streams[0].dtype)
@@ -1033,13 +1044,15 @@ class GPT(nn.Module):
         return qkv, o, up, down
 
     @torch.no_grad()
-    def fp8_weights(self) -> dict[str, Fp8Weight | list[Fp8Weight]]:
-        """FP8 copies of lm_head and of the banks qkv, up and down, as far as training multiplies with them in FP8."""
+    def fp8_weights(self) -> dict[str, Fp8Weight | dict[int, Fp8Weight] | list[Fp8Weight]]:
+        """FP8 copies of lm_head and of the banks qkv, up and down, as far as training multiplies with them in FP8; of
+        qkv by width of heads, as each layer's must be contiguous, transposed, too."""
         (qkv, _, up, down), unit, copies = self.matrices(), GRADIENT_SCALE * self.loss_scale, {}
         if self.hp.fp8_head:
             copies["head"] = fp8_weight(self.lm_head, X_SCALE, GRAD_SCALE * self.loss_scale, W_SCALE)
         if any(layer.fp8_qkv for layer in self.hp.layers):
-            copies["qkv"] = fp8_weight(qkv, NORMED_SCALE, unit)
+            copies["qkv"] = {d: fp8_weight(first_of_heads(qkv, 1, 3 * self.hp.num_heads, d), NORMED_SCALE, unit)
+                             for d in {*self.hp.head_dims}}
         if any(layer.fp8_mlp and layer.mlps for layer in self.hp.layers):
             copies["mlp"] = [fp8_weight(up, NORMED_SCALE, unit, layers=self.mlp_layers),
                              fp8_weight(down, HIDDEN_SCALE, unit, layers=self.mlp_layers)]
@@ -1060,15 +1073,16 @@ class GPT(nn.Module):
         batch: Batch,
         windows: Windows,
     ) -> Tensor:
-        """Gated attention before O; [T, D]."""
-        T, H, d = len(h.x), self.hp.num_heads, self.hp.head_dim
-        n = 2 if layer.paired else 1
+        """Gated attention before O; [T, H*d], for the layer's d."""
+        T, H, d = len(h.x), self.hp.num_heads, layer.head_dim or self.hp.head_dim
+        n, narrower = 2 if layer.paired else 1, self.hp.head_dim // d
 
         gated = ve is not None and layer.value_gate and not layer.dense
-        weights = AttentionWeights(qkv=qkv, gate=self.attn_gate_bank[j],
+        weights = AttentionWeights(qkv=first_of_heads(qkv, 0, 3 * H, d), gate=self.attn_gate_bank[j],
                                    value_gate=self.ve_gate_bank[layer.value_table] if gated else None)
-        cos, sin = (table[: n * (windows.segment or T)] for table in (self.cos, self.sin))
-        fp8 = self.fp8["qkv"].part(j) if layer.fp8_qkv else None
+        ve = None if ve is None else first_of_heads(ve, 1, H, d)
+        cos, sin = (table[: n * (windows.segment or T), ::narrower].contiguous() for table in (self.cos, self.sin))
+        fp8 = self.fp8["qkv"][d].part(j) if layer.fp8_qkv else None
         q, k, v, gate = self.ops.attention_inputs(h, weights, ve, cos, sin, layer, fp8)  # [T, H, d], gate [T, H]
 
         # a paired token becomes two: the same memory seen as [2T, H/2, d]
@@ -1076,7 +1090,9 @@ class GPT(nn.Module):
         gate = gate.view(n * T, H // n) if layer.gate else None
         window = windows.short if layer.window == "short" else windows.long
         documents = batch.cu_seqlens * n, windows.max_doc * n
-        return self.ops.attention(q, k, v, *documents, window, windows.scale, gate).reshape(T, H * d)
+        # q and k are as long as the root of d: so scores vary as those of wide heads do
+        y = self.ops.attention(q, k, v, *documents, window, windows.scale * narrower**0.5, gate)
+        return y.reshape(T, H * d)
 
     def dense_weights(self, x: Tensor, j: int) -> tuple[Tensor, ...]:
         """How much each token of the stream x [T, D] takes of others, 14 times [T, 1] fp32 (MUDD, arXiv 2502.12170)."""
@@ -1104,6 +1120,7 @@ class GPT(nn.Module):
         (qkv, o, up, down), mlps = self.matrices(), [layer.mlps for layer in layers]
         # by layer at once: the backward of each indexing would be a pass over the bank. MLPs side by side are joined
         qkv, o, up, down = qkv.unbind(), o.unbind(), *([x.flatten(0, 1) for x in w.split(mlps)] for w in (up, down))
+        o = [first_of_heads(w, 1, self.hp.num_heads, d) for w, d in zip(o, self.hp.head_dims)]
         resid, x0_lambdas, bigram_lambdas = (
             p.bfloat16().float() for p in (self.resid_lambdas, self.x0_lambdas, self.bigram_lambdas))
         # repeated for each token, so that gradients are summed at once for all
@@ -3157,7 +3174,7 @@ def choose_backends(hp: Recipe, device: torch.device) -> Recipe:
         hp = without_fp8(hp)
     gpu = device.type == "cuda" and hp.dtype == "bfloat16"
     # on GPUs but Hopper fa4's package has other kernels, without gates
-    fa4 = gpu and gpu_generation(device) == HOPPER_GPU and triton is not None and hp.head_dim in FLASH4_DIMS
+    fa4 = gpu and gpu_generation(device) == HOPPER_GPU and triton is not None and {*hp.head_dims} <= {*FLASH4_DIMS}
     usable = {"fa4": fa4, "torch": gpu, "reference": True}
     for name in ATTENTION_BACKENDS if hp.attention == "auto" else [hp.attention]:
         reason = "it needs bfloat16 on a GPU, fa4 a Hopper one, Triton and a --head_dim of 32, 64 or 128"
@@ -3180,7 +3197,7 @@ def missing_packages(asked: Recipe, hp: Recipe, device: torch.device) -> str:
     packages = ("flash-attn-4", "flash_attn"), ("quack-kernels", "quack")
     lacks = [package for package, module in packages if importlib.util.find_spec(module) is None]
     costs = [cost for (key, name), cost in SLOWER.items() if (getattr(asked, key), getattr(hp, key)) == ("auto", name)]
-    fits = gpu_generation(device) == HOPPER_GPU and hp.dtype == "bfloat16" and hp.head_dim in FLASH4_DIMS
+    fits = gpu_generation(device) == HOPPER_GPU and hp.dtype == "bfloat16" and {*hp.head_dims} <= {*FLASH4_DIMS}
     return (f"without {' and '.join(lacks)}, {' and '.join(costs)}; python -m pip install -r requirements-hopper.txt"
             if fits and lacks and costs else "")
 
@@ -3531,7 +3548,10 @@ def check_layers(hp: Recipe) -> None:
         last = i + 1 == len(hp.layers)
         need("dense", layer.dense is None or (last and layer.reads and layer.value_table is not None and layer.mlps),
              "use none, but in the last layer, with reads, value_table and mlps")
-        for column in ("paired", "key_offset", "value_table", "reads", "fp8_qkv", "dense"):
+        d = layer.head_dim
+        need("head_dim", d is None or (d > 0 and d % 8 == 0 and hp.head_dim % d == 0),
+             f"use none, or a multiple of 8 that --head_dim={hp.head_dim} is a multiple of")
+        for column in ("head_dim", "paired", "key_offset", "value_table", "reads", "fp8_qkv", "dense"):
             need(column, layer.window or any(getattr(layer, column) is x for x in (None, False)),  # 0 is a table
                  "a layer without attention (window=none) takes none or false")
     require(hp.attn_layers, "LAYERS.*.window: use short or long in one layer at least")
@@ -4043,9 +4063,9 @@ class Log:
 
 def run_flops(hp: Recipe) -> int:
     """Of products with weights, for each and a token 2 forward and 4 backward; all of the head's, not attention's."""
-    P, A, D, F, V = (hp.sizes[letter] for letter in "PADFV")
+    P, H, D, F, V = (hp.sizes[letter] for letter in "PHDFV")
     tokens = sum(plan(step, hp).batch_tokens for step in range(hp.num_steps))
-    return 6 * (A * 4 * D * D + P * 2 * D * F + D * V) * tokens
+    return 6 * (sum(hp.head_dims) * 4 * H * D + P * 2 * D * F + D * V) * tokens
 
 
 def log_environment(log: Log, hp: Recipe, ranks: Ranks) -> None:

@@ -48,10 +48,10 @@ MODEL_LAYERS = (
     t.Layer(None, "middle", skip_from="early"),
     t.Layer("long", key_offset=True, gate=False, value_table=1, value_gate=False, reads="early"),
 )
-# And those of dense connections, with prefixes
+# And those of dense connections and narrower heads, with prefixes
 DENSE_LAYERS = (
-    MODEL_LAYERS[0]._replace(value_gate_mixed=True),
-    t.Layer("short", "middle", skip_from="early"),
+    MODEL_LAYERS[0]._replace(value_gate_mixed=True, head_dim=8),
+    t.Layer("short", "middle", skip_from="early", head_dim=8),
     MODEL_LAYERS[2]._replace(gate=True, dense="middle"),
 )
 # Compared as one vector, as they were one parameter: the sum over tokens that is one number's gradient may cancel
