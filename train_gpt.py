@@ -1706,7 +1706,8 @@ def train(run: Run, log: Log, watch: Watch, saved: dict | None) -> int:
     if not run.ready:
         if hp.compile:
             run.warm_up(validation, log)
-        check_ops(run.model.ops, run.ranks.device)
+        for d in {*hp.head_dims}:
+            check_ops(run.model.ops, run.ranks.device, d=d)
         run.ready = True
 
     clock = watch.clock = Clock(run.ranks.device)
@@ -3288,7 +3289,7 @@ class Case(NamedTuple):
 
 def run_attention_inputs(layer: Layer, unit: float | None, ops: Ops, *tensors: Tensor) -> tuple[Tensor, ...]:
     x, qkv, gate, value_gate, ve, angles = tensors
-    d = x.size(1) // len(gate)
+    d = ve.size(1) // len(gate)
     angles = angles[: (1 + layer.paired) * len(x) // 2, : d // 4].float()  # two segments
     with_values = (value_gate, ve) if layer.value_table is not None else (None, None)
     weights, fp8 = AttentionWeights(qkv, gate, with_values[0]), unit and fp8_weight(qkv.detach(), NORMED_SCALE, unit)
@@ -3332,7 +3333,7 @@ def run_add_rows(ops: Ops, rows: Tensor) -> Tensor:
     return table
 
 
-INPUTS = "T D, 3*D D, H G, H G, T D, 2*T D"
+INPUTS = "T D, 3*H*d D, H G, H G, T H*d, 2*T D"
 CASES = {
     "first columns": Case("first_columns", lambda ops, x: ops.first_columns(x * 1, 12), "T D"),
     **{f"attention inputs{name}": Case("attention_inputs", partial(run_attention_inputs, layer, fp8), INPUTS)
@@ -3381,12 +3382,12 @@ def case_results(case: Case, ops: Ops, inputs: list[Tensor]) -> list[Tensor]:
 CASE_TOLERANCE = 2.0**-5  # two roundings to bf16 are 2^-7, FP8's a little more; the largest seen was 0.009 (H100)
 
 
-def check_ops(ops: Ops, device: torch.device) -> None:
+def check_ops(ops: Ops, device: torch.device, **sizes: int) -> None:
     """Compare each operation with PLAIN's on small inputs: an edit of the mathematics of only one ends the run."""
     for name, case in CASES.items():
         if getattr(ops, case.op) is getattr(PLAIN, case.op):
             continue
-        inputs = case_inputs(case, CASE_SIZES, torch.bfloat16, device)
+        inputs = case_inputs(case, CASE_SIZES | sizes, torch.bfloat16, device)
         ours, plain = (case_results(case, x, inputs) for x in (ops, PLAIN))
         off = math.inf if [x.shape for x in ours] != [x.shape for x in plain] else max(
             ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).nan_to_num(math.inf).item()

@@ -17,6 +17,7 @@ RECORD = t.Recipe().sizes | dict(T=1002, L=3)  # T: two segments
 OTHER = RECORD | dict(T=77, D=136, F=328)
 FP8 = RECORD | dict(T=1008)  # which takes multiples of 16
 CASES = [name for name, case in t.CASES.items() if case.op not in ("head_loss", "attention")]
+NARROW = [(name, (FP8 if "FP8" in name else RECORD) | dict(d=64)) for name in CASES if "attention inputs" in name]
 
 
 def installed(name):
@@ -67,7 +68,7 @@ class TestGPU:
     @needs_quack
     @pytest.mark.parametrize("compiled", [False, True])
     @pytest.mark.parametrize("name,sizes", [*((name, FP8 if "FP8" in name else RECORD) for name in CASES),
-                                            ("linear sum", OTHER), ("MLP", OTHER)])
+                                            *NARROW, ("linear sum", OTHER), ("MLP", OTHER)])
     def test_cases(self, name, sizes, compiled):
         """Eagerly and as one compiled graph; the rows of tables, which are added outside of graphs, eagerly."""
         case = t.CASES[name]
@@ -94,15 +95,17 @@ class TestGPU:
         as_good(ours[1:], plain[1:], exact[1:], slack=1e-4)
 
     @needs_quack
+    @pytest.mark.parametrize("d", [128, 64])
     @pytest.mark.parametrize("attention", ["torch", pytest.param("fa4", marks=needs_fa4)])
-    def test_check_ops(self, attention):
-        t.check_ops(t.HOPPER._replace(attention=t.ATTENTION_BACKENDS[attention]()), CUDA)
+    def test_check_ops(self, attention, d):
+        t.check_ops(t.HOPPER._replace(attention=t.ATTENTION_BACKENDS[attention]()), CUDA, d=d)
 
+    @pytest.mark.parametrize("d", [128, 64])
     @pytest.mark.parametrize("T,S,paired,offset,mix", [(1001, 1001, *kind) for kind in k.KINDS] + [
         (4096, 1024, True, True, True), (3003, 1001, False, True, True)])
-    def test_attention_inputs(self, T, S, paired, offset, mix):
-        *inputs, grads = k.qkv_inputs(T, 6, 128, mix, device="cuda")
-        tables = k.rotation(S, 128, paired, device="cuda")
+    def test_attention_inputs(self, T, S, paired, offset, mix, d):
+        *inputs, grads = k.qkv_inputs(T, 6, d, mix, device="cuda")
+        tables = k.rotation(S, d, paired, device="cuda")
         inputs, grads, tables = to(BF16, *inputs), to(BF16, *grads), to(BF16, *tables)
         r = k.row_factors(T, offset == mix, device="cuda")
 
@@ -113,12 +116,13 @@ class TestGPU:
         as_good(results(k.Inputs.apply), results(t.attention_inputs_reference),
                 results(t.attention_inputs_reference, FP64))
 
+    @pytest.mark.parametrize("d", [128, 64])
     @pytest.mark.parametrize("T,paired,offset,mix", [(1001, *kind) for kind in k.KINDS])
-    def test_attention_inputs_in_fp8(self, T, paired, offset, mix, unit=2.0**-7):
+    def test_attention_inputs_in_fp8(self, T, paired, offset, mix, d, unit=2.0**-7):
         """The same gradients, rounded once more, and transposed."""
-        *inputs, grads = k.qkv_inputs(T, 6, 128, mix, device="cuda")
+        *inputs, grads = k.qkv_inputs(T, 6, d, mix, device="cuda")
         inputs, grads = [x if x is None else x.to(BF16) for x in inputs], to(BF16, *grads)
-        args = inputs[0], None, *inputs[1:], *to(BF16, *k.rotation(T, 128, paired, device="cuda")), *grads
+        args = inputs[0], None, *inputs[1:], *to(BF16, *k.rotation(T, d, paired, device="cuda")), *grads
         plain, _, *rest = t.attention_inputs_backward(*args, paired, offset, 0.0)
         ours, turned, *others = t.attention_inputs_backward(*args, paired, offset, unit)
         rounded, _ = t.quantized_reference(plain, None, unit, E5M2)
@@ -179,12 +183,13 @@ class TestGPU:
         as_good([out], [plain], [exact])
 
     @pytest.mark.parametrize("has_gate", [False, True])
+    @pytest.mark.parametrize("d", [128, 64])
     @pytest.mark.parametrize("backend", ["torch", pytest.param("fa4", marks=needs_fa4)])
     @pytest.mark.parametrize("T,H,window,lengths", [
         (2048, 6, 384, (700, 300, 1)), (1537, 3, 128, (513, 90, 1, 2, 333)), (1001, 6, 2000, (1001,))])
-    def test_attention(self, backend, T, H, window, lengths, has_gate):
+    def test_attention(self, backend, T, H, window, lengths, d, has_gate):
         """Output and gradients: windows inside and beyond the documents, which are many, of one token, or one."""
-        inputs, dy, ends = [randn(T, H, 128) for _ in range(3)], randn(T, H, 128), document_ends(T, lengths)
+        inputs, dy, ends = [randn(T, H, d) for _ in range(3)], randn(T, H, d), document_ends(T, lengths)
         inputs += [torch.rand(T, H, device="cuda")] if has_gate else []
 
         def results(f, dtype=BF16):
