@@ -885,6 +885,8 @@ def softcap(logits: Tensor, cap: float, shift: float, width: float) -> Tensor:
 
 def first_of_heads(x: Tensor, axis: int, heads: int, n: int) -> Tensor:
     """The first n places of each of so many heads, which lie one after the other along an axis of x."""
+    if x.size(axis) == heads * n:
+        return x
     return x.unflatten(axis, (heads, -1)).narrow(axis + 1, 0, n).flatten(axis, axis + 1)
 
 
