@@ -3180,7 +3180,7 @@ def choose_backends(hp: Recipe, device: torch.device) -> Recipe:
     fa4 = gpu and gpu_generation(device) == HOPPER_GPU and triton is not None and {*hp.head_dims} <= {*FLASH4_DIMS}
     usable = {"fa4": fa4, "torch": gpu, "reference": True}
     for name in ATTENTION_BACKENDS if hp.attention == "auto" else [hp.attention]:
-        reason = "it needs bfloat16 on a GPU, fa4 a Hopper one, Triton and a --head_dim of 32, 64 or 128"
+        reason = "it needs bfloat16 on a GPU, fa4 a Hopper one, Triton and every head_dim of 32, 64 or 128"
         if usable[name]:
             try:
                 ATTENTION_BACKENDS[name]()

@@ -246,17 +246,18 @@ def test_fa4_is_for_hopper(monkeypatch, capability, chosen):
             t.choose_backends(replace(hp, attention="fa4"), device)
 
 
-@pytest.mark.parametrize("heads,head_dim,quack,attention,kernels", [
-    (6, 128, True, "fa4", "hopper"), (6, 128, False, "fa4", "plain"), (4, 256, True, "torch", "hopper"),
-    (8, 96, True, "torch", "plain")])
-def test_choice_by_head_dim(monkeypatch, heads, head_dim, quack, attention, kernels):
+@pytest.mark.parametrize("heads,head_dim,narrow,quack,attention,kernels", [
+    (6, 128, "none", True, "fa4", "hopper"), (6, 128, "none", False, "fa4", "plain"),
+    (6, 128, 64, True, "fa4", "hopper"), (6, 128, 16, True, "torch", "hopper"),
+    (4, 256, "none", True, "torch", "hopper"), (8, 96, "none", True, "torch", "plain")])
+def test_choice_by_head_dim(monkeypatch, heads, head_dim, narrow, quack, attention, kernels):
     """What is chosen on a Hopper GPU can take that width, and what cannot says why."""
     monkeypatch.setattr(t, "triton", object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if quack else None)
     monkeypatch.setitem(t.ATTENTION_BACKENDS, "fa4", lambda: None)
     hp, _ = t.parse_args([f"--num_heads={heads}", f"--head_dim={head_dim}", f"--model_dim={heads * head_dim}",
-                           "--micro_tokens=1"])
+                          "--micro_tokens=1", "--set", f"LAYERS.1.head_dim={narrow}"])
     device = torch.device("cuda")
     chosen = t.choose_backends(hp, device)
     assert (chosen.attention, chosen.kernels) == (attention, kernels)

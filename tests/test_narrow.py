@@ -182,8 +182,9 @@ def test_a_run(base):
     tokens = sum(t.plan(step, hp).batch_tokens for step in range(hp.num_steps))
     narrower = sum(32 - d for d in hp.head_dims)
     assert t.run_flops(cells(hp, "LAYERS.*.head_dim=none")) - t.run_flops(hp) == 6 * narrower * 4 * 2 * 64 * tokens
-    for cell in ("2.head_dim=12", "2.head_dim=24", "2.head_dim=64", "2.head_dim=0", "2.head_dim=-8", "2.head_dim=8.5"):
-        with pytest.raises(t.UserError, match=rf"LAYERS\.{cell}: use "):
-            cells(base, f"LAYERS.{cell}")
+    for preset, widths in (base, (4, 12, 24, 64, 0, -8, 8.5)), (t.PRESETS["record80"], (48, 256)):
+        for d in widths:
+            with pytest.raises(t.UserError, match=rf"^LAYERS\.2\.head_dim={d}: use "):
+                cells(preset, f"LAYERS.2.head_dim={d}")
     with pytest.raises(t.UserError, match=r"LAYERS\.6\.head_dim=8: a layer without attention"):
         cells(base, "LAYERS.6.head_dim=8")
