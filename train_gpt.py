@@ -104,7 +104,7 @@ class Layer(NamedTuple):
 
     window: Literal["short", "long"] | None  # attention window; None: no attention
     name: str = ""  # for layers that others name
-    head_dim: int | None = None  # it uses so many rows of each head's Q, K, V, the first, and of O's columns; None: d
+    narrower: int = 1  # its heads are d over this: they use the first rows of each head's Q, K, V, and of O's columns
     paired: bool = False  # a token enters attention as two, heads 0..H/2-1 and then the rest
     key_offset: bool = False  # half of each key moves one position ahead
     gate: bool = True  # each head's output is gated
@@ -341,7 +341,7 @@ class Recipe:
     @property
     def head_dims(self) -> list[int]:
         """The widths of these layers' heads."""
-        return [self.layers[i].head_dim or self.head_dim for i in self.attn_layers]
+        return [self.head_dim // self.layers[i].narrower for i in self.attn_layers]
 
     @property
     def rows(self) -> dict[str, Param]:
@@ -385,14 +385,14 @@ def mini(recipe: Recipe) -> Recipe:
 FOUND = dict(fp8_qkv=True, fp8_mlp=True, value_gate_mixed=True)
 FRONTIER_LAYERS = (
     Layer("short", paired=True, **FOUND),
-    Layer("short", value_table=0, **FOUND),
+    Layer("short", narrower=2, value_table=0, **FOUND),
     Layer("short", value_table=1, paired=True, **FOUND),
     Layer("long", "early", key_offset=True, **FOUND),
     Layer(None, fp8_mlp=True),
     Layer("short", paired=True, **FOUND),
     Layer(None, skip_from="early", fp8_mlp=True),
     Layer("short", "middle", **FOUND),
-    Layer("short", value_table=2, reads="middle", **FOUND),
+    Layer("short", narrower=2, value_table=2, reads="middle", **FOUND),
     Layer(None, fp8_mlp=True),
     Layer("long", value_table=3, reads="middle", key_offset=True, dense="early", **FOUND),
 )
@@ -406,7 +406,7 @@ FRONTIER_STAGES = (
 )
 RECORD80 = Recipe()
 FRONTIER = replace(RECORD80, layers=FRONTIER_LAYERS, stages=FRONTIER_STAGES, batch_unit=65_536, cooldown_start=0.2,
-                   cooldown_floor=0.3, num_scheduled_iterations=1248, ngram_rows=10_575_360, tail_average=1.0)
+                   cooldown_floor=0.3, num_scheduled_iterations=1266, ngram_rows=10_575_360, tail_average=1.0)
 PRESETS = {"record80": RECORD80, "frontier": FRONTIER, "mini": mini(RECORD80), "demo": small(RECORD80),
            "frontier_demo": small(FRONTIER)}
 
@@ -626,9 +626,8 @@ class Documents:
         return np.concatenate([self.tokens[start:end] for start, end in slices])
 
     def segments(self, doc: int, windows: Windows) -> tuple[list[list[tuple[int, int]]], int] | None:
-        """SEGMENTS lists of document slices, from document number `doc` on, and the number of the next; None if too few
-        documents are left. In each list is one token more than in a segment, as each one's target is the next.
-        Documents are cut to max_doc, the last of a segment to what is missing; what is cut is skipped."""
+        """SEGMENTS lists of document slices, a token more than a segment in each, from document number `doc` on, and the
+        number of the next; None if too few are left. What is cut, to max_doc or at a segment's end, is skipped."""
         segments = []
         for _ in range(SEGMENTS):
             slices = []
@@ -1076,14 +1075,15 @@ class GPT(nn.Module):
         windows: Windows,
     ) -> Tensor:
         """Gated attention before O; [T, H*d], for the layer's d."""
-        T, H, d = len(h.x), self.hp.num_heads, layer.head_dim or self.hp.head_dim
-        n, narrower = 2 if layer.paired else 1, self.hp.head_dim // d
+        T, H, d = len(h.x), self.hp.num_heads, self.hp.head_dim // layer.narrower
+        n = 2 if layer.paired else 1
 
         gated = ve is not None and layer.value_gate and not layer.dense
         weights = AttentionWeights(qkv=first_of_heads(qkv, 0, 3 * H, d), gate=self.attn_gate_bank[j],
                                    value_gate=self.ve_gate_bank[layer.value_table] if gated else None)
         ve = None if ve is None else first_of_heads(ve, 1, H, d)
-        cos, sin = (table[: n * (windows.segment or T), ::narrower].contiguous() for table in (self.cos, self.sin))
+        cos, sin = (table[: n * (windows.segment or T), :: layer.narrower].contiguous()
+                    for table in (self.cos, self.sin))
         fp8 = self.fp8["qkv"][d].part(j) if layer.fp8_qkv else None
         q, k, v, gate = self.ops.attention_inputs(h, weights, ve, cos, sin, layer, fp8)  # [T, H, d], gate [T, H]
 
@@ -1093,7 +1093,7 @@ class GPT(nn.Module):
         window = windows.short if layer.window == "short" else windows.long
         documents = batch.cu_seqlens * n, windows.max_doc * n
         # q and k are as long as the root of d: so scores vary as those of wide heads do
-        y = self.ops.attention(q, k, v, *documents, window, windows.scale * narrower**0.5, gate)
+        y = self.ops.attention(q, k, v, *documents, window, windows.scale * layer.narrower**0.5, gate)
         return y.reshape(T, H * d)
 
     def dense_weights(self, x: Tensor, j: int) -> tuple[Tensor, ...]:
@@ -1104,9 +1104,8 @@ class GPT(nn.Module):
 
     def dense_layer(self, x: Stream, first: Tensor, middle: Tensor, bigram: Tensor, ve: Tensor, attend: Callable,
                     o: Tensor, up: Tensor, down: Tensor, fp8: list[Fp8Weight] | None) -> Stream:
-        """The last layer, if its connections are dense: each token weighs what makes V, the stream and the result.
-        first, middle, bigram, ve [T, D]: the stream before the layers, the one that attention reads, and rows; attend:
-        ve -> gated attention before O."""
+        """The last layer, if its connections are dense: each token weighs what makes V, the stream and the result. first:
+        the stream before the layers, middle: the one that attention reads; attend: ve -> gated attention before O."""
         w, nothing = self.dense_weights(x.x, 0), x.x.new_zeros(len(x.x), dtype=torch.float32)
         half = x.x.size(1) // 2
         gate = torch.cat([g.expand(-1, half) for g in w[6:8]], dim=1)  # [T, D], one for half of the heads
@@ -1284,9 +1283,8 @@ def adam_update(parts: list[Part]) -> None:
 
 
 def row_adam_update(parts: list[Part]) -> None:
-    """One Adam step on rows p [n, D] without first moments and with one second moment a row (record #92), in place. A
-    row without a gradient would not move, so it may be left out: state["last"] [n] int32 tells how long its moment has
-    still to decay when it comes again."""
+    """One Adam step on rows p [n, D] without first moments and with one second moment a row (record #92), in place. Rows
+    without gradients may be left out: state["last"] [n] int32 tells how long a moment has still to decay."""
     for p, g, state, hyper, cautious in parts:
         h = AdamHypers(*hyper.unbind())
         g, old = g.float(), p.float()
@@ -1676,10 +1674,9 @@ class Run:
         return (total[0] / total[1]).item()
 
     def warm_up(self, validation: Validation, log: Log) -> None:
-        """Compile everything by real steps on real batches, then put weights and optimizer back to their beginning.
-
-        The first two steps of each stage have every shape of training, and every update. All first ones come first, as
-        graphs are then captured in the memory that these have given back."""
+        """Compile everything by real steps on real batches, then put weights and optimizer back to their beginning. The
+        first two steps of each stage have every shape, and every update; graphs come after all first ones, in the memory
+        that these have given back."""
         bounds = stage_bounds(self.hp)
         # to draw them again takes 2.4 s (H100); the n-gram table, too large to keep, begins with zeros
         weights = {row.name: getattr(self.model, row.name).detach().to("cpu", copy=True)
@@ -3180,7 +3177,7 @@ def choose_backends(hp: Recipe, device: torch.device) -> Recipe:
     fa4 = gpu and gpu_generation(device) == HOPPER_GPU and triton is not None and {*hp.head_dims} <= {*FLASH4_DIMS}
     usable = {"fa4": fa4, "torch": gpu, "reference": True}
     for name in ATTENTION_BACKENDS if hp.attention == "auto" else [hp.attention]:
-        reason = "it needs bfloat16 on a GPU, fa4 a Hopper one, Triton and every head_dim of 32, 64 or 128"
+        reason = "it needs bfloat16 on a GPU, fa4 a Hopper one, Triton and heads of 32, 64 or 128"
         if usable[name]:
             try:
                 ATTENTION_BACKENDS[name]()
@@ -3551,10 +3548,10 @@ def check_layers(hp: Recipe) -> None:
         last = i + 1 == len(hp.layers)
         need("dense", layer.dense is None or (last and layer.reads and layer.value_table is not None and layer.mlps),
              "use none, but in the last layer, with reads, value_table and mlps")
-        d = layer.head_dim
-        need("head_dim", d is None or (d > 0 and d % 8 == 0 and hp.head_dim % d == 0),
-             f"use none, or a multiple of 8 that --head_dim={hp.head_dim} is a multiple of")
-        for column in ("head_dim", "paired", "key_offset", "value_table", "reads", "fp8_qkv", "dense"):
+        parts = layer.narrower if layer.window else 1
+        need("narrower", layer.narrower == parts > 0 == hp.head_dim % (4 * parts),
+             f"use 1, or with attention a divisor of a quarter of --head_dim={hp.head_dim}")
+        for column in ("paired", "key_offset", "value_table", "reads", "fp8_qkv", "dense"):
             need(column, layer.window or any(getattr(layer, column) is x for x in (None, False)),  # 0 is a table
                  "a layer without attention (window=none) takes none or false")
     require(hp.attn_layers, "LAYERS.*.window: use short or long in one layer at least")

@@ -21,7 +21,8 @@ def off(hp):
     cells = ["STAGES.*.classes=0", "STAGES.*.prefix=0,0"]
     if len(hp.stages) == 6:
         cells += ["STAGES.*.fp8=true", "STAGES.4.batch=6", "STAGES.4.lr=1.73", "STAGES.5.batch=6"]
-        cells += ["LAYERS.*.value_gate_mixed=false", "LAYERS.10.dense=none", "LAYERS.10.value_table=4"]
+        cells += ["LAYERS.*.narrower=1", "LAYERS.*.value_gate_mixed=false"]
+        cells += ["LAYERS.10.dense=none", "LAYERS.10.value_table=4"]
         cells += [f"LAYERS.{i}.window=short" for i in (4, 9)]
         cells += ["LAYERS.9.paired=true", "LAYERS.9.reads=middle", "LAYERS.9.value_table=3"]
     return reduce(t.set_cells, cells, dataclasses.replace(hp, ngram_rows=0, tail_average=0.0, cooldown_start=0.4,

@@ -188,7 +188,7 @@ def test_copies(base, compiled, monkeypatch):
     graphs, compilations = [], []
     monkeypatch.setattr(t, "maybe_compiled", lambda f, hp: torch.compile(
         f, dynamic=False, fullgraph=True, backend=counted) if compiled else f)
-    hp = replace(t.set_cells(with_cells(base, fp8_mlp=True, fp8_qkv=True), "LAYERS.2.head_dim=16"), fp8_head=True)
+    hp = replace(t.set_cells(with_cells(base, fp8_mlp=True, fp8_qkv=True), "LAYERS.2.narrower=2"), fp8_head=True)
     run = started(hp)
     places = addresses()
     assert not {*places} & {state.tensor.data_ptr() for state in run.optimizer.states()}

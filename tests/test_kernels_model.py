@@ -50,8 +50,8 @@ MODEL_LAYERS = (
 )
 # And those of dense connections and narrower heads, with prefixes
 DENSE_LAYERS = (
-    MODEL_LAYERS[0]._replace(value_gate_mixed=True, head_dim=8),
-    t.Layer("short", "middle", skip_from="early", head_dim=8),
+    MODEL_LAYERS[0]._replace(value_gate_mixed=True, narrower=2),
+    t.Layer("short", "middle", skip_from="early", narrower=2),
     MODEL_LAYERS[2]._replace(gate=True, dense="middle"),
 )
 # Compared as one vector, as they were one parameter: the sum over tokens that is one number's gradient may cancel
@@ -247,9 +247,9 @@ def test_fa4_is_for_hopper(monkeypatch, capability, chosen):
 
 
 @pytest.mark.parametrize("heads,head_dim,narrow,quack,attention,kernels", [
-    (6, 128, "none", True, "fa4", "hopper"), (6, 128, "none", False, "fa4", "plain"),
-    (6, 128, 64, True, "fa4", "hopper"), (6, 128, 16, True, "torch", "hopper"),
-    (4, 256, "none", True, "torch", "hopper"), (8, 96, "none", True, "torch", "plain")])
+    (6, 128, 1, True, "fa4", "hopper"), (6, 128, 1, False, "fa4", "plain"),
+    (6, 128, 2, True, "fa4", "hopper"), (6, 128, 8, True, "torch", "hopper"),
+    (4, 256, 1, True, "torch", "hopper"), (8, 96, 1, True, "torch", "plain")])
 def test_choice_by_head_dim(monkeypatch, heads, head_dim, narrow, quack, attention, kernels):
     """What is chosen on a Hopper GPU can take that width, and what cannot says why."""
     monkeypatch.setattr(t, "triton", object())
@@ -257,12 +257,12 @@ def test_choice_by_head_dim(monkeypatch, heads, head_dim, narrow, quack, attenti
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if quack else None)
     monkeypatch.setitem(t.ATTENTION_BACKENDS, "fa4", lambda: None)
     hp, _ = t.parse_args([f"--num_heads={heads}", f"--head_dim={head_dim}", f"--model_dim={heads * head_dim}",
-                          "--micro_tokens=1", "--set", f"LAYERS.1.head_dim={narrow}"])
+                          "--micro_tokens=1", "--set", f"LAYERS.1.narrower={narrow}"])
     device = torch.device("cuda")
     chosen = t.choose_backends(hp, device)
     assert (chosen.attention, chosen.kernels) == (attention, kernels)
     if attention != "fa4":
-        with pytest.raises(t.UserError, match="head_dim of 32, 64 or 128"):
+        with pytest.raises(t.UserError, match="heads of 32, 64 or 128"):
             t.choose_backends(replace(hp, attention="fa4"), device)
     if kernels != "hopper":
         with pytest.raises(t.UserError, match="quack-kernels, bfloat16 and a --head_dim that is a power of 2"):

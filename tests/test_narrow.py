@@ -11,9 +11,8 @@ from torch.utils._pytree import tree_map, tree_map_only
 import train_gpt as t
 
 RANKS = t.Ranks(0, 1, torch.device("cpu"))
-NARROW = [f"LAYERS.{i}.head_dim={d}" for i, d in {0: 16, 1: 8, 2: 8, 3: 16, 8: 32, 9: 8, 10: 8}.items()]
-DENSE = ["LAYERS.10.dense=early", "LAYERS.*.value_gate_mixed=true", "LAYERS.1.exclusive=true",
-         "LAYERS.10.exclusive=true", "LAYERS.8.gate=false", "LAYERS.1.value_gate=false"]
+NARROW = [f"LAYERS.{i}.narrower={n}" for i, n in {0: 2, 1: 4, 2: 4, 3: 2, 8: 1, 9: 4, 10: 4}.items()]
+DENSE = ["LAYERS.10.dense=early", "LAYERS.*.value_gate_mixed=true", "LAYERS.8.gate=false", "LAYERS.1.value_gate=false"]
 FP8 = [f"LAYERS.{i}.fp8_qkv=true" for i in (0, 1, 2, 4, 10)]
 
 
@@ -64,9 +63,6 @@ class Sliced(t.GPT):
         hidden = (back < 0) | (back > getattr(windows, layer.window)) | (document[:, None] != document)
         scores = windows.scale * (d / n) ** 0.5 * q @ k.mT
         y = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
-        if layer.exclusive:
-            along = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True)
-            y = y - self.exclusive_alpha[j].tanh()[:, None, None] * along * v
         y = y.view(H // m, T, m, n).permute(1, 2, 0, 3).reshape(T, H, n)
         if layer.gate:
             y = (x[:, :12] @ self.attn_gate_bank[j].mT).sigmoid()[..., None] * y
@@ -108,7 +104,7 @@ def test_against_slices(base, more):
     hp = cells(base, *more, *NARROW)
     assert {*hp.head_dims} == {8, 16, 32}
     loss, grads = loss_and_gradients(model_of(t.GPT, hp))
-    whole = model_of(Sliced, cells(hp, "LAYERS.*.head_dim=none"))
+    whole = model_of(Sliced, cells(hp, "LAYERS.*.narrower=1"))
     whole.widths = hp.head_dims
     exact, expected = loss_and_gradients(whole)
     bound = 16 * torch.finfo(torch.float32).eps  # the head's type
@@ -126,7 +122,7 @@ def test_fp8_copies(base, more):
         made = fp8 and t.fp8_weight(w.qkv.detach(), t.NORMED_SCALE, fp8.unit)
         if fp8:
             assert fp8.bits.is_contiguous() and fp8.turned.is_contiguous()  # as the products need them
-            assert len(fp8.bits) == 3 * 2 * (layer.head_dim or 32)
+            assert len(fp8.bits) == 3 * 2 * 32 // layer.narrower
         return t.plain_attention_inputs(h, w, ve, cos, sin, layer, made)
 
     hp, results = cells(base, *more, *NARROW, *FP8), []
@@ -149,7 +145,7 @@ def test_fp8_attention(base, i):
     """One layer's result and gradients against the formulas, to the error of the coarser format."""
     hp = cells(base, *NARROW, *FP8)
     layer, j = hp.layers[i], hp.attn_layers.index(i)
-    model, whole = model_of(t.GPT, hp).float(), model_of(Sliced, cells(hp, "LAYERS.*.head_dim=none"))
+    model, whole = model_of(t.GPT, hp).float(), model_of(Sliced, cells(hp, "LAYERS.*.narrower=1"))
     model.fp8, whole.widths = model.fp8_weights(), hp.head_dims
     (batch, *_), _ = next(t.train_batches(hp, RANKS, [0]))
     windows, generator = t.plan(0, hp).windows, torch.Generator().manual_seed(2)
@@ -181,10 +177,10 @@ def test_a_run(base):
         assert 0.998 < kept.min() and kept.max() <= 1 and (new != old)[where].float().mean() > 0.99
     tokens = sum(t.plan(step, hp).batch_tokens for step in range(hp.num_steps))
     narrower = sum(32 - d for d in hp.head_dims)
-    assert t.run_flops(cells(hp, "LAYERS.*.head_dim=none")) - t.run_flops(hp) == 6 * narrower * 4 * 2 * 64 * tokens
-    for preset, widths in (base, (4, 12, 24, 64, 0, -8, 8.5)), (t.PRESETS["record80"], (48, 256)):
-        for d in widths:
-            with pytest.raises(t.UserError, match=rf"^LAYERS\.2\.head_dim={d}: use "):
-                cells(preset, f"LAYERS.2.head_dim={d}")
-    with pytest.raises(t.UserError, match=r"LAYERS\.6\.head_dim=8: a layer without attention"):
-        cells(base, "LAYERS.6.head_dim=8")
+    assert t.run_flops(cells(hp, "LAYERS.*.narrower=1")) - t.run_flops(hp) == 6 * narrower * 4 * 2 * 64 * tokens
+    for preset, values in (base, (0, -2, 3, 16, 1.5)), (t.PRESETS["record80"], (3, 64)):
+        for value in values:
+            with pytest.raises(t.UserError, match=rf"^LAYERS\.2\.narrower={value}: use "):
+                cells(preset, f"LAYERS.2.narrower={value}")
+    with pytest.raises(t.UserError, match=r"LAYERS\.6\.narrower=2: use 1, or with attention"):
+        cells(base, "LAYERS.6.narrower=2")

@@ -114,6 +114,7 @@ EDITS = (
     Edit("attention in 9", "92", "LAYERS.9.window=short LAYERS.9.paired=true LAYERS.9.reads=middle "
          "LAYERS.9.value_table=3 LAYERS.10.value_table=4 LAYERS.9.fp8_qkv=true LAYERS.9.value_gate_mixed=true",
          preset=FRONTIER),
+    Edit("no narrow heads", "", "LAYERS.*.narrower=1"),
     Edit("last steps as large", "92", "STAGES.5.batch=6", preset=FRONTIER),
     Edit("no taper", "92", "STAGES.4.batch=6 STAGES.4.lr=1.73", preset=FRONTIER),
     Edit("no averages", "92", "--tail_average=0"),
