@@ -626,8 +626,8 @@ class Documents:
         return np.concatenate([self.tokens[start:end] for start, end in slices])
 
     def segments(self, doc: int, windows: Windows) -> tuple[list[list[tuple[int, int]]], int] | None:
-        """SEGMENTS lists of document slices, a token more than a segment in each, from document number `doc` on, and the
-        number of the next; None if too few are left. What is cut, to max_doc or at a segment's end, is skipped."""
+        """SEGMENTS lists of document slices, a token more than a segment in each, from document number `doc` on, and
+        the number of the next; None if too few are left. What is cut, to max_doc or at a segment's end, is skipped."""
         segments = []
         for _ in range(SEGMENTS):
             slices = []
@@ -1104,8 +1104,8 @@ class GPT(nn.Module):
 
     def dense_layer(self, x: Stream, first: Tensor, middle: Tensor, bigram: Tensor, ve: Tensor, attend: Callable,
                     o: Tensor, up: Tensor, down: Tensor, fp8: list[Fp8Weight] | None) -> Stream:
-        """The last layer, if its connections are dense: each token weighs what makes V, the stream and the result. first:
-        the stream before the layers, middle: the one that attention reads; attend: ve -> gated attention before O."""
+        """The last layer, if its connections are dense: each token weighs what makes V, the stream and the result.
+        first: the stream before the layers, middle: the one attention reads; attend: ve -> gated attention before O."""
         w, nothing = self.dense_weights(x.x, 0), x.x.new_zeros(len(x.x), dtype=torch.float32)
         half = x.x.size(1) // 2
         gate = torch.cat([g.expand(-1, half) for g in w[6:8]], dim=1)  # [T, D], one for half of the heads
@@ -1283,8 +1283,8 @@ def adam_update(parts: list[Part]) -> None:
 
 
 def row_adam_update(parts: list[Part]) -> None:
-    """One Adam step on rows p [n, D] without first moments and with one second moment a row (record #92), in place. Rows
-    without gradients may be left out: state["last"] [n] int32 tells how long a moment has still to decay."""
+    """One Adam step on rows p [n, D] without first moments and with one second moment a row (record #92), in place.
+    Rows without gradients may be left out: state["last"] [n] int32 tells how long a moment has still to decay."""
     for p, g, state, hyper, cautious in parts:
         h = AdamHypers(*hyper.unbind())
         g, old = g.float(), p.float()
@@ -1674,9 +1674,9 @@ class Run:
         return (total[0] / total[1]).item()
 
     def warm_up(self, validation: Validation, log: Log) -> None:
-        """Compile everything by real steps on real batches, then put weights and optimizer back to their beginning. The
-        first two steps of each stage have every shape, and every update; graphs come after all first ones, in the memory
-        that these have given back."""
+        """Compile everything by real steps on real batches, then put weights and optimizer back to their beginning.
+        The first two steps of each stage have every shape, and every update; graphs come after all first ones, in the
+        memory that these have given back."""
         bounds = stage_bounds(self.hp)
         # to draw them again takes 2.4 s (H100); the n-gram table, too large to keep, begins with zeros
         weights = {row.name: getattr(self.model, row.name).detach().to("cpu", copy=True)
