@@ -6,6 +6,7 @@ This file is the run of record #80 of the public track (84.4 s on 8 H100s, 2026-
 stand-in corpus, 2026-11-25). It has not been run on FineWeb or on more than two GPUs.
 
     ./run.sh                                  the record run on the GPUs that are there, or the demo
+    ./run.sh --preset=frontier                the same with what later records found: faster
     python train_gpt.py --preset=demo         the demo (CPU, bundled text, about two minutes)
     torchrun --nproc_per_node=8 train_gpt.py  the record run by hand
     python train_gpt.py --plan                the schedule as CSV, a line a step
