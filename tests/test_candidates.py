@@ -1,9 +1,9 @@
 """The classes that a segment's training softmax is over: the golden choice, loss and gradients; off is as before."""
 
 import dataclasses
-from functools import reduce
 from types import SimpleNamespace
 
+import ablate
 import numpy as np
 import pytest
 import torch
@@ -16,17 +16,12 @@ R92 = np.load(GOLDEN / "r92_candidates.npz")
 CAP = 23.0, 5.0, 7.5
 
 
-def off(hp):
-    """Without the parts of frontier, each by its cell or key, but for its layers' FP8."""
-    cells = ["STAGES.*.classes=0", "STAGES.*.prefix=0,0"]
-    if len(hp.stages) == 6:
-        cells += ["STAGES.*.fp8=true", "STAGES.4.batch=6", "STAGES.4.lr=1.73", "STAGES.5.batch=6"]
-        cells += ["LAYERS.*.narrower=1", "LAYERS.*.value_gate_mixed=false"]
-        cells += ["LAYERS.10.dense=none", "LAYERS.10.value_table=4"]
-        cells += [f"LAYERS.{i}.window=short" for i in (4, 9)]
-        cells += ["LAYERS.9.paired=true", "LAYERS.9.reads=middle", "LAYERS.9.value_table=3"]
-    return reduce(t.set_cells, cells, dataclasses.replace(hp, ngram_rows=0, tail_average=0.0, cooldown_start=0.4,
-                                                          cooldown_floor=0.15))
+def off(preset):
+    """The preset without the parts of frontier, each by its edit in tools/ablate.py."""
+    edits = [edit for edit in ablate.EDITS if edit.preset == "frontier" and edit.name != "24,576 classes"]
+    edits += [edit for edit in ablate.EDITS if not edit.preset and not edit.patch
+              and ablate.recipe(edit, []) == t.PRESETS["record80"]]  # of what record80 has none of
+    return t.parse_args([f"--preset={preset}", *(text for edit in edits for text in edit.arguments)])[0]
 
 
 def sweep(V):
@@ -148,8 +143,7 @@ def test_targets_are_places():
 def test_off_is_record80(byte_files):
     """Without candidates, table and averages, frontier's schedule, batches and losses are record80's, bit for bit."""
     losses = []
-    for preset in ("demo", "frontier_demo"):
-        hp = off(t.PRESETS[preset])
+    for hp in (t.PRESETS["demo"], off("frontier_demo")):
         hp = dataclasses.replace(hp, **byte_files, model_dim=48, head_dim=8, batch_unit=hp.batch_unit // 4,
                                  vocab_size=256, num_scheduled_iterations=30)
         ranks = t.Ranks(0, 1, torch.device("cpu"))
@@ -158,8 +152,9 @@ def test_off_is_record80(byte_files):
         for step, (batches, touched) in zip(steps, t.train_batches(hp, ranks, steps)):
             losses.append((step, run.train_step(batches, touched, t.plan(step, hp)).mean.item()))
     assert losses[: len(losses) // 2] == losses[len(losses) // 2 :]
-    full, frontier = t.PRESETS["record80"], off(dataclasses.replace(t.PRESETS["frontier"],
-                                                                            num_scheduled_iterations=1440))
+    full = t.PRESETS["record80"]
+    frontier = dataclasses.replace(off("frontier"), num_scheduled_iterations=full.num_scheduled_iterations)
+    assert frontier.layers == full.layers
     for step in range(full.num_steps):
         a, b = (t.plan(step, hp)._replace(index=0, stage=None) for hp in (full, frontier))
         assert a == b
