@@ -1076,7 +1076,7 @@ class GPT(nn.Module):
         windows: Windows,
     ) -> Tensor:
         """Gated attention before O; [T, H*d], for the layer's d."""
-        T, H, d = len(h.x), self.hp.num_heads, self.hp.head_dim // layer.narrower
+        T, H, d = len(h.x), self.hp.num_heads, self.hp.head_dims[j]
         n = 2 if layer.paired else 1
 
         gated = ve is not None and layer.value_gate and not layer.dense
@@ -2187,6 +2187,14 @@ def quack_products() -> dict[str, tuple[list[str], Callable]]:
     return kernels
 
 
+def quack_product(a: Tensor, b: Tensor, kind: str, operands: list[Tensor], y: Tensor, sums: Tensor,
+                  turned: Tensor) -> None:
+    names, kernel = quack_products()[kind]
+    more = {name: x[None] if x.dim() == 1 else x for name, x in zip(names, operands, strict=True)}
+    more |= {name: x for name, x in dict(sums=sums, turned=turned.mT).items() if name in epilogue_results(kind)}
+    kernel(a, b, y, more.pop("c", None), epi_args=more)
+
+
 @op(product_reference, cpu=False)
 def product(kind: str, a: Tensor, b: Tensor, operands: list[Tensor],
             dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -2194,11 +2202,7 @@ def product(kind: str, a: Tensor, b: Tensor, operands: list[Tensor],
     y = a.new_empty(m, n, dtype=dtype)
     sums = a.new_empty(m if "sums" in results else 0, -(-n // product_columns(kind)), dtype=torch.float32)
     turned = y.new_empty(n if "turned" in results else 0, m)
-    if not isinstance(a, FakeTensor):
-        names, kernel = quack_products()[kind]
-        more = {name: x[None] if x.dim() == 1 else x for name, x in zip(names, operands, strict=True)}
-        more |= {name: x for name, x in dict(sums=sums, turned=turned.mT).items() if name in results}
-        kernel(a, b, y, more.pop("c", None), epi_args=more)
+    launch(quack_product, a, b, kind, operands, y, sums, turned)
     return y, sums, turned
 
 
@@ -2336,7 +2340,7 @@ class ReluSquareMLP(torch.autograd.Function):
 # Tensor cores multiply FP8 numbers only along contiguous rows, so a product's gradients need its operands transposed
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-FP8_MAX = 448.0  # largest e4m3 number
+FP8_MAX, E5M2_MAX = torch.finfo(E4M3).max, torch.finfo(E5M2).max
 # Of the numbers that are stored as 1; all but weights' are known beforehand. Rows after a norm are at most sqrt(D), 28;
 # relu^2 is cut at 448, below 2^-6 loses precision, and has the unit 1, as root8 takes the root of what is stored;
 # gradients, as e5m2, lie between 2^-29 and 7 times the loss scale
@@ -2550,7 +2554,7 @@ def attention_inputs_kernel(qkv, r, ve, gate, cos, sin, q, k, v, T, S, EPS: tl.c
 
 
 @jit
-def store_gradient(x, qkv, out, turned, rows, columns, T, N: tl.constexpr, per_unit, MAX: tl.constexpr = 57344.0):
+def store_gradient(x, qkv, out, turned, rows, columns, T, N: tl.constexpr, per_unit, MAX: tl.constexpr = E5M2_MAX):
     """x, of qkv's type, to those places of out [T, N]; with turned [N, T] to both, as e5m2, up to MAX, in units."""
     x, to, mask = x.to(qkv.dtype.element_ty), rows[:, None] * N + columns, rows < T
     if turned is not None:
@@ -3104,6 +3108,13 @@ def load_flash4() -> Callable:
 
 
 FLASH4_DIMS = 32, 64, 128  # widths of heads that flash4_preprocess takes
+
+
+def flash4_fits(hp: Recipe, device: torch.device) -> bool:
+    """Whether FlashAttention-4 can serve; on GPUs but Hopper its package has other kernels, without gates."""
+    return gpu_generation(device) == HOPPER_GPU and hp.dtype == "bfloat16" and {*hp.head_dims} <= {*FLASH4_DIMS}
+
+
 # How to get each; the fastest first: fa4 takes 0.6 of torch's time at 49,152 tokens (H200)
 ATTENTION_BACKENDS = {"fa4": load_flash4, "torch": lambda: attention_torch, "reference": lambda: attention_reference}
 
@@ -3174,9 +3185,7 @@ def choose_backends(hp: Recipe, device: torch.device) -> Recipe:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         hp = without_fp8(hp)
     gpu = device.type == "cuda" and hp.dtype == "bfloat16"
-    # on GPUs but Hopper fa4's package has other kernels, without gates
-    fa4 = gpu and gpu_generation(device) == HOPPER_GPU and triton is not None and {*hp.head_dims} <= {*FLASH4_DIMS}
-    usable = {"fa4": fa4, "torch": gpu, "reference": True}
+    usable = {"fa4": triton is not None and flash4_fits(hp, device), "torch": gpu, "reference": True}
     for name in ATTENTION_BACKENDS if hp.attention == "auto" else [hp.attention]:
         reason = "it needs bfloat16 on a GPU, fa4 a Hopper one, Triton and heads of 32, 64 or 128"
         if usable[name]:
@@ -3198,9 +3207,8 @@ def missing_packages(asked: Recipe, hp: Recipe, device: torch.device) -> str:
     packages = ("flash-attn-4", "flash_attn"), ("quack-kernels", "quack")
     lacks = [package for package, module in packages if importlib.util.find_spec(module) is None]
     costs = [cost for (key, name), cost in SLOWER.items() if (getattr(asked, key), getattr(hp, key)) == ("auto", name)]
-    fits = gpu_generation(device) == HOPPER_GPU and hp.dtype == "bfloat16" and {*hp.head_dims} <= {*FLASH4_DIMS}
     return (f"without {' and '.join(lacks)}, {' and '.join(costs)}; python -m pip install -r requirements-hopper.txt"
-            if fits and lacks and costs else "")
+            if flash4_fits(hp, device) and lacks and costs else "")
 
 
 def notices(asked: Recipe, hp: Recipe, device: torch.device) -> Iterator[str]:
