@@ -400,14 +400,14 @@ FRONTIER_LAYERS = (
 FRONTIER_STAGES = (
     Stage(1 / 3, 2, 7, 1, 3, 1.00, (1.0, 0.5, 0.25), (1.0, 0.5, 0.0), classes=10_240, tied=True, prefix=(0.25, 0.25)),
     Stage(1 / 3, 4, 16, 3, 7, 1.52, (1.0, 0.5), (1.0, 0.0), classes=10_240, tied=True, prefix=(0.25, 0.0)),
-    Stage(0.16, 6, 16, 5, 11, 1.73, (1.0,), (1.0,), classes=14_336),
-    Stage(0.12, 6, 16, 5, 11, 1.73, (1.0,), (1.0,), classes=24_576),
-    Stage(0.16 / 3, 5, 16, 5, 11, 1.58, (1.0,), (1.0,)),  # 1.73 times sqrt(5 / 6)
-    Stage(None, 3, 16, 6, 13, 1.73, (1.0,), (1.0,), fp8=False),
+    Stage(0.16, 6, 24, 5, 11, 1.73, (1.0,), (1.0,), classes=14_336),
+    Stage(0.12, 6, 24, 5, 11, 1.73, (1.0,), (1.0,), classes=24_576),
+    Stage(0.16 / 3, 5, 24, 5, 11, 1.58, (1.0,), (1.0,)),  # 1.73 times sqrt(5 / 6)
+    Stage(None, 3, 24, 6, 13, 1.73, (1.0,), (1.0,), fp8=False),
 )
 RECORD80 = Recipe()
 FRONTIER = replace(RECORD80, layers=FRONTIER_LAYERS, stages=FRONTIER_STAGES, batch_unit=65_536, cooldown_start=0.2,
-                   cooldown_floor=0.3, num_scheduled_iterations=1266, ngram_rows=10_575_360, tail_average=1.0)
+                   cooldown_floor=0.3, num_scheduled_iterations=1294, ngram_rows=10_575_360, tail_average=1.0)
 PRESETS = {"record80": RECORD80, "frontier": FRONTIER, "mini": mini(RECORD80), "demo": small(RECORD80),
            "frontier_demo": small(FRONTIER)}
 

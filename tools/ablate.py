@@ -117,6 +117,7 @@ EDITS = (
     Edit("no narrow heads", "", "LAYERS.*.narrower=1"),
     Edit("last steps as large", "92", "STAGES.5.batch=6", preset=FRONTIER),
     Edit("no taper", "92", "STAGES.4.batch=6 STAGES.4.lr=1.73", preset=FRONTIER),
+    Edit("documents of 2,048", "92", " ".join(f"STAGES.{i}.max_doc=16" for i in range(2, 6)), preset=FRONTIER),
     Edit("no averages", "92", "--tail_average=0"),
     Edit("no averages, cooldown of #80", "92", "--tail_average=0 --cooldown_start=0.4 --cooldown_floor=0.15"),
 )
