@@ -538,6 +538,7 @@ class TouchedRows(NamedTuple):
     copies: Exchange | None  # of these from their owners, from rows to slots; None of one rank
     owned: Tensor | None  # [rows] int32: n-gram rows of this rank's shard, which ranks read, at an update
     gradients: Exchange | None  # to the owners at an update: from slots to places in owned, or from row to row
+    coming: Exchange | None = None  # the next step's copies, where this step does not change the table
 
 
 class Embeddings(NamedTuple):
@@ -826,9 +827,8 @@ def train_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int],
         if log:
             touched = log.step(due(table, now.step, hp))
         n = segments_together(now.windows.segment, len(own), hp.micro_tokens)
-        prefix = now.prefix_weights != ()
         parts = [slice(i, i + n) for i in range(0, len(own), n)]
-        yield ([pack(hp, own[x], 0, candidates[x], rows[x], log, prefix) for x in parts],
+        yield ([pack(hp, own[x], 0, candidates[x], rows[x], log, now.prefix_weights != ()) for x in parts],
                touched if hp.ngram_rows or (touched and touched.gradients) else None)
 
 
@@ -860,7 +860,7 @@ def load_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int], done: int = 0) 
     def items() -> Iterator[tuple[list[Batch], TouchedRows | None]]:
         if ranks.device.type == "cuda":  # pinning in a new thread would open a context on GPU 0
             torch.cuda.set_device(ranks.device)
-        for item in train_batches(hp, ranks, steps, done):
+        for item in with_coming(train_batches(hp, ranks, steps, done)):
             yield pinned(item, ranks.device)
 
     return Ahead(items(), STEPS_AHEAD, ranks.device)
@@ -1458,8 +1458,8 @@ class NorMuonAdam:
             return part
         n = len(self.shard(row)) if row.reduce == "sparse" else round_up(len(touched.owned), self.cycle.chunk)
         whole = torch.zeros(n, part.size(1), device=part.device)
-        self.add_rows(part, touched.gradients.received, whole)
-        return whole.div_(self.ranks.world)
+        self.add_rows(part.div_(self.ranks.world), touched.gradients.received, whole)
+        return whole
 
     def update_rows(self, row: Param, grads: Tensor, hypers: dict[str, Tensor], touched: TouchedRows) -> None:
         """Update the rows of this rank's n-gram shard that a cycle touched, in chunks of one size."""
@@ -1846,6 +1846,14 @@ def distinct(ids: np.ndarray) -> np.ndarray:
     return ids[np.diff(ids, prepend=-1) > 0]
 
 
+def with_coming(items: Iterator[tuple[list[Batch], TouchedRows | None]]) -> Iterator:
+    """The items of steps, whose TouchedRows have what can be fetched during a step for the next."""
+    for (batches, touched), (_, following) in itertools.pairwise(itertools.chain(items, [(None, None)])):
+        if touched and following and not touched.gradients:
+            touched = touched._replace(coming=following.copies)
+        yield batches, touched
+
+
 class Cycle:
     """The n-gram rows that this rank reads between two updates of the table. Each has a slot."""
 
@@ -1858,15 +1866,17 @@ class Cycle:
         self.copies = self.table.new_zeros(slots, D) if ranks.world > 1 else None
         self.chunk = min(CHUNK_ROWS, slots)
         self.filled, self.saved = 0, None  # saved: ids and sums of a checkpoint, until they have slots
+        self.coming = None  # rows for the next step, and the work
 
     def read(self, touched: TouchedRows) -> None:
         """Before a step: slots for the rows that it is the first to read and, of a table that ranks share, copies."""
         self.filled = touched.first + len(touched.ids)
         self.ids[touched.first : self.filled] = touched.ids
         if touched.copies:
-            rows, work = exchanged(self.table, touched.copies)
+            rows, work = self.coming or exchanged(self.table, touched.copies)
             wait(work)
             self.copies[touched.copies.received] = rows
+        self.coming = exchanged(self.table, touched.coming) if touched.coming else None
         if self.saved:
             ids, sums = self.saved
             self.sums[torch.searchsorted(touched.ids, ids)] = sums
