@@ -179,7 +179,7 @@ class Param(NamedTuple):
     name: str
     shape: str  # in the letters above
     init: str  # initial values, see initial_values
-    rule: Literal["normuon", "muon", "adam", "row_adam"]  # a key of RULES
+    rule: Literal["normuon", "twin_normuon", "muon", "adam", "row_adam"]  # a key of RULES
     lr: float = 1  # times hp.muon_lr or hp.adam_lr
     wd: float = 0  # times hp.muon_wd or hp.adam_wd
     betas: tuple[float, float] | None = None  # Adam's
@@ -245,6 +245,9 @@ class Average(NamedTuple):
     norm: bool = True  # afterwards the weights' Frobenius norm is as before
 
 
+# Of rule twin_normuon (record #92): the slow momentum's decay; from this fraction of the run on that of the fast one,
+# and its share of what is orthogonalised, which is all before
+SLOW_MOMENTUM, TWIN_START, FAST_MOMENTUM, FAST_SHARE = 0.98, 514 / 1194, 0.85, 0.4385
 AVERAGE_STEPS = 1194
 AVERAGES = (  # in the order in which they blend
     Average("lm_head embed", 0.7497, 2, 1 - (1 - 2 / 299) ** 2, 0.65, last_rate=2 / 299),
@@ -405,9 +408,11 @@ FRONTIER_STAGES = (
     Stage(0.16 / 3, 5, 24, 5, 11, 1.58, (1.0,), (1.0,)),  # 1.73 times sqrt(5 / 6)
     Stage(None, 3, 24, 6, 13, 1.73, (1.0,), (1.0,), fp8=False),
 )
+FRONTIER_PARAMS = tuple(row._replace(rule="twin_normuon") if row.rule == "normuon" else row for row in PARAMS)
 RECORD80 = Recipe()
-FRONTIER = replace(RECORD80, layers=FRONTIER_LAYERS, stages=FRONTIER_STAGES, batch_unit=65_536, cooldown_start=0.2,
-                   cooldown_floor=0.3, num_scheduled_iterations=1294, ngram_rows=10_575_360, tail_average=1.0)
+FRONTIER = replace(RECORD80, layers=FRONTIER_LAYERS, stages=FRONTIER_STAGES, params=FRONTIER_PARAMS, batch_unit=65_536,
+                   cooldown_start=0.2, cooldown_floor=0.3, num_scheduled_iterations=1294, muon_wd=2.25,
+                   muon_momentum=0.93, muon_momentum_warmup=240, ngram_rows=10_575_360, tail_average=1.0)
 PRESETS = {"record80": RECORD80, "frontier": FRONTIER, "mini": mini(RECORD80), "demo": small(RECORD80),
            "frontier_demo": small(FRONTIER)}
 
@@ -854,17 +859,6 @@ class Validation:
             batch = pack(self.hp, [(self.tokens[start : start + chunk + 1], ends)], self.documents)
             yield send(batch, self.ranks.device)
 
-
-def load_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int], done: int = 0) -> Ahead:
-    """train_batches, prepared ahead by a thread and moved to the device."""
-    def items() -> Iterator[tuple[list[Batch], TouchedRows | None]]:
-        if ranks.device.type == "cuda":  # pinning in a new thread would open a context on GPU 0
-            torch.cuda.set_device(ranks.device)
-        for item in with_coming(train_batches(hp, ranks, steps, done)):
-            yield pinned(item, ranks.device)
-
-    return Ahead(items(), STEPS_AHEAD, ranks.device)
-
 # ==== 5. Model =========================================================
 
 FP32_EPS = 1.19e-7  # of float32, also where activations are bf16
@@ -1198,14 +1192,22 @@ POLAR_COEFFICIENTS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-POLAR_SAFETY = 1.02
+SIX_COEFFICIENTS = (  # singular values end within 4e-4 of 1 (record #92)
+    (3.923798038567, -6.095026865488, 3.905234618423),
+    (3.278126713798, -3.328923386476, 0.989127286973),
+    (3.505298394150, -5.137358782410, 1.968325560615),
+    (2.815058591845, -3.685181239622, 1.417196497642),
+    (2.245503932403, -2.443826979899, 0.963091710461),
+    (2.256537145403, -2.166840097229, 0.929501253245),
+)
+POLAR_SAFETY, SIX_SAFETY = 1.02, 1.05
 
 
-def polar_express(x: Tensor) -> Tensor:
+def polar_express(x: Tensor, six: bool = False) -> Tensor:
     """The orthogonal factor of each matrix in x [K, rows, columns], approximately."""
     tall = x.size(-2) > x.size(-1)
-    x = x / (POLAR_SAFETY * x.float().norm(dim=(-2, -1), keepdim=True) + 1e-6).to(x.dtype)
-    for a, b, c in POLAR_COEFFICIENTS:
+    x = x / ((SIX_SAFETY if six else POLAR_SAFETY) * x.float().norm(dim=(-2, -1), keepdim=True) + 1e-6).to(x.dtype)
+    for a, b, c in SIX_COEFFICIENTS if six else POLAR_COEFFICIENTS:
         s = x.mT @ x if tall else x @ x.mT  # the smaller of the two Gram matrices
         m = torch.baddbmm(s, s, s, beta=b, alpha=c)
         x = torch.baddbmm(x, x, m, beta=a) if tall else torch.baddbmm(x, m, x, beta=a)
@@ -1224,8 +1226,8 @@ def join_bits(high: Tensor, low: Tensor) -> Tensor:
 
 
 # The scalars of one update, 0-dim fp32 tensors. bias1 and bias2: 1 - beta^t after t updates; beta: beta2 of `every`
-# steps; time: steps until now, over `every`
-MuonHypers = namedtuple("MuonHypers", "lr decay momentum beta2")
+# steps; time: steps until now, over `every`; fast, share: see normuon_direction
+MuonHypers = namedtuple("MuonHypers", "lr decay momentum beta2 fast share", defaults=(0.0, 1.0))
 AdamHypers = namedtuple("AdamHypers", "lr decay beta1 beta2 bias1 bias2 eps beta time", defaults=(None, None))
 Part = tuple[Tensor, Tensor, dict[str, Tensor], Tensor, bool]  # a parameter, its gradient, state, hypers, cautious
 
@@ -1237,12 +1239,17 @@ def normuon_direction(
     mu: Tensor,
     beta2: Tensor,
     dtype: torch.dtype,
+    slow: Tensor | None = None,  # a second momentum
+    fast: Tensor | None = None,  # then the first one's decay, and its share of the two
+    share: Tensor | None = None,
 ) -> Tensor:
     """Nesterov momentum, orthogonalised in dtype, normalised and returned in momentum's (NorMuon, arXiv 2510.05491);
-    updates momentum and second."""
+    updates momentum, second and slow."""
     g = g.to(momentum.dtype)
-    momentum.lerp_(g, 1 - mu)
-    x = polar_express(torch.lerp(g, momentum, mu).to(dtype)).to(momentum.dtype)
+    mixed = momentum.lerp_(g, 1 - (mu if slow is None else fast))
+    if slow is not None:
+        mixed = torch.lerp(slow.lerp_(g, 1 - SLOW_MOMENTUM), momentum, share)
+    x = polar_express(torch.lerp(g, mixed, mu).to(dtype), six=slow is not None).to(momentum.dtype)
     if second is None:
         return x
     short = -1 if x.size(-2) >= x.size(-1) else -2
@@ -1257,13 +1264,14 @@ def normuon_direction(
 
 def normuon_update(parts: list[Part]) -> None:
     """One step of NorMuon, or Muon, on banks p [K, rows, columns], in place; state["rate"] [K, 1, 1] multiplies lr. A
-    bf16 p has its low mantissa bits in state["low"] (int16), so that updates are exactly fp32."""
+    bf16 p has its low mantissa bits in state["low"] (int16), so that updates are exactly fp32. With a slow momentum in
+    state["slow"], cautious decay asks that for its sign."""
     for p, g, state, hyper, cautious in parts:
-        h = MuonHypers(*hyper.unbind()[:4])
-        x = normuon_direction(g, state["momentum"], state.get("second"), h.momentum, h.beta2, p.dtype)
+        h, slow = MuonHypers(*hyper.unbind()[:6]), state.get("slow")
+        x = normuon_direction(g, state["momentum"], state.get("second"), h.momentum, h.beta2, p.dtype, slow, *h[4:])
         full = join_bits(p, state["low"]) if "low" in state else p
         lr = h.lr * state["rate"]
-        decay = torch.where(x * full >= 0, full, 0.0) if cautious else full
+        decay = torch.where((x if slow is None else slow) * full >= 0, full, 0.0) if cautious else full
         full = full - lr * h.decay * decay - lr * x
         if "low" in state:
             full, low = split_bits(full)
@@ -1301,6 +1309,12 @@ def normuon_hypers(row: Param, now: Plan, hp: Recipe) -> MuonHypers:
     return MuonHypers(lr=lr * row.lr, decay=hp.muon_wd * lr * row.wd, momentum=now.muon_momentum, beta2=hp.muon_beta2)
 
 
+def twin_hypers(row: Param, now: Plan, hp: Recipe) -> MuonHypers:
+    late = now.step >= round(TWIN_START * hp.num_steps)
+    fast, share = (FAST_MOMENTUM, FAST_SHARE) if late else (now.muon_momentum, 1)
+    return normuon_hypers(row, now, hp)._replace(fast=fast, share=share)
+
+
 def adam_hypers(row: Param, now: Plan, hp: Recipe) -> AdamHypers:
     lr = hp.adam_lr * now.lr_factor * row.lr
     steps, updates = cycle(row, now.step, hp)
@@ -1322,6 +1336,10 @@ def normuon_state(p: Tensor) -> dict[str, Tensor]:
     return muon_state(p) | {"second": torch.zeros(second, device=p.device)}
 
 
+def twin_state(p: Tensor) -> dict[str, Tensor]:
+    return normuon_state(p) | {"slow": torch.zeros_like(p, dtype=torch.float32)}
+
+
 def adam_state(p: Tensor) -> dict[str, Tensor]:
     return {key: torch.zeros_like(p, dtype=torch.float32) for key in ("first", "second")}
 
@@ -1341,19 +1359,11 @@ class Rule(NamedTuple):
 
 RULES = {
     "normuon": Rule(normuon_state, normuon_hypers, normuon_update, bank=True),
+    "twin_normuon": Rule(twin_state, twin_hypers, normuon_update, bank=True),
     "muon": Rule(muon_state, normuon_hypers, normuon_update, bank=True),
     "adam": Rule(adam_state, adam_hypers, adam_update),
     "row_adam": Rule(row_adam_state, adam_hypers, row_adam_update),
 }
-
-
-class State(NamedTuple):
-    """A tensor that steps change."""
-
-    name: str
-    tensor: Tensor
-    ranks: Literal["same", "shard", "own", "rows", "slots"]
-    # shard: slices of dim 0; rows: the same of a table that no rank holds; slots: as many as a Cycle has filled
 
 
 LOOKED_UP = ("embed", "bigram_embed", "ngram_embed", "value_embeds")  # tables, see Embeddings
@@ -1581,17 +1591,6 @@ class NorMuonAdam:
         if self.cycle:
             yield State("ngram_embed.ids", self.cycle.ids, "slots")
             yield from [State("ngram_embed.copies", self.cycle.copies, "slots")] * (self.ranks.world > 1)
-
-
-def wait(work: dist.Work | None) -> None:
-    """Until it is done; None is nothing to wait for."""
-    if work is not None:
-        work.wait()
-
-
-def maybe_compiled(f: Callable, hp: Recipe) -> Callable:
-    """f as one graph, compiled anew for each shape; without hp.compile, f."""
-    return torch.compile(f, dynamic=False, fullgraph=True) if hp.compile else f
 
 # ==== 7. The run =======================================================
 
@@ -1888,6 +1887,12 @@ def exchanged(rows: Tensor, to: Exchange, dtype: torch.dtype | None = None) -> t
     sent = rows.index_select(0, to.sent).to(dtype or rows.dtype)
     part = sent.new_empty(len(to.received), sent.size(1))
     return part, dist.all_to_all_single(part, sent, to.receive_counts, to.send_counts, async_op=True)
+
+
+def wait(work: dist.Work | None) -> None:
+    """Until it is done; None is nothing to wait for."""
+    if work is not None:
+        work.wait()
 
 
 def read_anywhere(table: Tensor, batch: Batch, ranks: Ranks) -> tuple[Batch, Tensor]:
@@ -3941,6 +3946,17 @@ class Ahead(Iterator):
         self.items.close()
 
 
+def load_batches(hp: Recipe, ranks: Ranks, steps: Iterable[int], done: int = 0) -> Ahead:
+    """train_batches, prepared ahead by a thread and moved to the device."""
+    def items() -> Iterator[tuple[list[Batch], TouchedRows | None]]:
+        if ranks.device.type == "cuda":  # pinning in a new thread would open a context on GPU 0
+            torch.cuda.set_device(ranks.device)
+        for item in with_coming(train_batches(hp, ranks, steps, done)):
+            yield pinned(item, ranks.device)
+
+    return Ahead(items(), STEPS_AHEAD, ranks.device)
+
+
 def pinned(item: object, device: torch.device) -> object:
     """The tensors of nested tuples in memory that a GPU copies from without the CPU."""
     return tree_map_only(Tensor, Tensor.pin_memory, item) if device.type == "cuda" else item
@@ -3949,6 +3965,11 @@ def pinned(item: object, device: torch.device) -> object:
 def send(item: object, device: torch.device) -> object:
     """The tensors of nested tuples, from the CPU, on the device, without waiting for the copy."""
     return tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), pinned(item, device))
+
+
+def maybe_compiled(f: Callable, hp: Recipe) -> Callable:
+    """f as one graph, compiled anew for each shape; without hp.compile, f."""
+    return torch.compile(f, dynamic=False, fullgraph=True) if hp.compile else f
 
 
 class Replay:
@@ -4320,6 +4341,15 @@ def recipe_of(saved: dict) -> Recipe:
     hp = Recipe(**keys, **tables, readout=Readout(*saved["READOUT"]))
     check_recipe(hp)
     return hp
+
+
+class State(NamedTuple):
+    """A tensor that steps change."""
+
+    name: str
+    tensor: Tensor
+    ranks: Literal["same", "shard", "own", "rows", "slots"]
+    # shard: slices of dim 0; rows: the same of a table that no rank holds; slots: as many as a Cycle has filled
 
 
 def save_checkpoint(log: Log, optimizer: NorMuonAdam, step: int, ms: float) -> Path | None:

@@ -251,7 +251,7 @@ def one_line(monkeypatch, capsys, hp, *args, kinds=((), ("--plan",), ("--check",
 
 
 @pytest.mark.parametrize("edits, place, allowed", [
-    ({"PARAMS.lm_head.rule": "adamw"}, None, "normuon, muon, adam or row_adam"),
+    ({"PARAMS.lm_head.rule": "adamw"}, None, "normuon, twin_normuon, muon, adam or row_adam"),
     ({"PARAMS.vo_bank.reduce": "replicated"}, None, "replicate, shard, sparse or rows"),
     ({"PARAMS.x0_lambdas.dtype": "fp32"}, None, "model or float32"),
     ({"PARAMS.x0_lambdas.betas": None}, None, "two numbers"),
@@ -365,7 +365,7 @@ def edited(folder, *edits):
 
 @pytest.mark.parametrize("edit, parts", [
     (('"lm_head", "D V", "normal 0.005", **HEAD', '"lm_head", "D V", "normal 0.005", **(HEAD | dict(rule="adamw"))'),
-     ["PARAMS.lm_head.rule='adamw'", "normuon, muon, adam or row_adam"]),
+     ["PARAMS.lm_head.rule='adamw'", "normuon, twin_normuon, muon, adam or row_adam"]),
     (('    Param("x0_lambdas", "L", "0", **LAMBDA),\n', ""), ["PARAMS: add a row for x0_lambdas, which GPT reads"]),
     (('Layer("short", value_table=2, reads="middle")', 'Layer("short", value_table=2, reads="midle")'),
      ["LAYERS.8.reads='midle'", "none or early or middle"]),

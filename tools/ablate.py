@@ -89,8 +89,8 @@ EDITS = (
     Edit("no cautious decay", "43, 50", "PARAMS.*.cautious=false"),
     Edit("Muon without normalisation", "41", "PARAMS.qk_bank.rule=muon PARAMS.vo_bank.rule=muon "
                                              "PARAMS.mlp_bank.rule=muon"),
-    Edit("Newton-Schulz", "38", "", (("for a, b, c in POLAR_COEFFICIENTS:",
-                                      "for a, b, c in 5 * ((3.4445, -4.7750, 2.0315),):"),)),
+    Edit("Newton-Schulz", "38", "", (("else POLAR_COEFFICIENTS:",
+                                      "else 5 * ((3.4445, -4.7750, 2.0315),):"),)),
     # at 0.0016, of the order of what this size is trained at by Adam alone; not tuned
     Edit("Adam for the banks", "3", " ".join(
         f"PARAMS.{bank}.rule=adam PARAMS.{bank}.betas=0.9,0.95 PARAMS.{bank}.lr=0.2"
@@ -118,6 +118,8 @@ EDITS = (
     Edit("last steps as large", "92", "STAGES.5.batch=6", preset=FRONTIER),
     Edit("no taper", "92", "STAGES.4.batch=6 STAGES.4.lr=1.73", preset=FRONTIER),
     Edit("documents of 2,048", "92", " ".join(f"STAGES.{i}.max_doc=16" for i in range(2, 6)), preset=FRONTIER),
+    Edit("no slow momentum", "92", "PARAMS.qk_bank.rule=normuon PARAMS.vo_bank.rule=normuon "
+         "PARAMS.mlp_bank.rule=normuon --muon_wd=1.2 --muon_momentum=0.95 --muon_momentum_warmup=300", preset=FRONTIER),
     Edit("no averages", "92", "--tail_average=0"),
     Edit("no averages, cooldown of #80", "92", "--tail_average=0 --cooldown_start=0.4 --cooldown_floor=0.15"),
 )
