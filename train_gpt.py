@@ -408,7 +408,8 @@ FRONTIER_STAGES = (
     Stage(0.16 / 3, 5, 24, 5, 11, 1.58, (1.0,), (1.0,)),  # 1.73 times sqrt(5 / 6)
     Stage(None, 3, 24, 6, 13, 1.73, (1.0,), (1.0,), fp8=False),
 )
-FRONTIER_PARAMS = tuple(row._replace(rule="twin_normuon") if row.rule == "normuon" else row for row in PARAMS)
+FRONTIER_PARAMS = tuple(row._replace(rule="twin_normuon") if row.rule == "normuon" else
+                        row._replace(lr=70, rarer=0.2814) if row.name == "value_embeds" else row for row in PARAMS)
 RECORD80 = Recipe()
 FRONTIER = replace(RECORD80, layers=FRONTIER_LAYERS, stages=FRONTIER_STAGES, params=FRONTIER_PARAMS, batch_unit=65_536,
                    cooldown_start=0.2, cooldown_floor=0.3, num_scheduled_iterations=1294, muon_wd=2.25,

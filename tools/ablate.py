@@ -120,6 +120,8 @@ EDITS = (
     Edit("documents of 2,048", "92", " ".join(f"STAGES.{i}.max_doc=16" for i in range(2, 6)), preset=FRONTIER),
     Edit("no slow momentum", "92", "PARAMS.qk_bank.rule=normuon PARAMS.vo_bank.rule=normuon "
          "PARAMS.mlp_bank.rule=normuon --muon_wd=1.2 --muon_momentum=0.95 --muon_momentum_warmup=300", preset=FRONTIER),
+    Edit("value embeddings every two steps", "92", "PARAMS.value_embeds.lr=75 PARAMS.value_embeds.rarer=1",
+         preset=FRONTIER),
     Edit("no averages", "92", "--tail_average=0"),
     Edit("no averages, cooldown of #80", "92", "--tail_average=0 --cooldown_start=0.4 --cooldown_floor=0.15"),
 )
