@@ -202,7 +202,7 @@ LAMBDA = dict(rule="adam", betas=(0.9, 0.95), every=2, dtype="float32")
 DENSE_WEIGHTS, DENSE_SCALE = 14, 0.1  # of streams by a mixer, of which the readout takes 5; what makes them is larger
 # At first they are those of a model without dense connections, but for value gates of 2; in bf16 the large ones stay
 DENSE_BIAS = (0, 0, 0, 0, 0, 0, 2, 2, math.sqrt(1.1), 1, 0, 0.05, math.sqrt(1.1), 1), (0, -0.5, *[0] * 12)
-PARAMS = (  # in the order in which gradient reductions launch
+PARAMS = (
     Param("qk_bank", "A*H 2*d D", "uniform", "normuon", wd=1, reduce="shard"),  # a layer's Q, then K
     Param("vo_bank", "2*A D D", "uniform", "normuon", wd=1, reduce="shard"),  # a layer's V, then O
     Param("mlp_bank", "2*P F D", "uniform, 0", "normuon", wd=1, reduce="shard", odd_lr=2),  # an MLP's up, then down
@@ -227,8 +227,8 @@ PARAMS = (  # in the order in which gradient reductions launch
     Param("value_embeds", "E*V D", "normal 0.01", reduce="shard", **TABLE),
     Param("embed", "V D", "lm_head", **HEAD),
 )
-# Replicated parameters come first; then tables, then banks, whose compute hides their traffic
-UPDATE_ORDER = ("value_embeds", "bigram_embed", "ngram_embed", "lm_head", "embed", "qk_bank", "vo_bank", "mlp_bank")
+# Of reductions and updates, replicated ones first: banks' compute hides the tables' traffic; the last is not gathered
+UPDATE_ORDER = ("value_embeds", "bigram_embed", "lm_head", "embed", "qk_bank", "vo_bank", "mlp_bank", "ngram_embed")
 SPARSE_FROM = 8  # ranks; of fewer, each touches more of the table
 
 
@@ -1441,7 +1441,7 @@ class NorMuonAdam:
         if self.ranks.world == 1:
             return {row.name: (self.grads[row.name], None) for row in rows}
         found, small, average = {}, {}, dict(op=dist.ReduceOp.AVG, async_op=True)
-        for row in rows:
+        for row in itertools.chain(*self.update_groups(rows)):
             grad, part = self.grads[row.name], self.shard(row)  # whose type halves what the tables' gradients send
             if row.reduce == "replicate":
                 if grad.dtype not in small:
