@@ -284,7 +284,7 @@ def test_table_that_does_not_fit(monkeypatch, gib, rows):
     if rows is None:
         assert t.choose_backends(hp, device).ngram_rows == hp.ngram_rows
         return
-    with pytest.raises(t.UserError, match="--ngram_rows=10575360: beside the rest .*memory holds") as error:
+    with pytest.raises(t.UserError, match="--ngram_rows=15863040: beside the rest .*memory holds") as error:
         t.choose_backends(hp, device)
     found = int(re.search(r"holds (\d+)", str(error.value))[1])
     assert found < hp.ngram_rows and found % 16 == 0
