@@ -245,8 +245,7 @@ class Average(NamedTuple):
     norm: bool = True  # afterwards the weights' Frobenius norm is as before
 
 
-# Of rule twin_normuon (record #92): the slow momentum's decay; from this fraction of the run on that of the fast one,
-# and its share of what is orthogonalised, which is all before
+# Of twin_normuon (record #92): the slow momentum's decay; when it begins to count; the fast one's decay and share then
 SLOW_MOMENTUM, TWIN_START, FAST_MOMENTUM, FAST_SHARE = 0.98, 514 / 1194, 0.85, 0.4385
 AVERAGE_STEPS = 1194
 AVERAGES = (  # in the order in which they blend
@@ -282,6 +281,7 @@ class Recipe:
     final_val_window: int = key(20, "long window of the last validation, in blocks", above=0, free=True)
     cooldown_start: float = key(0.4, "fraction of the scheduled steps, from which rates fall", least=0)
     cooldown_floor: float = key(0.15, "what they fall to, as a factor", least=0)
+    lr_ramp: int = key(0, "steps in which rates go from a stage's factor to that of the next", least=0)
     # model
     vocab_size: int = key(50_257, "of GPT-2; the last token begins every document", above=1)
     model_dim: int = key(768, "width of the stream: num_heads * head_dim", above=0)
@@ -497,7 +497,8 @@ def plan(step: int, hp: Recipe) -> Plan:
 
     cooldown = int(hp.num_scheduled_iterations * hp.cooldown_start)
     t = min(max((step - cooldown) / (hp.num_scheduled_iterations - cooldown), 0.0), 1.0)
-    lr_factor = stage.lr * (1 - t) + hp.cooldown_floor * t
+    left = max(0.0, 1 - (step - bounds[index] + 1) / (hp.lr_ramp + 1))  # of the way from the stage before
+    lr_factor = (stage.lr - left * (stage.lr - hp.stages[max(index - 1, 0)].lr)) * (1 - t) + hp.cooldown_floor * t
 
     momentum, rise = hp.muon_momentum, hp.muon_momentum - hp.muon_momentum_low
     last = hp.num_steps - hp.muon_momentum_cooldown
@@ -1241,9 +1242,8 @@ def normuon_direction(
     mu: Tensor,
     beta2: Tensor,
     dtype: torch.dtype,
-    slow: Tensor | None = None,  # a second momentum
-    fast: Tensor | None = None,  # then the first one's decay, and its share of the two
-    share: Tensor | None = None,
+    slow: Tensor | None = None,  # a second momentum; with it the first one's decay, and its share of the two
+    fast: Tensor | None = None, share: Tensor | None = None,
 ) -> Tensor:
     """Nesterov momentum, orthogonalised in dtype, normalised and returned in momentum's (NorMuon, arXiv 2510.05491);
     updates momentum, second and slow."""

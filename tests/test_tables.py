@@ -116,6 +116,19 @@ def test_untying_happens_once_on_an_adam_step(scheduled):
     assert {p.index for p in plans} == {0, 1, 2, 3}
 
 
+def test_rates_ramp_to_the_next_stage():
+    """In equal steps from one factor to the other, with the first step of a stage; as they fall, too. 0: at once."""
+    at_once, ramp = t.Recipe(), t.Recipe(lr_ramp=3)
+    for first, before, after in ((480, 1.0, 1.52), (960, 1.52, 1.73)):
+        factors = [t.plan(step, at_once).lr_factor for step in range(first - 1, first + 5)]
+        fallen = [min(max((step - 576) / (1440 - 576), 0.0), 1.0) for step in range(first - 1, first + 5)]
+        expected = [before, *(before + (after - before) * k / 4 for k in (1, 2, 3)), after, after]
+        for step, factor, lr, t_ in zip(range(first - 1, first + 5), factors, expected, fallen):
+            assert t.plan(step, ramp).lr_factor == pytest.approx(lr * (1 - t_) + 0.15 * t_, rel=1e-12)
+            assert factor == (before if step < first else after) * (1 - t_) + 0.15 * t_
+    assert t.plan(0, ramp).lr_factor == 1.0 and t.plan(1439, ramp).lr_factor == t.plan(1439, at_once).lr_factor
+
+
 def test_update_order():
     """Small parameters are updated together and first, then the others in UPDATE_ORDER."""
     optimizer, groups = t.NorMuonAdam(t.GPT(SMALL), SMALL, ONE), []
