@@ -3,7 +3,7 @@ NanoGPT speedrun: a GPT-2-small-class model to 3.28 FineWeb validation loss, as 
 
 This file is the run of record #80 of the public track (84.4 s on 8 H100s, 2026-04-08), on 1, 2, 4 or
 8 GPUs with one trajectory. One H100 takes 0.67 of the public script's time, two 0.34 (164M tokens of a
-stand-in corpus, 2026-11-25). It has not been run on FineWeb or on more than two GPUs.
+stand-in corpus, 2026-11-26). It has not been run on FineWeb or on more than two GPUs.
 
     ./run.sh                                  the record run on the GPUs that are there, or the demo
     ./run.sh --preset=frontier                the same with what later records found: faster
@@ -196,6 +196,7 @@ class Param(NamedTuple):
 
 HEAD = dict(rule="adam", wd=150, betas=(0.5, 0.95), every=2, reduce="shard")
 TABLE = dict(rule="adam", lr=75, wd=5, betas=(0.75, 0.95), every=2)
+RARELY = dict(lr=70, rarer=0.2814)  # tables that change only every fourth step later on (record #92)
 GATE = dict(rule="adam", betas=(0.9, 0.99), every=2)
 SCALAR = dict(rule="adam", lr=5, betas=(0.9, 0.99), every=2, dtype="float32")
 LAMBDA = dict(rule="adam", betas=(0.9, 0.95), every=2, dtype="float32")
@@ -219,7 +220,7 @@ PARAMS = (
     Param("dense_bias", "C*14", ",".join(f"{x / DENSE_SCALE:.9g}" for x in sum(DENSE_BIAS, ())), lr=0.25, **GATE),
     Param("lm_head", "D V", "normal 0.005", **HEAD),
     Param("bigram_embed", "B D", "0", reduce="sparse", **TABLE),
-    Param("ngram_embed", "M D", "0", "row_adam", lr=70, wd=5, betas=(0.0, 0.95), every=2, rarer=0.2814, reduce="rows"),
+    Param("ngram_embed", "M D", "0", "row_adam", wd=5, betas=(0.0, 0.95), every=2, reduce="rows", **RARELY),
     Param("post_lambdas", "L 2", "1", **LAMBDA),  # times the output of attention, of the MLP
     Param("x0_lambdas", "L", "0", **LAMBDA),
     Param("bigram_lambdas", "L", "0.05", **LAMBDA),
@@ -245,8 +246,6 @@ class Average(NamedTuple):
     norm: bool = True  # afterwards the weights' Frobenius norm is as before
 
 
-# Of twin_normuon (record #92): the slow momentum's decay; when it begins to count; the fast one's decay and share then
-SLOW_MOMENTUM, TWIN_START, FAST_MOMENTUM, FAST_SHARE = 0.98, 514 / 1194, 0.85, 0.4385
 AVERAGE_STEPS = 1194
 AVERAGES = (  # in the order in which they blend
     Average("lm_head embed", 0.7497, 2, 1 - (1 - 2 / 299) ** 2, 0.65, last_rate=2 / 299),
@@ -255,6 +254,8 @@ AVERAGES = (  # in the order in which they blend
     Average("qk_bank", 0.7504, 4, 2 / 75, 0.55, also=1),
     Average("vo_bank mlp_bank", 0.7504, 4, 2 / 75, 0.3493, also=1),
 )
+# Of twin_normuon (record #92): the slow momentum's decay; when it begins to count; the fast one's decay and share then
+SLOW_MOMENTUM, TWIN_START, FAST_MOMENTUM, FAST_SHARE = 0.98, 514 / AVERAGE_STEPS, 0.85, 0.4385
 
 
 def key(default: object, text: str, least: float | None = None, above: float | None = None, choices: tuple = (),
@@ -409,7 +410,7 @@ FRONTIER_STAGES = (
     Stage(None, 3, 24, 6, 13, 1.73, (1.0,), (1.0,), fp8=False),
 )
 FRONTIER_PARAMS = tuple(row._replace(rule="twin_normuon") if row.rule == "normuon" else
-                        row._replace(lr=70, rarer=0.2814) if row.name == "value_embeds" else row for row in PARAMS)
+                        row._replace(**RARELY) if row.name == "value_embeds" else row for row in PARAMS)
 RECORD80 = Recipe()
 FRONTIER = replace(
     RECORD80, layers=FRONTIER_LAYERS, stages=FRONTIER_STAGES, params=FRONTIER_PARAMS, batch_unit=65_536,
@@ -1248,10 +1249,10 @@ def normuon_direction(
     """Nesterov momentum, orthogonalised in dtype, normalised and returned in momentum's (NorMuon, arXiv 2510.05491);
     updates momentum, second and slow."""
     g = g.to(momentum.dtype)
-    mixed = momentum.lerp_(g, 1 - (mu if slow is None else fast))
+    both = momentum.lerp_(g, 1 - (mu if slow is None else fast))
     if slow is not None:
-        mixed = torch.lerp(slow.lerp_(g, 1 - SLOW_MOMENTUM), momentum, share)
-    x = polar_express(torch.lerp(g, mixed, mu).to(dtype), six=slow is not None).to(momentum.dtype)
+        both = torch.lerp(slow.lerp_(g, 1 - SLOW_MOMENTUM), momentum, share)
+    x = polar_express(torch.lerp(g, both, mu).to(dtype), six=slow is not None).to(momentum.dtype)
     if second is None:
         return x
     short = -1 if x.size(-2) >= x.size(-1) else -2
@@ -1400,14 +1401,14 @@ class NorMuonAdam:
         if tied:  # its gradient as an embedding joins that as a head
             self.grads["lm_head"] += self.grads["embed"].mT
             self.grads["embed"].zero_()
-        hypers = self.hypers(rows, now)
+        hypers, groups = self.hypers(rows, now), [*self.update_groups(rows)]
 
         # 1. launch all reductions
-        reducing = self.launch_reductions(rows, touched)
+        reducing = self.launch_reductions([*itertools.chain(*groups)], touched)
 
         # 2. in order: wait for gradients, update, launch the gather
         gathering = []
-        for group in self.update_groups(rows):
+        for group in groups:
             grads = [self.reduced_gradient(row, *reducing.pop(row.name), touched) for row in group]
             if group[0].reduce == "rows":
                 self.update_rows(group[0], grads[0], hypers, touched)
@@ -1441,7 +1442,7 @@ class NorMuonAdam:
         if self.ranks.world == 1:
             return {row.name: (self.grads[row.name], None) for row in rows}
         found, small, average = {}, {}, dict(op=dist.ReduceOp.AVG, async_op=True)
-        for row in itertools.chain(*self.update_groups(rows)):
+        for row in rows:
             grad, part = self.grads[row.name], self.shard(row)  # whose type halves what the tables' gradients send
             if row.reduce == "replicate":
                 if grad.dtype not in small:
@@ -1459,8 +1460,7 @@ class NorMuonAdam:
         for rule in RULES:
             if small := [row for row in rows if row.reduce == "replicate" and row.rule == rule]:
                 yield small
-        large = [row for row in rows if row.reduce != "replicate"]
-        yield from ([row] for row in sorted(large, key=lambda row: UPDATE_ORDER.index(row.name)))
+        yield from ([row] for name in UPDATE_ORDER for row in rows if row.name == name and row.reduce != "replicate")
 
     def reduced_gradient(self, row: Param, part: Tensor, work: dist.Work | None, touched: TouchedRows | None) -> Tensor:
         """Wait for a gradient; of rows that were sent make this rank's part, in fp32."""
@@ -1706,8 +1706,7 @@ def train(run: Run, log: Log, watch: Watch, saved: dict | None) -> int:
     if not run.ready:
         if hp.compile:
             run.warm_up(validation, log)
-        for d in {*hp.head_dims}:
-            check_ops(run.model.ops, run.ranks.device, d=d)
+        check_ops(run.model.ops, run.ranks.device, hp.head_dims)
         run.ready = True
 
     clock = watch.clock = Clock(run.ranks.device)
@@ -3406,12 +3405,14 @@ def case_results(case: Case, ops: Ops, inputs: list[Tensor]) -> list[Tensor]:
 CASE_TOLERANCE = 2.0**-5  # two roundings to bf16 are 2^-7, FP8's a little more; the largest seen was 0.009 (H100)
 
 
-def check_ops(ops: Ops, device: torch.device, **sizes: int) -> None:
-    """Compare each operation with PLAIN's on small inputs: an edit of the mathematics of only one ends the run."""
-    for name, case in CASES.items():
-        if getattr(ops, case.op) is getattr(PLAIN, case.op):
+def check_ops(ops: Ops, device: torch.device, head_dims: Iterable[int] = ()) -> None:
+    """Compare each operation with PLAIN's on small inputs, if it asks for heads with each of these widths: an edit of
+    the mathematics of only one ends the run."""
+    first, *others = {*head_dims} or [CASE_SIZES["d"]]
+    for (name, case), d in itertools.product(CASES.items(), (first, *others)):
+        if getattr(ops, case.op) is getattr(PLAIN, case.op) or (d in others and "d" not in case.shapes):
             continue
-        inputs = case_inputs(case, CASE_SIZES | sizes, torch.bfloat16, device)
+        inputs = case_inputs(case, CASE_SIZES | {"d": d}, torch.bfloat16, device)
         ours, plain = (case_results(case, x, inputs) for x in (ops, PLAIN))
         off = math.inf if [x.shape for x in ours] != [x.shape for x in plain] else max(
             ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).nan_to_num(math.inf).item()

@@ -98,7 +98,7 @@ class TestGPU:
     @pytest.mark.parametrize("d", [128, 64])
     @pytest.mark.parametrize("attention", ["torch", pytest.param("fa4", marks=needs_fa4)])
     def test_check_ops(self, attention, d):
-        t.check_ops(t.HOPPER._replace(attention=t.ATTENTION_BACKENDS[attention]()), CUDA, d=d)
+        t.check_ops(t.HOPPER._replace(attention=t.ATTENTION_BACKENDS[attention]()), CUDA, [d])
 
     @pytest.mark.parametrize("d", [128, 64])
     @pytest.mark.parametrize("T,S,paired,offset,mix", [(1001, 1001, *kind) for kind in k.KINDS] + [

@@ -102,7 +102,7 @@ class TestInterpreted(k.Interpreted):
         monkeypatch.setattr(t, "CASES", {name: case for name, case in t.CASES.items() if "FP8" not in name})
         monkeypatch.setattr(t, "CASE_TOLERANCE", 1e-5)
         t.check_ops(t.HOPPER, CPU)
-        t.check_ops(t.HOPPER, CPU, d=8)
+        t.check_ops(t.HOPPER, CPU, [8])
 
     @pytest.mark.parametrize("T,block,ends", [(200, 64, [0, 70, 71, 71, 128, 199, 200, 200]), (5, 8, [0, 5])])
     def test_flash4_preprocess(self, T, block, ends, h=3, d=16):
@@ -206,7 +206,7 @@ class TestCheckOps:
     def test_passes(self, hopper, d):
         """And leaves the random state as it was."""
         state = torch.get_rng_state()
-        t.check_ops(hopper, CPU, d=d)
+        t.check_ops(hopper, CPU, [d])
         assert torch.equal(torch.get_rng_state(), state)
 
     @pytest.mark.parametrize("op,edit", [
