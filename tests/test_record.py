@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -151,7 +152,11 @@ def test_names(write, capsys):
     new, other = write("seed", texts()), write("seed", texts(), folder="other")
     assert run(*new, *other) == 2 and "have the same name" in capsys.readouterr().err
     clash = write("baseline_seed", texts())
-    assert run(*clash, "--baseline", *new) == 2 and "rename it" in capsys.readouterr().err
+    assert run(*new, *clash, "--baseline", *other) == 2 and "rename it" in capsys.readouterr().err
+    assert run(*clash, "--baseline", *new) == 0
+    assert (mine := Path("out/2026-11-26_mine")).joinpath("seed1.txt").read_text() == Path(new[1]).read_text()
+    assert len(list(mine.glob("*seed?.txt"))) == 6
+    shutil.rmtree(mine)
     assert run(*new) == 0 and run(*new) == 2 and "is there; choose another name" in capsys.readouterr().err
     assert record.main(["a/b", *new, "--out=out"]) == 2 and "is no name of a folder" in capsys.readouterr().err
     assert record.main(["mine", *new, "--out=none"]) == 2 and "choose another --out" in capsys.readouterr().err

@@ -4,8 +4,9 @@
 
 The folder gets the logs, verify.json, compare.png and compare.txt, the differences of script and settings from the
 baseline as script.diff and settings.diff, and README.md: records/TEMPLATE with every number filled in. A baseline in a
-folder beside the new one stays there. Logs of different sources are refused, and fewer finished runs than verify.py
-needs; what else verify.py finds makes the text say that it is no record. Exit status: 0 written, 2 bad input.
+folder beside the new one stays there; of two logs with the same name the baseline's gets the prefix baseline_. Logs of
+different sources are refused, and fewer finished runs than verify.py needs; what else verify.py finds makes the text
+say that it is no record. Exit status: 0 written, 2 bad input.
 """
 
 import argparse
@@ -209,10 +210,12 @@ def write(folder: Path, name: str, day: str, paths: list[Path], base_paths: list
         raise LogError("no run of the baseline finished; choose other logs")
     diffs = {file: diff for file, diff in diffs_of(logs[:1], baseline[:1]) if diff}
     names, links = {str(path): path.name for path in paths}, {}
+    copies, taken = dict(names), set(names.values())
     for path in base_paths:
-        inside = path.resolve().is_relative_to(final.parent)
-        links[str(path)] = os.path.relpath(path.resolve(), final) if inside else f"baseline_{path.name}"
-    copies = names | {path: link for path, link in links.items() if link.startswith("baseline_")}
+        if path.resolve().is_relative_to(final.parent):
+            links[str(path)] = os.path.relpath(path.resolve(), final)
+        else:
+            links[str(path)] = copies[str(path)] = "baseline_" * (path.name in taken) + path.name
     if len(set(copies.values())) < len(copies):
         raise LogError("a log of the record has the name of a copy of the baseline's; rename it")
     for path, copy in copies.items():
