@@ -282,7 +282,7 @@ class Recipe:
     final_val_window: int = key(20, "long window of the last validation, in blocks", above=0, free=True)
     cooldown_start: float = key(0.4, "fraction of the scheduled steps, from which rates fall", least=0)
     cooldown_floor: float = key(0.15, "what they fall to, as a factor", least=0)
-    lr_ramp: int = key(0, "steps in which rates go from a stage's factor to that of the next", least=0)
+    lr_ramp: int = key(0, "steps in which rates go from a stage's factor to the next one's", least=0)
     # model
     vocab_size: int = key(50_257, "of GPT-2; the last token begins every document", above=1)
     model_dim: int = key(768, "width of the stream: num_heads * head_dim", above=0)
@@ -376,8 +376,8 @@ def small(recipe: Recipe) -> Recipe:
         without_fp8(recipe), train_files=f"{sample}/fineweb_train_*.bin", val_files=f"{sample}/fineweb_val_*.bin",
         val_tokens=8192, val_chunk=1024, num_scheduled_iterations=60, num_extension_iterations=4, val_every=20,
         batch_unit=recipe.batch_unit // 256, micro_tokens=512, block=16, model_dim=96, head_dim=16, bigram_ratio=1,
-        muon_momentum_warmup=30, muon_momentum_cooldown=8, ngram_rows=min(recipe.ngram_rows, 4096), dtype="float32",
-        compile=False, device="cpu")
+        lr_ramp=recipe.lr_ramp // 8, muon_momentum_warmup=30, muon_momentum_cooldown=8,
+        ngram_rows=min(recipe.ngram_rows, 4096), dtype="float32", compile=False, device="cpu")
 
 
 def mini(recipe: Recipe) -> Recipe:
@@ -414,8 +414,8 @@ FRONTIER_PARAMS = tuple(row._replace(rule="twin_normuon") if row.rule == "normuo
 RECORD80 = Recipe()
 FRONTIER = replace(
     RECORD80, layers=FRONTIER_LAYERS, stages=FRONTIER_STAGES, params=FRONTIER_PARAMS, batch_unit=65_536,
-    cooldown_start=0.2, cooldown_floor=0.3, num_scheduled_iterations=1294, muon_wd=2.25, muon_momentum=0.93,
-    muon_momentum_warmup=240, tail_average=1.0, ngram_rows=15_863_040)  # #92: 84.6M; so many leave 80 GB room for speed
+    cooldown_start=0.2, cooldown_floor=0.3, num_scheduled_iterations=1248, lr_ramp=24, muon_wd=2.25,
+    muon_momentum=0.93, muon_momentum_warmup=240, tail_average=1.0, ngram_rows=15_863_040)  # #92: 84.6M; as 80 GB hold
 PRESETS = {"record80": RECORD80, "frontier": FRONTIER, "mini": mini(RECORD80), "demo": small(RECORD80),
            "frontier_demo": small(FRONTIER)}
 
@@ -493,13 +493,14 @@ def ticks(average: Average, hp: Recipe) -> dict[int, float]:
 def plan(step: int, hp: Recipe) -> Plan:
     """The schedule as a pure function of the step, 0 <= step < hp.num_steps."""
     bounds = stage_bounds(hp)
-    index = max(i for i in range(len(hp.stages)) if bounds[i] <= step)
+    index = bisect.bisect(bounds, step) - 1
     stage = hp.stages[index]
 
     cooldown = int(hp.num_scheduled_iterations * hp.cooldown_start)
     t = min(max((step - cooldown) / (hp.num_scheduled_iterations - cooldown), 0.0), 1.0)
-    left = max(0.0, 1 - (step - bounds[index] + 1) / (hp.lr_ramp + 1))  # of the way from the stage before
-    lr_factor = (stage.lr - left * (stage.lr - hp.stages[max(index - 1, 0)].lr)) * (1 - t) + hp.cooldown_floor * t
+    recent = range(max(0, step - hp.lr_ramp), step + 1)
+    lr_factor = math.fsum(hp.stages[bisect.bisect(bounds, x) - 1].lr for x in recent) / len(recent)
+    lr_factor = lr_factor * (1 - t) + hp.cooldown_floor * t
 
     momentum, rise = hp.muon_momentum, hp.muon_momentum - hp.muon_momentum_low
     last = hp.num_steps - hp.muon_momentum_cooldown

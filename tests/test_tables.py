@@ -117,7 +117,8 @@ def test_untying_happens_once_on_an_adam_step(scheduled):
 
 
 def test_rates_ramp_to_the_next_stage():
-    """In equal steps from one factor to the other, with the first step of a stage; as they fall, too. 0: at once."""
+    """In equal steps from one factor to the other, with the first step of a stage; as they fall, too. 0: at once. A
+    ramp longer than a stage goes on from where it is."""
     at_once, ramp = t.Recipe(), t.Recipe(lr_ramp=3)
     for first, before, after in ((480, 1.0, 1.52), (960, 1.52, 1.73)):
         factors = [t.plan(step, at_once).lr_factor for step in range(first - 1, first + 5)]
@@ -127,6 +128,10 @@ def test_rates_ramp_to_the_next_stage():
             assert t.plan(step, ramp).lr_factor == pytest.approx(lr * (1 - t_) + 0.15 * t_, rel=1e-12)
             assert factor == (before if step < first else after) * (1 - t_) + 0.15 * t_
     assert t.plan(0, ramp).lr_factor == 1.0 and t.plan(1439, ramp).lr_factor == t.plan(1439, at_once).lr_factor
+    stages = [row._replace(length=x) for row, x in zip(t.STAGES, (0.4, 0.1, 0.5, None))]  # from steps 0, 576, 720
+    long = t.Recipe(stages=tuple(stages), lr_ramp=200, cooldown_start=0.9)
+    rises = np.diff([t.plan(step, long).lr_factor for step in range(575, 922)])
+    assert rises == pytest.approx([0.52 / 201] * 144 + [0.73 / 201] * 57 + [0.21 / 201] * 144 + [0], abs=1e-9)
 
 
 def test_update_order():

@@ -122,6 +122,7 @@ EDITS = (
          "PARAMS.mlp_bank.rule=normuon --muon_wd=1.2 --muon_momentum=0.95 --muon_momentum_warmup=300", preset=FRONTIER),
     Edit("value embeddings every two steps", "92", "PARAMS.value_embeds.lr=75 PARAMS.value_embeds.rarer=1",
          preset=FRONTIER),
+    Edit("rates jump", "", "--lr_ramp=0", preset=FRONTIER),
     Edit("10.6M n-gram rows", "92", "--ngram_rows=10575360", preset=FRONTIER),
     Edit("no averages", "92", "--tail_average=0"),
     Edit("no averages, cooldown of #80", "92", "--tail_average=0 --cooldown_start=0.4 --cooldown_floor=0.15"),
