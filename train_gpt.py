@@ -1818,7 +1818,8 @@ class TouchLog:
 
     def exchange(self, first: list[int]) -> tuple[np.ndarray, np.ndarray, list[int], list[int]]:
         """From these parts on: the rows that this rank read, those of its shard that each read, and counts by rank."""
-        read = [np.sort(np.concatenate(parts[n:]), kind="stable") for n, parts in zip(first, self.read)]
+        read = [np.sort(np.concatenate(parts[n:])) if len(parts) > n + 1 else parts[n]  # which is sorted
+                for n, parts in zip(first, self.read)]
         own = read[self.rank]
         bounds = np.searchsorted(own, self.size * np.arange(self.world + 1, dtype=np.int32))
         read[self.rank] = own[slice(*bounds[self.rank :][:2])]
