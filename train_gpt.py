@@ -499,8 +499,8 @@ def plan(step: int, hp: Recipe) -> Plan:
     cooldown = int(hp.num_scheduled_iterations * hp.cooldown_start)
     t = min(max((step - cooldown) / (hp.num_scheduled_iterations - cooldown), 0.0), 1.0)
     recent = range(max(0, step - hp.lr_ramp), step + 1)
-    lr_factor = math.fsum(hp.stages[bisect.bisect(bounds, x) - 1].lr for x in recent) / len(recent)
-    lr_factor = lr_factor * (1 - t) + hp.cooldown_floor * t
+    lr = math.fsum(hp.stages[bisect.bisect(bounds, x) - 1].lr for x in recent) / len(recent)
+    lr_factor = lr * (1 - t) + hp.cooldown_floor * t
 
     momentum, rise = hp.muon_momentum, hp.muon_momentum - hp.muon_momentum_low
     last = hp.num_steps - hp.muon_momentum_cooldown
@@ -1822,7 +1822,7 @@ class TouchLog:
                 for n, parts in zip(first, self.read)]
         own = read[self.rank]
         bounds = np.searchsorted(own, self.size * np.arange(self.world + 1, dtype=np.int32))
-        read[self.rank] = own[slice(*bounds[self.rank :][:2])]
+        read[self.rank] = own[bounds[self.rank] : bounds[self.rank + 1]]
         shard = np.concatenate(read) - np.int32(self.rank * self.size)
         return own, shard, np.diff(bounds).tolist(), [*map(len, read)]
 
@@ -1834,9 +1834,8 @@ class TouchLog:
             self.known, self.filled, room = [*map(len, self.read)], first + len(own), cycle_slots(self.hp, self.world)
             require(self.filled <= room, f"--ngram_slots={self.hp.ngram_slots}: use more, as the steps between two "
                     f"updates read more than {room} n-gram rows")
-            self.slots[own.astype(np.intp)] = np.arange(first, self.filled)
-            ids = torch.from_numpy(own)
-            copies = Exchange(*map(torch.from_numpy, (shard, self.slots.take(own))), readers, owners)
+            self.slots[own.astype(np.intp)] = slots = np.arange(first, self.filled, dtype=np.int32)
+            ids, copies = torch.from_numpy(own), Exchange(*map(torch.from_numpy, (shard, slots)), readers, owners)
         if update and self.world > 1:
             own, shard, owners, readers = self.exchange([0] * self.world)
             if self.hp.ngram_rows:

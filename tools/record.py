@@ -210,12 +210,12 @@ def write(folder: Path, name: str, day: str, paths: list[Path], base_paths: list
         raise LogError("no run of the baseline finished; choose other logs")
     diffs = {file: diff for file, diff in diffs_of(logs[:1], baseline[:1]) if diff}
     names, links = {str(path): path.name for path in paths}, {}
-    copies, taken = dict(names), set(names.values())
+    copies = dict(names)
     for path in base_paths:
         if path.resolve().is_relative_to(final.parent):
             links[str(path)] = os.path.relpath(path.resolve(), final)
         else:
-            links[str(path)] = copies[str(path)] = "baseline_" * (path.name in taken) + path.name
+            links[str(path)] = copies[str(path)] = "baseline_" * (path.name in names.values()) + path.name
     if len(set(copies.values())) < len(copies):
         raise LogError("a log of the record has the name of a copy of the baseline's; rename it")
     for path, copy in copies.items():
